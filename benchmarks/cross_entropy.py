@@ -1,0 +1,68 @@
+"""cross_entropy at GPT-2's vocabulary and at the demo's, beside torch's and torch.compile.
+
+Forward has to read the logits; backward reads them again and writes their gradient: three tensors together.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as TF
+
+import fastformer.functional as F
+from benchmarks.runner import Case, Cost, Problem, Unavailable, compiled, on_backend, timed
+
+OP = "cross_entropy"
+
+CASES = {
+    "cpu": [
+        Case((1024, 50257), "float32", compiled=True),
+        Case((1024, 50257), "float32", True, compiled=True),
+        Case((1024, 50257), "bfloat16", True),
+        Case((768, 96), "float32", True),
+    ],
+    "cuda": [
+        Case(((1 << 28) // n, n), "bfloat16", backward, compiled=n == 50257)
+        for n in (4096, 32000, 50257, 128256, 262144)
+        for backward in (False, True)
+    ],
+    "quick": [Case((4, 97), "float32", True), Case((4, 97), "bfloat16")],
+}
+
+
+def setup(case: Case, device: str) -> Problem:
+    logits = torch.randn(case.shape, device=device).to(case.torch_dtype).requires_grad_(case.backward)
+    target = torch.randint(case.cols, case.shape[:1], device=device)
+    return Problem(device, (logits, target), wrt=(logits,), douts=(torch.ones((), device=device).to(case.torch_dtype),))
+
+
+def cost(case: Case) -> Cost:
+    return Cost(bytes=(3 if case.backward else 1) * case.shape[0] * case.cols * case.torch_dtype.itemsize)
+
+
+def ours(case: Case):
+    return F.cross_entropy
+
+
+def eager(case: Case):
+    return TF.cross_entropy
+
+
+def liger(case: Case, problem: Problem):
+    if problem.device != "cuda":
+        raise Unavailable("measured on GPUs")
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+    except ImportError as error:
+        raise Unavailable(str(error)) from None
+    # It writes the gradient over the logits, so each call gets its own copy, which is then part of its time.
+    return timed(lambda case: lambda logits, target: liger_cross_entropy(logits.clone(), target))(case, problem)
+
+
+PROVIDERS = {
+    "ours": timed(ours),
+    "eager": timed(eager),
+    "compile": compiled(eager),
+    "triton": on_backend("triton", OP, ours),
+    "cuda": on_backend("cuda", OP, ours),
+    "liger": liger,
+}

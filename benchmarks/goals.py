@@ -1,0 +1,126 @@
+"""What each operation has to reach, as data. A goal compares our median with a peer's from the same rounds, or with the
+limit of the machine measured at the start of the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One requirement on every case of ``op`` whose fields match ``where``. Exactly one of the last three is set.
+
+    Attributes:
+        peer: the provider compared with (for ``speedup`` and ``extra_us``); "best" is the fastest of ``peers``.
+        speedup: peer's time / our time, at least. Below 1 it allows us that much longer: 1 / 1.2 is "within 1.2x".
+        extra_us: our time − peer's time in microseconds, at most.
+        limit: share of the measured bandwidth or matmul rate, at least.
+    """
+
+    op: str
+    peer: str = ""
+    speedup: float = 0.0
+    extra_us: float = 0.0
+    limit: float = 0.0
+    device: str = "cpu"
+    where: dict[str, object] = field(default_factory=dict)
+    peers: tuple[str, ...] = ()
+
+    def applies(self, op: str, device: str, case: object) -> bool:
+        """Whether this goal is about ``case`` (anything with the attributes named in ``where``)."""
+        if op != self.op or device != self.device:
+            return False
+        return all(_matches(getattr(case, name), wanted) for name, wanted in self.where.items())
+
+    def text(self) -> str:
+        """The goal in a few characters, such as "≤ 1.20× clone" (times) or "≥ 2.00× eager" (speed)."""
+        if self.limit:
+            return f"≥ {self.limit:.0%} of the limit"
+        if self.extra_us:
+            return f"≤ {self.peer} + {self.extra_us:g} µs"
+        if self.speedup < 1:
+            return f"≤ {1 / self.speedup:.2f}× {self.peer}'s time"
+        return f"≥ {self.speedup:.2f}× {self.peer}'s speed"
+
+    def judge(self, ours: float, times: dict[str, float], share: float | None) -> Verdict | None:
+        """The verdict on our median ``ours`` (seconds); None where the peer or the limit was not measured.
+
+        Args:
+            times: median seconds by provider.
+            share: fraction of the machine's limit we reached.
+        """
+        if self.limit:
+            return None if share is None else Verdict(self, share >= self.limit, f"{share:.0%}")
+        candidates = [times[name] for name in (self.peers or (self.peer,)) if name in times]
+        if not candidates:
+            return None
+        peer = min(candidates)
+        if self.extra_us:
+            extra = (ours - peer) * 1e6
+            return Verdict(self, extra <= self.extra_us, f"+{extra:.1f} µs")
+        ratio = peer / ours
+        return Verdict(self, ratio >= self.speedup, f"{1 / ratio if self.speedup < 1 else ratio:.2f}×")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one goal is met in one case, and the number that decided it."""
+
+    goal: Goal
+    met: bool
+    measured: str
+
+    def text(self) -> str:
+        return f"{self.goal.text()}: {self.measured} {'✓' if self.met else '✗ missed'}"
+
+
+def _matches(value: object, wanted: object) -> bool:
+    return wanted(value) if callable(wanted) else value == wanted
+
+
+WITHIN_A_FIFTH = 1 / 1.2
+SDPA = ("flash", "cudnn", "efficient", "math", "eager")
+ROWS = ("layer_norm", "add_layer_norm", "softmax", "cross_entropy")
+
+GOALS: tuple[Goal, ...] = (
+    # Row operations: bound by memory, so beside a copy of as many bytes; and never slower than what they replace.
+    Goal("layer_norm", "clone", speedup=WITHIN_A_FIFTH),
+    Goal("layer_norm", "eager", speedup=1.0),
+    Goal("add_layer_norm", "eager", speedup=2.0),
+    Goal("softmax", "clone", speedup=WITHIN_A_FIFTH),
+    Goal("softmax", "eager", speedup=1.0),
+    Goal("gelu", "clone", speedup=WITHIN_A_FIFTH),
+    Goal("gelu", "eager", speedup=1.0),
+    Goal("cross_entropy", "eager", speedup=2.0, where={"shape": (1024, 50257), "backward": True}),
+    Goal("cross_entropy", "eager", speedup=1.0, where={"shape": lambda shape: shape != (1024, 50257)}),
+    # Attention: the main shape.
+    Goal("attention", "eager", speedup=1.2, where={"variant": "causal", "dtype": "float32", "backward": False}),
+    Goal("attention", "eager", speedup=1.5, where={"variant": "causal", "dtype": "bfloat16", "backward": False}),
+    Goal("attention", "eager", speedup=1.0, where={"variant": "causal", "backward": True}),
+    Goal("attention", "eager", speedup=1.0, where={"variant": lambda text: text != "causal"}),
+    Goal("feed_forward", "matmuls", speedup=1 / 1.08),
+    Goal("feed_forward", "eager", speedup=1.0),
+    # Whole jobs.
+    Goal("training_step", "eager", speedup=1.2),
+    Goal("generation", "eager", speedup=3.0),
+    # Python between the call and the kernel.
+    Goal("overhead", "bare", extra_us=3.0, where={"variant": "inference"}),
+    Goal("overhead", "bare", extra_us=8.0, where={"variant": "with gradient"}),
+    # A GPU, bfloat16.
+    *(Goal(op, limit=0.9, device="cuda", where={"cols": lambda n: n >= 1024}) for op in ROWS),
+    *(Goal(op, "compile", speedup=1.0, device="cuda") for op in ROWS),
+    Goal("attention", "the best SDPA backend", peers=SDPA, speedup=1.0, device="cuda"),
+    Goal("feed_forward", "matmuls", speedup=0.95, device="cuda"),
+    Goal("training_step", "compile", speedup=1.2, device="cuda"),
+)
+
+
+def verdicts(
+    op: str, device: str, case: object, times: dict[str, float], share: float | None, goals: Iterable[Goal] = GOALS
+) -> list[Verdict]:
+    """Every goal on this case, judged. Empty where we were not measured."""
+    if "ours" not in times:
+        return []
+    judged = [g.judge(times["ours"], times, share) for g in goals if g.applies(op, device, case)]
+    return [v for v in judged if v is not None]

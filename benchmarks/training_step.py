@@ -1,0 +1,127 @@
+"""One training step of a GPT-2, ours beside the same network on torch.nn layers, compiled too, and transformers'.
+
+Forward, loss, backward, gradient clipping and a fused AdamW step, the same in all; the same initial weights and batch.
+The shape is (layers, width, batch, block); items are tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.runner import Case, Cost, Problem, Unavailable, incomparable
+from fastformer.data import Batch
+from fastformer.demo import SIZES
+from fastformer.demo_torch import TorchGPT2
+from fastformer.models import GPT2Config, GPT2LMHeadModel
+from fastformer.training.config import OptimizerConfig
+from fastformer.training.trainer import causal_lm_loss, make_optimizer
+
+OP = "training_step"
+CHARACTERS = 96  # about what the demo's corpus has
+
+
+def demo_case(device: str, compiled: bool) -> Case:
+    """The demo's network and batch on ``device``."""
+    size = SIZES[device]
+    shape = (size.model.n_layer, size.model.n_embd, size.batch_size, size.block_size)
+    options = {"heads": size.model.n_head, "vocab": CHARACTERS}
+    return Case(shape, "float32" if device == "cpu" else "bfloat16", True, "the demo's GPT-2", options, compiled)
+
+
+CASES = {
+    "cpu": [demo_case("cpu", compiled=True)],
+    "cuda": [
+        demo_case("cuda", compiled=True),
+        Case((12, 768, 16, 1024), "bfloat16", True, "GPT-2 124M", {"heads": 12, "vocab": 50257}, compiled=True),
+    ],
+    "quick": [Case((1, 16, 2, 8), "float32", True, "tiny", {"heads": 2, "vocab": 11})],
+}
+
+
+def setup(case: Case, device: str) -> Problem:
+    layers, width, batch, block = case.shape
+    config = GPT2Config(
+        vocab_size=case.options["vocab"],
+        n_positions=block,
+        n_embd=width,
+        n_layer=layers,
+        n_head=case.options["heads"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config).to(device)
+    ids = torch.randint(config.vocab_size, (batch, block + 1), device=device)
+    return Problem(device, (model, Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())))
+
+
+def cost(case: Case) -> Cost:
+    layers, width, batch, block = case.shape
+    parameters = layers * 12 * width**2 + case.options.get("vocab", CHARACTERS) * width
+    attention = layers * 2 * block * width // 2  # two matmuls over half the (causal) square
+    return Cost(flops=6 * batch * block * (parameters + attention), items=batch * block)
+
+
+def _step(model: nn.Module, loss_of: Callable[[nn.Module, Batch], Tensor], case: Case, batch: Batch):
+    """What the trainer does for a batch; returns the loss."""
+    optimizer = make_optimizer(model.train(), OptimizerConfig())
+    device, dtype = batch.inputs.device.type, case.torch_dtype
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def torch_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
+
+
+def ours(case: Case, problem: Problem):
+    model, batch = problem.args
+    twin = GPT2LMHeadModel(model.config).to(problem.device)
+    twin.load_state_dict(model.state_dict())
+    return _step(twin, causal_lm_loss, case, batch)
+
+
+def eager(case: Case, problem: Problem):
+    model, batch = problem.args
+    return _step(TorchGPT2.like(model), torch_loss, case, batch)
+
+
+def compiled(case: Case, problem: Problem):
+    if not case.compiled:
+        raise Unavailable("measured for the main cases only")
+    model, batch = problem.args
+    return _step(torch.compile(TorchGPT2.like(model)), torch_loss, case, batch)
+
+
+@incomparable  # its own initial weights
+def transformers(case: Case, problem: Problem):
+    if not case.compiled:
+        raise Unavailable("measured for the main cases only")
+    try:
+        from transformers import GPT2Config as Config
+        from transformers import GPT2LMHeadModel as Model
+    except ImportError as error:
+        raise Unavailable(str(error)) from None
+    model, batch = problem.args
+    config = model.config
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+    peer = Model(Config(**{name: getattr(config, name) for name in names})).to(problem.device)
+    loss = lambda model, batch: nn.functional.cross_entropy(  # noqa: E731
+        model(batch.inputs, use_cache=False).logits.flatten(0, 1), batch.targets.flatten()
+    )
+    return _step(peer, loss, case, batch)
+
+
+PROVIDERS = {"ours": ours, "eager": eager, "compile": compiled, "transformers": transformers}

@@ -1,0 +1,142 @@
+// summed = residual + dropout(x); out = layer_norm(summed), in one pass over memory.
+//
+// Floor: two reads and two writes forward; three reads and one write (two with dropout) backward. The dropout mask is
+// recomputed from the seed in a row-sized buffer on the stack's side of the cache, never stored.
+#include "layer_norm.h"
+
+#include <vector>
+
+FF_DECLARE_IMPL(add_layer_norm_forward)
+FF_DECLARE_IMPL(add_layer_norm_backward)
+
+namespace ff {
+namespace FF_ISA {
+
+// A thread's buffer for one row of dropout scales; grows once and is kept.
+static float* dropout_row(int64_t cols) {
+  static thread_local std::vector<float> buffer;
+  if (int64_t(buffer.size()) < cols + 64) buffer.resize(size_t(cols) + 64);
+  return buffer.data();
+}
+
+template <bool Stream, class T, class P> static void forward_rows(const ff_add_layer_norm_args* a) {
+  using A = acc_t<T>;
+  const int64_t n = a->cols;
+  parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int) {
+    float* keep = a->dropout_p > 0 ? dropout_row(n) : nullptr;
+    for (int64_t r = begin; r < end; r++) {
+      const T* x = (const T*)a->x + r * a->x_stride;
+      const T* residual = (const T*)a->residual + r * a->residual_stride;
+      T* summed = (T*)a->summed + r * n;
+      if (keep) {
+        dropout_scales(keep, n, uint64_t(r), a->seed, a->dropout_p);
+        for_row<A>(n, [&](int64_t i, int k) {
+          vec_t<A> scale;
+          for (int j = 0; j < vec<A>::W; j++) scale[j] = A(keep[i + j]);
+          store_n(summed + i, load_n(residual + i, k) + load_n(x + i, k) * scale, k);
+        });
+      } else {
+        for_row<A>(n, [&](int64_t i, int k) { store_n(summed + i, load_n(residual + i, k) + load_n(x + i, k), k); });
+      }
+      A mean, rstd;
+      row_statistics(summed, n, a->eps, mean, rstd);
+      normalize_row<Stream>(summed, (const P*)a->weight, (const P*)a->bias, (T*)a->out + r * n, n, mean, rstd);
+      ((A*)a->mean)[r] = mean;
+      ((A*)a->rstd)[r] = rstd;
+    }
+    if (Stream) stream_fence();
+  });
+}
+
+int add_layer_norm_forward(const ff_add_layer_norm_args* a, void*) {
+  return for_dtypes(a->dtype, a->param_dtype, [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    if (should_stream<T>(a->out, a->rows, a->cols)) forward_rows<true, T, P>(a);
+    else forward_rows<false, T, P>(a);
+    return FF_OK;
+  });
+}
+
+int add_layer_norm_backward(const ff_add_layer_norm_args* a, void*) {
+  return for_dtypes(a->dtype, a->param_dtype, [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    using A = acc_t<T>;
+    const int64_t n = a->cols;
+    const int threads = num_threads(a->rows * n);
+    A* partial = (a->dweight || a->dbias) ? (A*)a->workspace : nullptr;
+    if (partial) std::fill(partial, partial + int64_t(threads) * 2 * n, A(0));
+    const bool drop = a->dx && a->dropout_p > 0;
+    const bool stream = should_stream<T>(a->dresidual, a->rows, n) && !drop;
+    parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int thread) {
+      A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
+      A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
+      float* keep = drop ? dropout_row(n) : nullptr;
+      auto block = [&](int64_t r, auto count) {
+        constexpr int R = decltype(count)::value;
+        const T *dout[R], *x[R];
+        for (int j = 0; j < R; j++) {
+          dout[j] = (const T*)a->dout + (r + j) * a->dout_stride;
+          x[j] = (const T*)a->summed + (r + j) * n;
+        }
+        backward_rows<R>(dout, x, (const P*)a->weight, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true,
+                         [&](int j, int64_t i, vec_t<A> v, int k) {
+                           if (a->dsummed) v += load_n((const T*)a->dsummed + (r + j) * a->dsummed_stride + i, k);
+                           T* to = (T*)a->dresidual + (r + j) * n + i;
+                           if (stream) stream_n(to, v, k);
+                           else store_n(to, v, k);
+                         });
+        if (a->dx)
+          for (int j = 0; j < R; j++) {
+            const T* from = (const T*)a->dresidual + (r + j) * n;
+            T* to = (T*)a->dx + (r + j) * n;
+            if (keep) dropout_scales(keep, n, uint64_t(r + j), a->seed, a->dropout_p);
+            for_row<A>(n, [&](int64_t i, int k) {
+              vec_t<A> scale = splat<A>(1);
+              if (keep)
+                for (int l = 0; l < vec<A>::W; l++) scale[l] = A(keep[i + l]);
+              store_n(to + i, load_n(from + i, k) * scale, k);
+            });
+          }
+      };
+      int64_t r = begin;
+      for (; r + 4 <= end; r += 4) block(r, std::integral_constant<int, 4>{});
+      for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
+      if (stream) stream_fence();
+    });
+    if (partial) reduce_partials(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
+    return FF_OK;
+  });
+}
+
+}  // namespace FF_ISA
+}  // namespace ff
+
+#ifdef FF_ENTRY
+static int check(const ff_add_layer_norm_args* a) {
+  FF_REQUIRE(a, "args: NULL");
+  FF_REQUIRE(a->rows >= 0 && a->cols >= 1, "rows, cols: %lld x %lld", (long long)a->rows, (long long)a->cols);
+  FF_REQUIRE(a->eps >= 0, "eps: %g is negative", a->eps);
+  FF_REQUIRE(a->dropout_p >= 0 && a->dropout_p <= 1, "dropout_p: %g is not in [0, 1]", a->dropout_p);
+  FF_REQUIRE(a->rows == 0 || (a->summed && a->mean && a->rstd), "summed, mean, rstd: must not be NULL");
+  return FF_OK;
+}
+
+extern "C" int ff_cpu_add_layer_norm_forward(const ff_add_layer_norm_args* a, void* stream) {
+  if (int status = check(a)) return status;
+  FF_REQUIRE(a->rows == 0 || (a->x && a->residual && a->out), "x, residual, out: must not be NULL");
+  return FF_DISPATCH(add_layer_norm_forward)(a, stream);
+}
+
+extern "C" int ff_cpu_add_layer_norm_backward(const ff_add_layer_norm_args* a, void* stream) {
+  if (int status = check(a)) return status;
+  FF_REQUIRE(a->rows == 0 || (a->dout && a->dresidual), "dout, dresidual: must not be NULL");
+  FF_REQUIRE(!(a->dweight || a->dbias) || a->workspace, "workspace: must not be NULL when dweight or dbias is asked for");
+  return FF_DISPATCH(add_layer_norm_backward)(a, stream);
+}
+
+extern "C" size_t ff_cpu_add_layer_norm_backward_workspace(const ff_add_layer_norm_args* a) {
+  return ff::FF_ISA::backward_workspace(a->rows, a->cols, a->dtype == FF_FLOAT64 ? 8 : 4);
+}
+#endif

@@ -1,0 +1,104 @@
+// Layer normalisation on the CPU: out = (x - mean) * rstd * weight + bias, and its gradients.
+//
+// Floor: one read and one write of the tensor forward, two reads and one write backward. Rows go to threads in contiguous
+// parts; everything per row happens while the row is in L1 or L2 (layer_norm.h).
+#include "layer_norm.h"
+
+FF_DECLARE_IMPL(layer_norm_forward)
+FF_DECLARE_IMPL(layer_norm_backward)
+
+namespace ff {
+namespace FF_ISA {
+
+template <bool Stream, class T, class P> static void forward_rows(const ff_layer_norm_args* a) {
+  using A = acc_t<T>;
+  parallel_for(a->rows, a->cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; r++) {
+      const T* x = (const T*)a->x + r * a->x_stride;
+      A mean, rstd;
+      row_statistics(x, a->cols, a->eps, mean, rstd);
+      normalize_row<Stream>(x, (const P*)a->weight, (const P*)a->bias, (T*)a->out + r * a->cols, a->cols, mean, rstd);
+      ((A*)a->mean)[r] = mean;
+      ((A*)a->rstd)[r] = rstd;
+    }
+    if (Stream) stream_fence();
+  });
+}
+
+int layer_norm_forward(const ff_layer_norm_args* a, void*) {
+  return for_dtypes(a->dtype, a->param_dtype, [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    if (should_stream<T>(a->out, a->rows, a->cols)) forward_rows<true, T, P>(a);
+    else forward_rows<false, T, P>(a);
+    return FF_OK;
+  });
+}
+
+int layer_norm_backward(const ff_layer_norm_args* a, void*) {
+  return for_dtypes(a->dtype, a->param_dtype, [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    using A = acc_t<T>;
+    const int64_t n = a->cols;
+    const int threads = num_threads(a->rows * n);
+    A* partial = (a->dweight || a->dbias) ? (A*)a->workspace : nullptr;
+    if (partial) std::fill(partial, partial + int64_t(threads) * 2 * n, A(0));
+    T* dx = (T*)a->dx;
+    const bool stream = dx && should_stream<T>(dx, a->rows, n);
+    parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int thread) {
+      A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
+      A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
+      auto block = [&](int64_t r, auto count) {
+        constexpr int R = decltype(count)::value;
+        const T *dout[R], *x[R];
+        for (int j = 0; j < R; j++) {
+          dout[j] = (const T*)a->dout + (r + j) * a->dout_stride;
+          x[j] = (const T*)a->x + (r + j) * a->x_stride;
+        }
+        backward_rows<R>(dout, x, (const P*)a->weight, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n,
+                         dx != nullptr, [&](int j, int64_t i, vec_t<A> v, int k) {
+                           T* to = dx + (r + j) * n + i;
+                           if (stream) stream_n(to, v, k);
+                           else store_n(to, v, k);
+                         });
+      };
+      int64_t r = begin;
+      for (; r + 4 <= end; r += 4) block(r, std::integral_constant<int, 4>{});
+      for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
+      if (stream) stream_fence();
+    });
+    if (partial) reduce_partials(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
+    return FF_OK;
+  });
+}
+
+}  // namespace FF_ISA
+}  // namespace ff
+
+#ifdef FF_ENTRY
+static int check(const ff_layer_norm_args* a) {
+  FF_REQUIRE(a, "args: NULL");
+  FF_REQUIRE(a->rows >= 0 && a->cols >= 1, "rows, cols: %lld x %lld", (long long)a->rows, (long long)a->cols);
+  FF_REQUIRE(a->eps >= 0, "eps: %g is negative", a->eps);
+  FF_REQUIRE(a->rows == 0 || (a->x && a->mean && a->rstd), "x, mean, rstd: must not be NULL");
+  return FF_OK;
+}
+
+extern "C" int ff_cpu_layer_norm_forward(const ff_layer_norm_args* a, void* stream) {
+  if (int status = check(a)) return status;
+  FF_REQUIRE(a->out || a->rows == 0, "out: must not be NULL");
+  return FF_DISPATCH(layer_norm_forward)(a, stream);
+}
+
+extern "C" int ff_cpu_layer_norm_backward(const ff_layer_norm_args* a, void* stream) {
+  if (int status = check(a)) return status;
+  FF_REQUIRE(a->dout || a->rows == 0, "dout: must not be NULL");
+  FF_REQUIRE(!(a->dweight || a->dbias) || a->workspace, "workspace: must not be NULL when dweight or dbias is asked for");
+  return FF_DISPATCH(layer_norm_backward)(a, stream);
+}
+
+extern "C" size_t ff_cpu_layer_norm_backward_workspace(const ff_layer_norm_args* a) {
+  return ff::FF_ISA::backward_workspace(a->rows, a->cols, a->dtype == FF_FLOAT64 ? 8 : 4);
+}
+#endif

@@ -1,0 +1,110 @@
+// Small matrix products on packed operands: the arithmetic of CPU attention.
+//
+// C (M x N) = or += A (M x K) B (K x N), computed in register tiles of kMR rows by kNR columns. B is packed in column
+// panels of kNR, each (K, kNR) contiguous, so that the inner loop streams it; A is read one broadcast element at a time,
+// from rows (A[i][k]) or, for products with a transposed left side, from columns (A[k][i]) of a row-major buffer.
+// M and N are rounded up to whole tiles: the buffers have room for that, and the extra rows and columns mean nothing.
+// K is exact.
+#pragma once
+#include "cpu.h"
+
+namespace ff {
+namespace FF_ISA {
+
+// Tile shape: as many accumulators as the register file holds beside two panel vectors and a broadcast.
+template <class A> struct tile_shape {
+  static constexpr int kMR = FF_VEC_BYTES == 64 ? 12 : 6;
+  static constexpr int kNV = 2;
+  static constexpr int kNR = kNV * vec<A>::W;
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class A, int MR, bool AColumns>
+FF_INLINE void tile(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t ldc, bool accumulate) {
+  constexpr int NV = tile_shape<A>::kNV, W = vec<A>::W, NR = tile_shape<A>::kNR;
+  vec_t<A> acc[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) acc[i][v] = accumulate ? load(c + i * ldc + v * W) : vec_t<A>{};
+  for (int64_t k = 0; k < K; k++) {
+    vec_t<A> bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) bv[v] = load(b + k * NR + v * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++) {
+      A s = AColumns ? a[k * lda + i] : a[i * lda + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) acc[i][v] += s * bv[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) store(c + i * ldc + v * W, acc[i][v]);
+}
+
+// C (M x N) (+)= A B, panels outermost so that each stays in L1 while every row strip passes it. `panel_stride` is the
+// distance between B's panels.
+template <class A, bool AColumns>
+FF_INLINE void matmul(int64_t M, int64_t N, int64_t K, const A* a, int64_t lda, const A* b, int64_t panel_stride, A* c,
+                      int64_t ldc, bool accumulate) {
+  constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR;
+  for (int64_t n = 0; n < N; n += NR)
+    for (int64_t m = 0; m < M; m += MR)
+      tile<A, MR, AColumns>(K, AColumns ? a + m : a + m * lda, lda, b + n / NR * panel_stride, c + m * ldc + n, ldc,
+                            accumulate);
+}
+
+// ---- packing: storage type -> acc, any row stride --------------------------------------------------------------------
+
+// One row of n elements times `scale`.
+template <class T> FF_INLINE void copy_row(const T* from, acc_t<T>* to, int64_t n, acc_t<T> scale) {
+  constexpr int W = vec<acc_t<T>>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i) * scale);
+  for (; i < n; i++) to[i] = to_float(from[i]) * scale;
+}
+
+// (rows, cols) -> row-major with leading dimension `ld`.
+template <class T>
+void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t cols, acc_t<T>* to, int64_t ld, acc_t<T> scale) {
+  for (int64_t r = 0; r < rows; r++) copy_row(from + r * stride, to + r * ld, cols, scale);
+}
+
+// (rows, cols) -> column panels [cols / NR][rows][NR], columns beyond `cols` zero: B of a product over rows.
+template <class T>
+void pack_panels(const T* from, int64_t stride, int64_t rows, int64_t cols, acc_t<T>* to, int64_t rows_capacity,
+                 acc_t<T> scale) {
+  using A = acc_t<T>;
+  constexpr int NR = tile_shape<A>::kNR;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < cols; c += NR) {
+      A* panel = to + c / NR * rows_capacity * NR + r * NR;
+      int64_t n = std::min<int64_t>(NR, cols - c);
+      copy_row(from + r * stride + c, panel, n, scale);
+      for (int64_t i = n; i < NR; i++) panel[i] = 0;
+    }
+}
+
+// (rows, cols) -> panels of its transpose [rows / NR][cols][NR], rows beyond `rows` zero: B of a product over columns.
+template <class T>
+void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t cols, acc_t<T>* to) {
+  using A = acc_t<T>;
+  constexpr int NR = tile_shape<A>::kNR;
+  for (int64_t r = 0; r < rows; r += NR) {
+    A* panel = to + r * cols;
+    int64_t n = std::min<int64_t>(NR, rows - r);
+    for (int64_t j = 0; j < n; j++) {
+      const T* row = from + (r + j) * stride;
+      for (int64_t c = 0; c < cols; c++) panel[c * NR + j] = to_float(row[c]);
+    }
+    if (n < NR)
+      for (int64_t c = 0; c < cols; c++)
+        for (int64_t j = n; j < NR; j++) panel[c * NR + j] = 0;
+  }
+}
+
+}  // namespace FF_ISA
+}  // namespace ff

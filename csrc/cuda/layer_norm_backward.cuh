@@ -1,0 +1,301 @@
+// Backward kernels of layer_norm and add_layer_norm (ADD: x is `summed`, its own gradient is added to the row's).
+//
+// With xhat = (x - mean) * rstd and g = dout * weight:
+//     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dweight = sum_rows(dout * xhat),   dbias = sum_rows(dout)
+// One block per multiprocessor walks the rows; a thread always has the same columns, so it sums dweight and dbias of all
+// its rows in registers, in float32. The blocks' sums go to the workspace and a second kernel adds them in a fixed order:
+// no atomics, and results repeat bit for bit on one card.
+#pragma once
+#include "philox.cuh"
+#include "row.cuh"
+
+namespace ff {
+
+constexpr int kBackwardThreads = 512;
+
+// T: data, P: parameters.
+template <class T, class P> struct NormBackward {
+  int64_t rows, cols;
+  int64_t x_stride, dout_stride, dsummed_stride;
+  float inverse_cols;
+  const T* x;          // (rows, cols): what was normalised
+  const P* weight;     // (cols) or null
+  const float* mean;   // (rows)
+  const float* rstd;   // (rows)
+  const T* dout;       // (rows, cols)
+  const T* dsummed;    // (rows, cols) or null, ADD only
+  T* dx;               // (rows, cols) or null
+  T* dresidual;        // (rows, cols), ADD only
+  P* dweight;          // (cols) or null
+  P* dbias;            // (cols) or null
+  float* partial;      // (2, blocks, cols): dweight's and dbias's sums of each block; null if neither is wanted
+  Dropout dropout;     // ADD only
+};
+
+// Writes the gradient d of the normalised row, E columns of it. All lanes of a warp must call.
+template <bool ADD, class T, class P, int E>
+FF_DEVICE void store_gradient(const NormBackward<T, P>& a, float (&d)[E], const Pack<T, E>& dsummed, bool inside,
+                              int64_t row, int64_t col) {
+  const int64_t at = row * a.cols + col;
+  if constexpr (ADD) {
+#pragma unroll
+    for (int e = 0; e < E; e++) d[e] += dsummed[e];  // zeros where there is none
+    if (inside) store_streaming(a.dresidual + at, make_pack<T, E>(d));
+    if (!a.dx) return;
+    if (a.dropout.on) {
+      const uint32_t keep = keep_bits<E>(a.dropout, row, col);
+#pragma unroll
+      for (int e = 0; e < E; e++) d[e] *= keep >> e & 1 ? a.dropout.scale : 0.f;
+    }
+  }
+  if (inside) store_streaming(a.dx + at, make_pack<T, E>(d));
+}
+
+template <class P, int E> FF_DEVICE Pack<P, E> load_weight(const P* weight, int64_t col, bool inside) {
+  if (weight && inside) return load_cached<P, E>(weight + col);
+  Pack<P, E> ones;
+#pragma unroll
+  for (int e = 0; e < E; e++) ones.value[e] = from_float<P>(1.f);
+  return ones;
+}
+
+// V packs of E elements per thread, as in norm_forward.
+template <bool ADD, class T, class P, int E, int V>
+__global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormBackward<T, P> a) {
+  FF_SHARED(float, partial, [2][32][2]);
+  RowSum<2> row_sum(partial);
+  const int cols = int(a.cols);
+  const int64_t step = int64_t(gridDim.x) * blockDim.y;
+  const bool need_dx = ADD || a.dx;
+  constexpr bool kPrefetch = E > 1;  // the next row's loads are in flight while this one is summed
+
+  struct Slice {
+    Pack<T, E> x[V], dout[V];
+    float mean, rstd;
+  };
+  const auto fetch = [&](int64_t row) {
+    Slice s;
+    const bool live = row < a.rows;
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      const bool inside = live && column<E, V>(i) < cols;
+      s.x[i] = inside ? load_streaming<T, E>(a.x + row * a.x_stride + column<E, V>(i)) : zero_pack<T, E>();
+      s.dout[i] = inside ? load_streaming<T, E>(a.dout + row * a.dout_stride + column<E, V>(i)) : zero_pack<T, E>();
+    }
+    s.mean = live ? __ldg(a.mean + row) : 0.f;
+    s.rstd = live ? __ldg(a.rstd + row) : 0.f;
+    return s;
+  };
+
+  Pack<P, E> weight[V];
+  float dweight[V][E], dbias[V][E];
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    weight[i] = load_weight<P, E>(a.weight, column<E, V>(i), column<E, V>(i) < cols);
+#pragma unroll
+    for (int e = 0; e < E; e++) dweight[i][e] = dbias[i][e] = 0;
+  }
+
+  int64_t first = int64_t(blockIdx.x) * blockDim.y;
+  Slice s = fetch(first + threadIdx.y);
+  for (; first < a.rows; first += step) {
+    const int64_t row = first + threadIdx.y;
+    Slice next;
+    if constexpr (kPrefetch) next = fetch(row + step);
+    Pack<T, E> dsummed[ADD ? V : 1];
+    if constexpr (ADD) {
+#pragma unroll
+      for (int i = 0; i < V; i++)
+        dsummed[i] = a.dsummed && row < a.rows && column<E, V>(i) < cols
+                         ? load_streaming<T, E>(a.dsummed + row * a.dsummed_stride + column<E, V>(i))
+                         : zero_pack<T, E>();
+    }
+
+    float sum[2] = {0, 0};  // of g and g * xhat; dout is 0 outside the row
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+#pragma unroll
+      for (int e = 0; e < E; e++) {
+        const float dy = s.dout[i][e], xhat = (s.x[i][e] - s.mean) * s.rstd, g = dy * weight[i][e];
+        dweight[i][e] += dy * xhat;
+        dbias[i][e] += dy;
+        sum[0] += g;
+        sum[1] += g * xhat;
+      }
+    }
+    if (need_dx) {
+      row_sum(sum);
+      const float mean_g = sum[0] * a.inverse_cols, mean_gx = sum[1] * a.inverse_cols;
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        float d[E];
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+          const float xhat = (s.x[i][e] - s.mean) * s.rstd, g = s.dout[i][e] * weight[i][e];
+          d[e] = s.rstd * (g - mean_g - xhat * mean_gx);
+        }
+        store_gradient<ADD>(a, d, dsummed[ADD ? i : 0], row < a.rows && column<E, V>(i) < cols, row, column<E, V>(i));
+      }
+    }
+    if constexpr (kPrefetch) s = next;
+    else s = fetch(row + step);
+  }
+
+  if (!a.partial) return;
+  float* block_dweight = a.partial + int64_t(blockIdx.x) * a.cols;
+  float* block_dbias = a.partial + (int64_t(gridDim.x) + blockIdx.x) * a.cols;
+  if (blockDim.y == 1) {
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      if (column<E, V>(i) >= cols) continue;
+      store_floats<E>(block_dweight + column<E, V>(i), dweight[i]);
+      store_floats<E>(block_dbias + column<E, V>(i), dbias[i]);
+    }
+    return;
+  }
+  FF_DYNAMIC_SHARED(float, total);  // (2, cols): the rows of the block, one after another
+  for (int y = 0; y < int(blockDim.y); y++) {
+    if (int(threadIdx.y) == y) {
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+          const int col = column<E, V>(i) + e;
+          if (col >= cols) continue;
+          total[col] = (y ? total[col] : 0.f) + dweight[i][e];
+          total[cols + col] = (y ? total[cols + col] : 0.f) + dbias[i][e];
+        }
+      }
+    }
+    __syncthreads();
+  }
+  for (int col = threadIdx.y * blockDim.x + threadIdx.x; col < cols; col += blockDim.x * blockDim.y) {
+    block_dweight[col] = total[col];
+    block_dbias[col] = total[cols + col];
+  }
+}
+
+// One block per row at a time, any number of columns; the blocks' sums live in the workspace throughout.
+template <bool ADD, class T, class P, int E>
+__global__ void __launch_bounds__(kBackwardThreads) norm_backward_long(const NormBackward<T, P> a) {
+  FF_SHARED(float, partial, [2][32][2]);
+  RowSum<2> row_sum(partial);
+  const int64_t step = int64_t(blockDim.x) * E;
+  float* block_dweight = a.partial + int64_t(blockIdx.x) * a.cols;
+  float* block_dbias = a.partial + (int64_t(gridDim.x) + blockIdx.x) * a.cols;
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+    const float mean = __ldg(a.mean + row), rstd = __ldg(a.rstd + row);
+    const T *x_row = a.x + row * a.x_stride, *dout_row = a.dout + row * a.dout_stride;
+    float sum[2] = {0, 0};
+    for (int64_t col = threadIdx.x * E; col < a.cols; col += step) {
+      const Pack<T, E> x = load<T, E>(x_row + col), dout = load<T, E>(dout_row + col);
+      const Pack<P, E> weight = load_weight<P, E>(a.weight, col, true);
+#pragma unroll
+      for (int e = 0; e < E; e++) {
+        const float g = dout[e] * weight[e];
+        sum[0] += g;
+        sum[1] += g * (x[e] - mean) * rstd;
+      }
+    }
+    row_sum(sum);
+    const float mean_g = sum[0] * a.inverse_cols, mean_gx = sum[1] * a.inverse_cols;
+
+    for (int64_t begin = 0; begin < a.cols; begin += step) {
+      const int64_t col = begin + threadIdx.x * E;
+      const bool inside = col < a.cols;
+      const Pack<T, E> x = inside ? load_streaming<T, E>(x_row + col) : zero_pack<T, E>();
+      const Pack<T, E> dout = inside ? load_streaming<T, E>(dout_row + col) : zero_pack<T, E>();
+      Pack<T, E> dsummed = zero_pack<T, E>();
+      if (ADD && a.dsummed && inside) dsummed = load_streaming<T, E>(a.dsummed + row * a.dsummed_stride + col);
+      const Pack<P, E> weight = load_weight<P, E>(a.weight, col, inside);
+      float d[E], dweight[E], dbias[E];
+#pragma unroll
+      for (int e = 0; e < E; e++) {
+        const float xhat = (x[e] - mean) * rstd;
+        d[e] = rstd * (dout[e] * weight[e] - mean_g - xhat * mean_gx);
+        dweight[e] = dout[e] * xhat;
+        dbias[e] = dout[e];
+      }
+      if (ADD || a.dx) store_gradient<ADD>(a, d, dsummed, inside, row, col);
+      if (!a.partial || !inside) continue;
+      if (row != blockIdx.x) {  // not this block's first row
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+          dweight[e] += block_dweight[col + e];
+          dbias[e] += block_dbias[col + e];
+        }
+      }
+      store_floats<E>(block_dweight + col, dweight);
+      store_floats<E>(block_dbias + col, dbias);
+    }
+  }
+}
+
+// Sums the blocks' partial gradients: grid.y = 0 for dweight, 1 for dbias; a block has 32 columns.
+constexpr int kSumRows = 16;
+template <class P>
+__global__ void __launch_bounds__(32 * kSumRows)
+    sum_partial_gradients(const float* partial, int blocks, int64_t cols, P* dweight, P* dbias) {
+  FF_SHARED(float, sums, [kSumRows][32]);
+  P* out = blockIdx.y == 0 ? dweight : dbias;
+  const int64_t col = int64_t(blockIdx.x) * 32 + threadIdx.x;
+  float sum = 0;
+  if (out && col < cols) {
+    const float* p = partial + int64_t(blockIdx.y) * blocks * cols + col;
+    for (int b = threadIdx.y; b < blocks; b += kSumRows) sum += p[b * cols];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && out && col < cols) {
+    for (int y = 1; y < kSumRows; y++) sum += sums[y][threadIdx.x];
+    out[col] = from_float<P>(sum);
+  }
+}
+
+// ---- launching -------------------------------------------------------------------------------------------------------
+// At most 32 bytes of a row in one thread's registers, beside their two float32 sums and the next row.
+constexpr RowPlan kBackwardPlans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},   {64, 32, 2},
+                                      {128, 64, 2}, {256, 128, 2}, {512, 256, 2}, {1024, 512, 2}};
+constexpr RowPlan kBackwardScalarPlans[] = {{256, 32, 8}, {512, 64, 8}, {1024, 128, 8}, {2048, 256, 8}, {4096, 512, 8}};
+
+// Blocks whose sums the workspace must hold, for any alignment of the data.
+inline int64_t max_backward_blocks(int64_t rows) {
+  const int64_t count = multiprocessors();
+  return rows < count ? rows : count;
+}
+inline size_t backward_workspace(int64_t rows, int64_t cols) {
+  return rows <= 0 || cols <= 0 ? 0 : size_t(max_backward_blocks(rows)) * size_t(cols) * 2 * sizeof(float);
+}
+
+template <bool ADD, class T, class P, int E>
+int launch_norm_backward(const char* name, const NormBackward<T, P>& a, int64_t& blocks, void* stream) {
+  const RowPlan* plan = E == 1 ? choose_plan(kBackwardScalarPlans, a.cols) : choose_plan(kBackwardPlans, a.cols / E);
+  blocks = max_backward_blocks(a.rows);
+  if (!plan)
+    return launch(name, norm_backward_long<ADD, T, P, E>, grid_of(blocks), kBackwardThreads, 0, stream, a);
+  const int rows_per_block = kBackwardThreads / plan->threads;
+  const int64_t needed = (a.rows + rows_per_block - 1) / rows_per_block;
+  blocks = needed < blocks ? needed : blocks;
+  const dim3 grid = grid_of(blocks), block(plan->threads, rows_per_block);
+  const size_t shared = rows_per_block > 1 ? size_t(a.cols) * 2 * sizeof(float) : 0;
+  if constexpr (E == 1) return launch(name, norm_backward<ADD, T, P, 1, 8>, grid, block, shared, stream, a);
+  else if (plan->per_thread == 1) return launch(name, norm_backward<ADD, T, P, E, 1>, grid, block, shared, stream, a);
+  else return launch(name, norm_backward<ADD, T, P, E, 2>, grid, block, shared, stream, a);
+}
+
+// `vector`: every row and parameter can be read 16 bytes at a time.
+template <bool ADD, class T, class P>
+int run_norm_backward(const char* name, const NormBackward<T, P>& a, bool vector, void* stream) {
+  FF_REQUIRE(multiprocessors() > 0 || a.rows == 0, "%s: the device does not tell its number of multiprocessors", name);
+  int64_t blocks = 0;
+  if (a.rows > 0 && (ADD || a.dx || a.partial)) {
+    const int status = vector ? launch_norm_backward<ADD, T, P, kVector<T>>(name, a, blocks, stream)
+                              : launch_norm_backward<ADD, T, P, 1>(name, a, blocks, stream);
+    if (status != FF_OK) return status;
+  }
+  if (!a.dweight && !a.dbias) return FF_OK;
+  return launch(name, sum_partial_gradients<P>, dim3(unsigned((a.cols + 31) / 32), 2), dim3(32, kSumRows), 0, stream,
+                static_cast<const float*>(a.partial), int(blocks), a.cols, a.dweight, a.dbias);
+}
+
+}  // namespace ff

@@ -1,0 +1,239 @@
+/* fastformer: the public C interface of every kernel.
+ *
+ * One struct of arguments and one function per kernel and device; nothing here needs torch or Python.
+ *
+ *     ff_cpu_layer_norm_forward(&args, NULL)          host memory
+ *     ff_cuda_layer_norm_forward(&args, stream)       device memory; enqueued on the cudaStream_t, never synchronised
+ *
+ * Rules that hold for all of them
+ *   - Zero-initialise the struct, then set the fields the operation uses (C: `ff_layer_norm_args a = {.x = x, ...};`).
+ *     Fields are only ever appended, so code written against an older header keeps working after a rebuild.
+ *   - Returns an ff_status. Arguments are checked before anything is written; ff_last_error() has the message (per thread).
+ *   - A kernel allocates nothing. Where `workspace` is listed, ff_<device>_<op>_workspace(&args) gives its size in bytes.
+ *   - Strides and sizes count elements, not bytes. The last dimension is always contiguous.
+ *   - "acc" is float for FF_FLOAT32, FF_BFLOAT16 and FF_FLOAT16 data, double for FF_FLOAT64 (CPU only).
+ *   - A pointer marked "or NULL" switches its feature off.
+ */
+#ifndef FASTFORMER_H
+#define FASTFORMER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FF_API __declspec(dllexport)
+#else
+#define FF_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum ff_status {
+  FF_OK = 0,
+  FF_INVALID_ARGUMENT = 1, /* a field is missing, out of range or inconsistent */
+  FF_UNSUPPORTED = 2,      /* valid, but this kernel does not cover it (dtype, head_dim, ...) */
+  FF_DEVICE_ERROR = 3      /* the CUDA runtime reported an error */
+} ff_status;
+
+typedef enum ff_dtype { FF_FLOAT32 = 0, FF_BFLOAT16 = 1, FF_FLOAT16 = 2, FF_FLOAT64 = 3 } ff_dtype;
+
+/* Message of the last call on this thread that did not return FF_OK. Valid until the next call on this thread. */
+FF_API const char* ff_last_error(void);
+/* The instruction set the CPU kernels use: "generic", "avx2" or "avx512". FASTFORMER_CPU_ISA overrides the detection. */
+FF_API const char* ff_cpu_isa(void);
+/* Selects an instruction set by name; FF_UNSUPPORTED where this machine cannot run it. Not thread-safe. */
+FF_API int ff_cpu_set_isa(const char* name);
+
+/* Declare the function of one kernel on one device ("cpu" ignores the stream), and the size of its workspace. */
+#define FF_KERNEL(device, name, args_type) FF_API int ff_##device##_##name(const args_type* a, void* stream)
+#define FF_WORKSPACE(device, name, args_type) FF_API size_t ff_##device##_##name##_workspace(const args_type* a)
+
+/* Dropout everywhere: element (row, col) is kept iff philox4x32_10(key = seed, counter = (c, row_lo, row_hi, 0))[w] >=
+ * dropout_p * 2^32, with c = (col / 32) * 8 + col % 8 and w = (col / 8) % 4: eight counters give 32 neighbouring columns,
+ * so a vector unit needs no shuffle. Kept values are scaled by 1 / (1 - dropout_p). The mask is a function of
+ * (seed, row, col) alone: the same in forward and backward, on every device, for every tiling. */
+
+/* ---- layer_norm ------------------------------------------------------------------------------------------------------
+ * out = (x - mean) * rstd * weight + bias over rows of `cols` elements, rstd = 1 / sqrt(var + eps), biased variance. */
+typedef struct ff_layer_norm_args {
+  ff_dtype dtype;          /* of x, out, dout, dx */
+  ff_dtype param_dtype;    /* of weight, bias, dweight, dbias: dtype, or FF_FLOAT32 beside half-precision data */
+  int64_t rows, cols;
+  int64_t x_stride;        /* between rows of x (out and dx are contiguous) */
+  int64_t dout_stride;     /* between rows of dout */
+  double eps;
+  const void* x;           /* (rows, cols) */
+  const void* weight;      /* (cols) or NULL = 1 */
+  const void* bias;        /* (cols) or NULL = 0 */
+  void* out;               /* forward: (rows, cols) */
+  void* mean;              /* (rows) acc, written by forward, read by backward */
+  void* rstd;              /* (rows) acc, likewise */
+  const void* dout;        /* backward: (rows, cols) */
+  void* dx;                /* backward: (rows, cols) or NULL */
+  void* dweight;           /* backward: (cols) or NULL */
+  void* dbias;             /* backward: (cols) or NULL */
+  void* workspace;         /* backward */
+} ff_layer_norm_args;
+FF_KERNEL(cpu, layer_norm_forward, ff_layer_norm_args);
+FF_KERNEL(cuda, layer_norm_forward, ff_layer_norm_args);
+FF_KERNEL(cpu, layer_norm_backward, ff_layer_norm_args);
+FF_KERNEL(cuda, layer_norm_backward, ff_layer_norm_args);
+FF_WORKSPACE(cpu, layer_norm_backward, ff_layer_norm_args);
+FF_WORKSPACE(cuda, layer_norm_backward, ff_layer_norm_args);
+
+/* ---- add_layer_norm --------------------------------------------------------------------------------------------------
+ * summed = residual + dropout(x);  out = layer_norm(summed). Backward takes the gradients of both outputs. */
+typedef struct ff_add_layer_norm_args {
+  ff_dtype dtype, param_dtype;
+  int64_t rows, cols;
+  int64_t x_stride, residual_stride;
+  int64_t dout_stride, dsummed_stride;
+  double eps;
+  double dropout_p;        /* 0 = no dropout */
+  uint64_t seed;
+  const void* x;           /* forward: (rows, cols) */
+  const void* residual;    /* forward: (rows, cols) */
+  const void* weight;      /* (cols) or NULL */
+  const void* bias;        /* (cols) or NULL */
+  void* out;               /* forward: (rows, cols) */
+  void* summed;            /* (rows, cols), written by forward, read by backward */
+  void* mean;              /* (rows) acc */
+  void* rstd;              /* (rows) acc */
+  const void* dout;        /* backward: (rows, cols) */
+  const void* dsummed;     /* backward: (rows, cols) or NULL = 0 */
+  void* dx;                /* backward: (rows, cols), or NULL (without dropout it equals dresidual) */
+  void* dresidual;         /* backward: (rows, cols) */
+  void* dweight;           /* backward: (cols) or NULL */
+  void* dbias;             /* backward: (cols) or NULL */
+  void* workspace;         /* backward */
+} ff_add_layer_norm_args;
+FF_KERNEL(cpu, add_layer_norm_forward, ff_add_layer_norm_args);
+FF_KERNEL(cuda, add_layer_norm_forward, ff_add_layer_norm_args);
+FF_KERNEL(cpu, add_layer_norm_backward, ff_add_layer_norm_args);
+FF_KERNEL(cuda, add_layer_norm_backward, ff_add_layer_norm_args);
+FF_WORKSPACE(cpu, add_layer_norm_backward, ff_add_layer_norm_args);
+FF_WORKSPACE(cuda, add_layer_norm_backward, ff_add_layer_norm_args);
+
+/* ---- softmax ---------------------------------------------------------------------------------------------------------
+ * out = softmax(scale * x) over rows, or its logarithm. A row of only -inf gives zeros (-inf for the logarithm). */
+typedef struct ff_softmax_args {
+  ff_dtype dtype;
+  int64_t rows, cols;
+  int64_t x_stride, dout_stride;
+  double scale;
+  int log;                 /* 1: log_softmax */
+  const void* x;           /* forward: (rows, cols) */
+  void* out;               /* (rows, cols), written by forward, read by backward */
+  const void* dout;        /* backward: (rows, cols) */
+  void* dx;                /* backward: (rows, cols) */
+} ff_softmax_args;
+FF_KERNEL(cpu, softmax_forward, ff_softmax_args);
+FF_KERNEL(cpu, softmax_backward, ff_softmax_args);
+
+/* ---- gelu ------------------------------------------------------------------------------------------------------------
+ * out = gelu(x + bias), the exact form x * Phi(x) or the tanh approximation; backward also reduces the bias gradient. */
+typedef struct ff_gelu_args {
+  ff_dtype dtype;
+  int64_t rows, cols;      /* without a bias: any factorisation of the element count */
+  int tanh;                /* 1: the tanh approximation */
+  const void* x;           /* (rows, cols) contiguous */
+  const void* bias;        /* (cols) or NULL */
+  void* out;               /* forward: (rows, cols) */
+  const void* dout;        /* backward: (rows, cols) contiguous */
+  void* dx;                /* backward: (rows, cols) */
+  void* dbias;             /* backward: (cols) or NULL */
+  void* workspace;         /* backward, with dbias */
+} ff_gelu_args;
+FF_KERNEL(cpu, gelu_forward, ff_gelu_args);
+FF_KERNEL(cpu, gelu_backward, ff_gelu_args);
+FF_WORKSPACE(cpu, gelu_backward, ff_gelu_args);
+
+/* ---- cross_entropy ---------------------------------------------------------------------------------------------------
+ * With z = logits, V = cols, s = label_smoothing and class weights w (1 where NULL):
+ * loss = (1 - s) * w[t] * (lse - z[t]) + s / V * sum_j w[j] * (lse - z[j]);  0 where target == ignore_index.
+ * A target outside [0, V) that is not ignore_index: FF_INVALID_ARGUMENT on the CPU before anything is written; a NaN
+ * loss and gradient row on a GPU, where looking first would cost a synchronisation. */
+typedef struct ff_cross_entropy_args {
+  ff_dtype dtype;          /* of logits, dlogits */
+  int64_t rows, cols;
+  int64_t logits_stride;
+  int64_t ignore_index;
+  double label_smoothing;
+  const void* logits;      /* (rows, cols) */
+  const int64_t* target;   /* (rows) */
+  const void* weight;      /* (cols) acc, or NULL */
+  void* loss;              /* forward: (rows) acc */
+  void* lse;               /* (rows) acc, log-sum-exp: written by forward, read by backward */
+  const void* dloss;       /* backward: (rows) acc, stride dloss_stride (0 broadcasts one value) */
+  int64_t dloss_stride;
+  void* dlogits;           /* backward: (rows, cols) */
+} ff_cross_entropy_args;
+FF_KERNEL(cpu, cross_entropy_forward, ff_cross_entropy_args);
+FF_KERNEL(cpu, cross_entropy_backward, ff_cross_entropy_args);
+
+/* ---- attention -------------------------------------------------------------------------------------------------------
+ * out = softmax(scale * q k^T + mask) v per batch and head, never holding the (Sq, Sk) matrix. Query head h reads
+ * key/value head h / (num_heads / num_kv_heads). Causal is aligned at the bottom right: query i sees keys j with
+ * j <= i + Sk - Sq. A query that sees no key gives zeros (lse = -inf). Strides are (batch, head, position). */
+typedef struct ff_attention_args {
+  ff_dtype dtype;
+  int64_t batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  double scale;
+  int causal;
+  const uint8_t* key_padding_mask; /* (batch, Sk), nonzero = ignored, or NULL */
+  int64_t key_padding_mask_stride; /* between batches */
+  const void* q;           /* (B, Hq, Sq, D) */
+  const void* k;           /* (B, Hkv, Sk, D) */
+  const void* v;           /* (B, Hkv, Sk, Dv) */
+  void* out;               /* (B, Hq, Sq, Dv), written by forward, read by backward */
+  void* lse;               /* (B, Hq, Sq) acc, contiguous: natural log-sum-exp of the scaled, masked scores */
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
+  const void* dout;        /* backward: (B, Hq, Sq, Dv) */
+  const void* dlse;        /* backward: (B, Hq, Sq) acc contiguous, gradient of lse, or NULL */
+  void* dq;                /* backward: (B, Hq, Sq, D) */
+  void* dk;                /* backward: (B, Hkv, Sk, D) */
+  void* dv;                /* backward: (B, Hkv, Sk, Dv) */
+  int64_t dout_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
+  void* workspace;         /* both directions */
+} ff_attention_args;
+FF_KERNEL(cpu, attention_forward, ff_attention_args);
+FF_KERNEL(cpu, attention_backward, ff_attention_args);
+FF_WORKSPACE(cpu, attention_forward, ff_attention_args);
+FF_WORKSPACE(cpu, attention_backward, ff_attention_args);
+
+/* ---- decoder_step ----------------------------------------------------------------------------------------------------
+ * One token through a whole pre-norm GPT-2 decoder with a key/value cache, for each of `batch` sequences: per layer
+ * x += proj(attention(ln_1(x)));  x += fc2(gelu(fc1(ln_2(x)))), then logits = ln_f(x) head^T. Generation at small batch
+ * reads every weight once per token; one call per token removes every per-layer dispatch. CPU only. */
+typedef struct ff_decoder_layer {
+  const void *ln1_weight, *ln1_bias;   /* (E) */
+  const void *qkv_weight, *qkv_bias;   /* (E, 3E) row-major = GPT-2's Conv1D layout, (3E) */
+  const void *proj_weight, *proj_bias; /* (E, E), (E) */
+  const void *ln2_weight, *ln2_bias;   /* (E) */
+  const void *fc1_weight, *fc1_bias;   /* (E, F), (F) */
+  const void *fc2_weight, *fc2_bias;   /* (F, E), (E) */
+  void *k_cache, *v_cache;             /* (batch, H, max_seqlen, E / H) */
+} ff_decoder_layer;
+typedef struct ff_decoder_step_args {
+  ff_dtype dtype;                      /* FF_FLOAT32 */
+  int64_t batch, num_layers, hidden_size, num_heads, intermediate_size, vocab_size, max_seqlen;
+  double eps;
+  int tanh;                            /* GELU form */
+  int64_t position;                    /* tokens already cached: the new one is written there */
+  const int64_t* cache_start;          /* (batch) first cached position a sequence may see (left padding), or NULL */
+  const void* x;                       /* (batch, E) token + position embedding */
+  const ff_decoder_layer* layers;      /* (num_layers) */
+  const void *ln_f_weight, *ln_f_bias; /* (E) */
+  const void* head_weight;             /* (V, E) */
+  void* logits;                        /* (batch, V) acc */
+  void* workspace;
+} ff_decoder_step_args;
+FF_KERNEL(cpu, decoder_step, ff_decoder_step_args);
+FF_WORKSPACE(cpu, decoder_step, ff_decoder_step_args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,72 @@
+"""Cross-entropy of class indices by csrc/cpu/cross_entropy.cpp; signatures as in backends/reference/cross_entropy.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from ._call import DTYPE, DTYPES, acc_dtype, empty, pointer
+
+FEATURES = frozenset({"weight", "label_smoothing"})
+__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
+
+
+def forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """logits (rows, cols), target (rows) int64, weight (cols) acc or None -> loss (rows) acc, lse (rows) acc.
+
+    Raises IndexError for a target outside [0, cols) that is not ``ignore_index``.
+    """
+    rows, cols = logits.shape
+    target = target.contiguous()
+    loss, lse = torch.empty(2, rows, dtype=acc_dtype(logits.dtype)).unbind()
+    try:
+        _C.cross_entropy_forward(
+            DTYPE[logits.dtype],
+            rows,
+            cols,
+            logits.stride(0),
+            ignore_index,
+            label_smoothing,
+            logits.data_ptr(),
+            target.data_ptr(),
+            pointer(weight),
+            loss.data_ptr(),
+            lse.data_ptr(),
+        )
+    except ValueError as error:
+        raise (IndexError(str(error)) if str(error).startswith("target") else error) from None
+    return loss, lse
+
+
+def backward(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """dloss (rows) acc (an expanded scalar is fine) -> dlogits (rows, cols) in the dtype of logits."""
+    rows, cols = logits.shape
+    target = target.contiguous()
+    dlogits = empty(rows, cols, logits.dtype)
+    _C.cross_entropy_backward(
+        DTYPE[logits.dtype],
+        rows,
+        cols,
+        logits.stride(0),
+        ignore_index,
+        label_smoothing,
+        logits.data_ptr(),
+        target.data_ptr(),
+        pointer(weight),
+        lse.data_ptr(),
+        dloss.data_ptr(),
+        dloss.stride(0),
+        dlogits.data_ptr(),
+    )
+    return dlogits

@@ -1,0 +1,77 @@
+"""Layer normalisation by csrc/cpu/layer_norm.cpp; signatures as in backends/reference/layer_norm.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from ._call import DTYPE, DTYPES, acc_dtype, pointer, workspace
+
+FEATURES: frozenset[str] = frozenset()
+__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
+
+
+def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x (rows, cols), weight and bias (cols) or None -> out (rows, cols), mean (rows), rstd (rows)."""
+    rows, cols = x.shape
+    out = torch.empty(rows, cols, dtype=x.dtype)
+    statistics = torch.empty(2, rows, dtype=acc_dtype(x.dtype))
+    mean, rstd = statistics.unbind()
+    parameter = weight if weight is not None else bias
+    code = DTYPE[x.dtype]
+    _C.layer_norm_forward(
+        code,
+        code if parameter is None else DTYPE[parameter.dtype],
+        rows,
+        cols,
+        x.stride(0),
+        eps,
+        x.data_ptr(),
+        pointer(weight),
+        pointer(bias),
+        out.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+    )
+    return out, mean, rstd
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    param_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dx in x's dtype, dweight and dbias in ``param_dtype``), None for those not needed."""
+    rows, cols = x.shape
+    code = DTYPE[x.dtype]
+    dx = torch.empty(rows, cols, dtype=x.dtype) if need_dx else None
+    dweight = torch.empty(cols, dtype=param_dtype) if need_dweight else None
+    dbias = torch.empty(cols, dtype=param_dtype) if need_dbias else None
+    scratch = None
+    if need_dweight or need_dbias:
+        scratch = workspace(_C.layer_norm_backward_workspace(code, rows, cols))
+    _C.layer_norm_backward(
+        code,
+        DTYPE[param_dtype],
+        rows,
+        cols,
+        x.stride(0),
+        dout.stride(0),
+        x.data_ptr(),
+        pointer(weight),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        dout.data_ptr(),
+        pointer(dx),
+        pointer(dweight),
+        pointer(dbias),
+        pointer(scratch),
+    )
+    return dx, dweight, dbias

@@ -1,0 +1,47 @@
+"""The dropout mask all backends share, in plain PyTorch.
+
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011) with key = seed and
+counter = (c, row_lo, row_hi, 0); column ``col`` of ``row`` reads word (col / 8) % 4 of counter c = (col / 32) * 8 + col % 8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    # 32 x 32 -> 64 bits in signed 64-bit arithmetic: split b so that no product exceeds 2^48.
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    total_low = low + ((high & 0xFFFF) << 16)
+    return ((high >> 16) + (total_low >> 32)) & _MASK, total_low & _MASK
+
+
+def random_bits(seed: int, rows: Tensor, cols: int) -> Tensor:
+    """32 random bits for each (row, column): an int64 tensor ``(len(rows), cols)`` of values in [0, 2^32)."""
+    col = torch.arange(cols, device=rows.device)
+    counter = (col // 32) * 8 + col % 8
+    word = (col // 8) % 4
+    c0 = counter.expand(len(rows), cols)
+    c1 = (rows & _MASK)[:, None].expand(len(rows), cols)
+    c2 = (rows >> 32)[:, None].expand(len(rows), cols)
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        h0, l0 = _mulhilo(c0, 0xD2511F53)
+        h1, l1 = _mulhilo(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.where(word == 0, c0, torch.where(word == 1, c1, torch.where(word == 2, c2, c3)))
+
+
+def dropout_scales(seed: int, rows: int, cols: int, p: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``(rows, cols)`` of 1 / (1 - p) where the element survives and 0 where it does not."""
+    if p >= 1:
+        return torch.zeros(rows, cols, device=device, dtype=dtype)
+    bits = random_bits(seed, torch.arange(rows, device=device), cols)
+    # Like the kernels: the scale is rounded to float32 first, so all backends multiply by the same number.
+    scale = torch.tensor(1 / (1 - p), dtype=torch.float32).item()
+    return (bits >= min(int(p * 2**32), _MASK)).to(dtype) * scale

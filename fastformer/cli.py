@@ -1,0 +1,213 @@
+"""The ``fastformer`` command: ``fastformer <verb> --section.key value``.
+
+Each verb is a function of its arguments that imports what it needs when it runs. Options are the fields of a dataclass,
+their help text the docstrings (tyro). Exit status: 0, 1 when the job failed, 2 for arguments that make no sense.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .extras import MissingPackageError, require
+from .version import __version__
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write text with a trained model."""
+
+    model: str = "runs/demo"
+    """A checkpoint directory, or a run that holds one."""
+    prompt: str = "\n"
+    """Text to continue."""
+    max_new_tokens: int = 200
+    """Tokens to write; the context may be shorter."""
+    temperature: float = 0.8
+    """Below 1 is bolder about likely tokens, above 1 about unlikely ones; 0 always takes the likeliest."""
+    top_k: int = 40
+    """Draw among the k likeliest tokens; 0 for all."""
+    seed: int | None = None
+    """The same seed writes the same text; without one it is new each time."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:1 …"""
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """Train a small GPT on Shakespeare for three minutes, write with it, compare it with torch.nn."""
+    from .demo import DemoConfig, run
+
+    run(parse(DemoConfig, arguments, "demo"))
+    return 0
+
+
+def pretrain(arguments: Sequence[str]) -> int:
+    """Train a GPT-2 on your text."""
+    from .training.config import TrainConfig, load_config
+
+    path, rest = _take_config(arguments)
+    default = load_config(path, TrainConfig) if path else TrainConfig()
+    epilogue = "--config FILE.yaml reads the same sections and keys from a file; flags override it."
+    config = parse(TrainConfig, rest, "pretrain", default=default, description=f"Train a GPT-2 on text. {epilogue}")
+    from .training.pretrain import pretrain as train
+
+    train(config)
+    return 0
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """Write text with a trained model, shown as it is made."""
+    config = parse(GenerateConfig, arguments, "generate")
+    from .data import load_tokenizer
+    from .models import from_pretrained
+    from .training.checkpoint import find_checkpoint
+    from .training.config import resolve_device
+    from .writing import write
+
+    checkpoint = find_checkpoint(config.model)
+    device = resolve_device(config.device)
+    tokenizer = load_tokenizer(checkpoint)
+    model = from_pretrained(checkpoint, device=device)
+    say(config.prompt)
+    written = write(
+        model,
+        tokenizer,
+        config.prompt,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=config.seed,
+        emit=say,
+    )
+    speed = f"{written.tokens / written.seconds:,.0f} tokens/s on {device}"
+    print(f"\n[{written.tokens} tokens in {written.seconds:.1f} s, {speed}]", file=sys.stderr)
+    return 0
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Say what this machine has, which kernels were built, and which of them run."""
+    _no_arguments("doctor", arguments)
+    from .doctor import report
+
+    print(report())
+    return 0
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Measure every operation beside PyTorch (from a checkout of the repository)."""
+    repository = Path(__file__).resolve().parent.parent
+    if not (repository / "benchmarks" / "__main__.py").is_file():
+        raise FileNotFoundError(
+            f"bench: there is no benchmarks/ in {repository}; the benchmarks come with the repository, not with the "
+            "installed package. In a checkout: make bench"
+        )
+    return subprocess.call([sys.executable, "-m", "benchmarks", *arguments], cwd=repository)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": demo,
+    "pretrain": pretrain,
+    "generate": generate,
+    "bench": bench,
+    "doctor": doctor,
+}
+
+EXAMPLES = """\
+examples:
+  fastformer demo
+  fastformer demo --minutes 10 --tokenizer bpe --out runs/longer
+  fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
+  fastformer pretrain --config run.yaml --run.resume
+  fastformer generate --model runs/demo --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 40 --seed 0
+"""
+
+
+def usage() -> str:
+    """The text of ``fastformer --help``."""
+    verbs = "\n".join(f"  {name:10s}{function.__doc__}" for name, function in VERBS.items())
+    return f"""\
+fastformer {__version__}: transformer layers as fused kernels, and what trains and samples a model with them
+
+usage: fastformer VERB [options]
+       fastformer VERB --help
+
+{verbs}
+
+{EXAMPLES}
+FASTFORMER_BACKEND=cuda|triton|cpu|reference chooses the kernels.
+FASTFORMER_TRACEBACK=1 shows where an error came from."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"fastformer {__version__}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        print(f"fastformer: there is no {verb!r}.{hint} Verbs: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[verb](rest)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, MissingPackageError, RuntimeError) as error:
+        if os.environ.get("FASTFORMER_TRACEBACK"):
+            raise
+        print(f"fastformer {verb}: {error}", file=sys.stderr)
+        if not isinstance(error, (ValueError, OSError, MissingPackageError)):
+            print("(FASTFORMER_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+
+
+def parse(cls: type[Config], arguments: Sequence[str], verb: str, **settings: Any) -> Config:
+    """An instance of the dataclass ``cls`` from flags; help, or a message that names the nearest flag, and exit."""
+    tyro = require("tyro", f"fastformer {verb}")
+    return tyro.cli(cls, args=list(arguments), prog=f"fastformer {verb}", **settings)
+
+
+def say(piece: str) -> None:
+    """Prints text as it is made."""
+    print(piece, end="", flush=True)
+
+
+def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Splits ``--config FILE`` or ``--config=FILE`` off."""
+    rest, path = [], None
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == "--config":
+            path = next(pending, None)
+            if path is None:
+                raise ValueError("--config: needs the name of a YAML file")
+        elif argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return path, rest
+
+
+def _no_arguments(verb: str, arguments: Sequence[str]) -> None:
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(f"usage: fastformer {verb}\n\n{VERBS[verb].__doc__}")
+        raise SystemExit(0)
+    if arguments:
+        raise ValueError(f"takes no arguments; got {' '.join(arguments)}")

@@ -1,0 +1,176 @@
+"""Windows of tokens, shuffled, the same for the same seed, and resumable to the exact window.
+
+One epoch cuts the token stream into windows of ``block_size`` from a random offset and visits them in a random order:
+but for the ends, shorter than two windows, every token is seen once before any is seen twice.
+Window ``n`` of a run is a pure function of (seed, n), so the whole state of the sampler is the number of windows given
+out, and a resumed run continues with the very next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .corpora import Corpus, Document
+from .tokenizers import Tokenizer
+
+
+class Batch(NamedTuple):
+    """inputs (B, T) int64, targets (B, T) int64: ``targets[:, t]`` follows ``inputs[:, t]``; -100 is not scored."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On ``device``; from pinned memory the copy to a GPU does not wait."""
+        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+
+
+def split_documents(
+    corpus: Corpus, validation_fraction: float = 0.1
+) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+    """Train and validation parts that share no document.
+
+    With ten documents or more, whole documents are held out, evenly spaced through the corpus; with fewer, the end of
+    each document is.
+
+    Args:
+        corpus: what to split.
+        validation_fraction: share of the characters to hold out, about, in (0, 1).
+
+    Returns:
+        (train, validation), in reading order.
+    """
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction: got {validation_fraction}, expected a number between 0 and 1")
+    documents = corpus.documents
+    if len(documents) < 10:
+        train, held_out = [], []
+        for document in documents:
+            cut = int(len(document.text) * (1.0 - validation_fraction))
+            train.append(Document(document.name, document.text[:cut]))
+            held_out.append(Document(document.name, document.text[cut:]))
+        return tuple(train), tuple(held_out)
+    # A document is held out when the characters held out so far fall behind the share asked for of those passed.
+    train, held_out, passed, held = [], [], 0, 0
+    for document in documents:
+        passed += len(document.text)
+        if held + len(document.text) / 2 <= validation_fraction * passed and passed < len(corpus):
+            held_out.append(document)
+            held += len(document.text)
+        else:
+            train.append(document)
+    if not held_out:
+        held_out.append(train.pop())
+    return tuple(train), tuple(held_out)
+
+
+def encode_documents(tokenizer: Tokenizer, documents: tuple[Document, ...]) -> Tensor:
+    """All documents as one stream of int32 ids, the tokenizer's end-of-text token (where it has one) after each."""
+    ids: list[int] = []
+    for document in documents:
+        ids.extend(tokenizer.encode(document.text))
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+class Windows:
+    """Training batches without end: iterate, or call :meth:`next_batch`.
+
+    Args:
+        tokens: (N,) integer ids.
+        block_size: T, the length of a window.
+        batch_size: B, windows a batch.
+        seed: fixes offsets and order.
+
+    Raises:
+        ValueError: fewer tokens than one window, or a size below one; the message names it.
+    """
+
+    def __init__(self, tokens: Tensor, block_size: int, batch_size: int, *, seed: int = 0) -> None:
+        _check_windows(tokens, block_size, batch_size)
+        self.tokens = tokens
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.position = 0  # windows given out
+        # One offset less than a window is left for the random start; the last window needs its target.
+        self.windows_per_epoch = max(1, (tokens.numel() - 1) // block_size - 1)
+        self._slack = tokens.numel() - 1 - self.windows_per_epoch * block_size
+        self._epoch = -1
+        self._starts = torch.empty(0, dtype=torch.int64)
+
+    def _start(self, epoch: int) -> Tensor:
+        """Where the windows of an epoch begin, in the order they are visited: (windows_per_epoch,) int64."""
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            offset = int(torch.randint(self._slack + 1, (), generator=generator))
+            order = torch.randperm(self.windows_per_epoch, generator=generator)
+            self._epoch, self._starts = epoch, order * self.block_size + offset
+        return self._starts
+
+    def next_batch(self) -> Batch:
+        """The next (B, T) inputs and targets."""
+        starts = []
+        for index in range(self.position, self.position + self.batch_size):
+            epoch, place = divmod(index, self.windows_per_epoch)
+            starts.append(self._start(epoch)[place])
+        self.position += self.batch_size
+        return _gather(self.tokens, torch.stack(starts), self.block_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.next_batch()
+
+    def state_dict(self) -> dict[str, int]:
+        """All that a resumed run needs, besides the same tokens."""
+        return {
+            "seed": self.seed,
+            "position": self.position,
+            "block_size": self.block_size,
+            "tokens": self.tokens.numel(),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues where ``state`` was taken.
+
+        Raises:
+            ValueError: the tokens or the block size are not those of the saved run.
+        """
+        for name, mine in (("tokens", self.tokens.numel()), ("block_size", self.block_size)):
+            if state[name] != mine:
+                raise ValueError(f"cannot resume: the saved run had {name} = {state[name]}, this one has {mine}")
+        self.seed, self.position, self._epoch = state["seed"], state["position"], -1
+
+
+def evaluation_batches(
+    tokens: Tensor, block_size: int, batch_size: int, max_windows: int | None = None
+) -> Iterator[Batch]:
+    """Windows that do not overlap, the same at every call: evenly spaced when ``max_windows`` is fewer than there are.
+
+    The last batch may be smaller than ``batch_size``.
+    """
+    _check_windows(tokens, block_size, batch_size)
+    available = (tokens.numel() - 1) // block_size
+    count = available if max_windows is None else max(1, min(max_windows, available))
+    starts = torch.arange(count, dtype=torch.int64) * available // count * block_size
+    for chunk in starts.split(batch_size):
+        yield _gather(tokens, chunk, block_size)
+
+
+def _gather(tokens: Tensor, starts: Tensor, block_size: int) -> Batch:
+    windows = tokens[starts[:, None] + torch.arange(block_size + 1)].long()
+    return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+
+def _check_windows(tokens: Tensor, block_size: int, batch_size: int) -> None:
+    if block_size < 1 or batch_size < 1:
+        raise ValueError(f"block_size and batch_size: got {block_size} and {batch_size}, expected at least 1")
+    if tokens.dim() != 1 or tokens.numel() < block_size + 1:
+        raise ValueError(
+            f"tokens: got {tuple(tokens.shape)}, expected one dimension of at least block_size + 1 = {block_size + 1}"
+        )

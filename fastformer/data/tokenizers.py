@@ -1,0 +1,248 @@
+"""Text to integers and back.
+
+Every tokenizer has the same small surface (:class:`Tokenizer`): ``vocab_size``, ``eos_token_id``, ``encode``,
+``decode``, ``save(directory)``. :func:`load_tokenizer` reads whichever one a directory holds, so a checkpoint carries
+its tokenizer beside its weights.
+
+* :class:`CharTokenizer`: one token per character, no training, no dependency: what a small model learns words from in
+  minutes.
+* :class:`BPETokenizer`: byte-level byte-pair encoding (GPT-2's scheme), trained by the ``tokenizers`` package and saved
+  as ``tokenizer.json``, which ``transformers`` reads too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ..extras import require
+
+CHARACTERS_FILE = "characters.json"
+BPE_FILE = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+KINDS = ("char", "bpe")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What training and generation need from a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens; ids are 0 … vocab_size - 1."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Token that ends a document, or None where there is none."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids."""
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the tokenizer into ``directory`` and returns the file."""
+
+
+class CharTokenizer:
+    """One token per character.
+
+    Args:
+        characters: the vocabulary, in the order of the ids; no character twice.
+        unknown: a character of the vocabulary that stands in for any other; None makes an unknown character an error.
+
+    Raises:
+        ValueError: empty or repeated characters, or ``unknown`` outside the vocabulary.
+    """
+
+    eos_token_id = None
+
+    def __init__(self, characters: Sequence[str], unknown: str | None = None) -> None:
+        self.characters = tuple(characters)
+        self._ids = {character: index for index, character in enumerate(self.characters)}
+        if not self.characters or len(self._ids) != len(self.characters):
+            raise ValueError(f"characters: expected different characters, at least one; got {len(self.characters)}")
+        if any(len(character) != 1 for character in self.characters):
+            raise ValueError("characters: every entry must be a single character")
+        if unknown is not None and unknown not in self._ids:
+            raise ValueError(f"unknown: {unknown!r} is not one of the {len(self.characters)} characters")
+        self.unknown = unknown
+
+    @classmethod
+    def from_text(cls, text: str, unknown: str | None = None) -> CharTokenizer:
+        """The vocabulary of ``text``, sorted."""
+        return cls(sorted(set(text)), unknown)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the characters; ValueError names the first character outside the vocabulary and where it stands."""
+        ids = self._ids
+        try:
+            return [ids[character] for character in text]
+        except KeyError as error:
+            if self.unknown is not None:
+                substitute = ids[self.unknown]
+                return [ids.get(character, substitute) for character in text]
+            character = error.args[0]
+            raise ValueError(
+                f"text: character {character!r} (U+{ord(character):04X}) at position {text.index(character)} is not in "
+                f"the tokenizer's {self.vocab_size} characters: {''.join(self.characters)!r}"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        characters = self.characters
+        return "".join([characters[index] for index in ids])
+
+    def save(self, directory: str | Path) -> Path:
+        path = Path(directory, CHARACTERS_FILE)
+        content = {"kind": "char", "characters": list(self.characters), "unknown": self.unknown}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> CharTokenizer:
+        """Reads what :meth:`save` wrote (the file, or the directory it is in)."""
+        path = Path(path)
+        path = path / CHARACTERS_FILE if path.is_dir() else path
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("kind") != "char" or "characters" not in content:
+            raise ValueError(f"{path} is not a character tokenizer")
+        return cls(content["characters"], content.get("unknown"))
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding; any text can be encoded, and decoding gives the same text back.
+
+    Args:
+        tokenizer: a ``tokenizers.Tokenizer``.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 1024) -> BPETokenizer:
+        """Learns merges from ``texts`` until there are ``vocab_size`` tokens (256 bytes and the end of text included).
+
+        Raises:
+            ValueError: ``vocab_size`` below 257.
+        """
+        if vocab_size < 257:
+            raise ValueError(f"vocab_size: got {vocab_size}, expected at least 257 (256 bytes and {END_OF_TEXT})")
+        tokenizers = _tokenizers()
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+
+    def save(self, directory: str | Path) -> Path:
+        path = Path(directory, BPE_FILE)
+        self._tokenizer.save(str(path))
+        # What AutoTokenizer.from_pretrained looks for beside it.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+        Path(directory, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> BPETokenizer:
+        """Reads a ``tokenizer.json`` (the file, or the directory it is in)."""
+        path = Path(path)
+        path = path / BPE_FILE if path.is_dir() else path
+        return cls(_tokenizers().Tokenizer.from_file(str(path)))
+
+
+def _tokenizers():
+    for part in ("decoders", "models", "pre_tokenizers", "trainers"):
+        require(f"tokenizers.{part}", "byte-pair encoding")
+    return require("tokenizers", "byte-pair encoding")
+
+
+def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int = 1024) -> Tokenizer:
+    """A new tokenizer for ``texts``.
+
+    Args:
+        kind: ``"char"`` or ``"bpe"``.
+        texts: one string a document.
+        vocab_size: number of tokens for ``"bpe"``; characters need none.
+    """
+    if kind == "char":
+        return CharTokenizer(sorted(set().union(*texts)))
+    if kind == "bpe":
+        return BPETokenizer.train(texts, vocab_size)
+    raise ValueError(f"tokenizer: got {kind!r}, expected one of {', '.join(KINDS)}, or a directory that holds one")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer saved in a directory (such as a checkpoint), whichever kind it is.
+
+    Raises:
+        FileNotFoundError: there is none; the message names the files looked for.
+    """
+    directory = Path(path)
+    if directory.is_dir() and (directory / CHARACTERS_FILE).is_file():
+        return CharTokenizer.load(directory)
+    if directory.is_dir() and (directory / BPE_FILE).is_file():
+        return BPETokenizer.load(directory)
+    if directory.is_file():
+        return CharTokenizer.load(directory) if directory.name == CHARACTERS_FILE else BPETokenizer.load(directory)
+    raise FileNotFoundError(f"no tokenizer in {directory}: looked for {CHARACTERS_FILE} and {BPE_FILE}")
+
+
+class IncrementalDecoder:
+    """Text of a growing sequence of tokens, piece by piece.
+
+    A byte-level token may end inside a UTF-8 character; such bytes are held back until the character is whole.
+    """
+
+    HORIZON = 16  # tokens decoded again at each push: more than any character is long
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that ``ids`` add to what was returned before."""
+        self._ids.extend(int(index) for index in ids)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        new = text[len(self._shown) :]
+        if len(self._ids) > self.HORIZON:
+            self._ids, self._shown = [], ""
+        else:
+            self._shown = text
+        return new
+
+    def flush(self) -> str:
+        """What is still held back."""
+        text = self._tokenizer.decode(self._ids)[len(self._shown) :]
+        self._ids, self._shown = [], ""
+        return text

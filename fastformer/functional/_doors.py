@@ -1,0 +1,62 @@
+"""The two ways into a kernel.
+
+Eager calls go straight to a backend function, through one thin ``autograd.Function`` where a gradient is needed: an
+operator registered in Python costs several microseconds a call, more than a small kernel. Everything that must *see* an
+operation rather than run it (``torch.compile``, ``torch.export``, fake tensors, dispatch modes, ``torch.func``) gets
+``torch.ops.fastformer.<op>`` instead, defined here from the same forward and backward functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_library = torch.library.Library("fastformer", "DEF")
+operators: list[str] = []
+
+
+def through_operator(*tensors: Tensor | None) -> bool:
+    """Whether this call has to go through the registered operator."""
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return True
+    return any(t is not None and type(t) not in _PLAIN for t in tensors)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record this call."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:  # a loop, not any(): this runs on every eager call
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def register(schema: str, implementation: Callable, fake: Callable, *, mutates: bool = False) -> Callable:
+    """Defines ``fastformer::<schema>`` with one implementation for CPU and CUDA and a shape-only one.
+
+    Returns the operator (``torch.ops.fastformer.<name>.default``).
+    """
+    name = schema.split("(", 1)[0]
+    tags = () if mutates else (torch.Tag.pt2_compliant_tag,)
+    _library.define(schema, tags=tags)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"fastformer::{name}", fake, lib=_library)
+    operators.append(name)
+    return getattr(torch.ops.fastformer, name).default
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Gives the operator ``fastformer::<name>`` its derivative, itself made of registered operators."""
+    torch.library.register_autograd(f"fastformer::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def new_seed() -> Tensor:
+    """A dropout seed from torch's CPU generator: reproducible by ``torch.manual_seed``, no device synchronisation."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)

@@ -1,0 +1,192 @@
+"""Cross-entropy between logits and class indices (or class probabilities).
+
+Per row, with lse = logsumexp(z):  loss = lse - z[target], plus class weights and label smoothing (formula in
+csrc/include/fastformer.h). The kernel reads the logits once forward and once backward and stores one number per row:
+the (rows, classes) table of log-probabilities that PyTorch keeps is never made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import registry
+from . import _checks
+from ._doors import needs_grad, register, register_autograd, through_operator
+from .softmax import log_softmax
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Same arguments and result as ``torch.nn.functional.cross_entropy``.
+
+    Args:
+        input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``; float32, bfloat16, float16 or (CPU) float64.
+        target: int64 class indices, input's shape without C, or probabilities of input's shape and dtype.
+        weight: ``(C)`` weight of each class, or None.
+        size_average, reduce: deprecated by torch, honoured.
+        ignore_index: indices equal to it contribute neither loss nor gradient.
+        reduction: "mean" (over the weights of the targets that count), "sum" or "none".
+        label_smoothing: in [0, 1], mass moved from the target to all classes alike.
+
+    Returns:
+        A scalar, or with reduction "none" the shape of the indices, in input's dtype. "mean" over no counted target is
+        NaN, as in torch.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, naming the argument.
+        IndexError: an index outside [0, C) that is not ``ignore_index`` (on a GPU: NaN instead, to avoid waiting).
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    _check(input, target, weight, reduction, label_smoothing)
+    class_dim = 0 if input.dim() == 1 else 1
+    if target.is_floating_point():
+        return _probabilities(input, target, weight, reduction, label_smoothing, class_dim)
+
+    classes = input.shape[class_dim]
+    logits = input if input.dim() <= 2 else input.movedim(1, -1)
+    logits = _checks.as_rows(logits, classes)
+    flat = target.reshape(-1)
+    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    class_weight = None if weight is None else weight.detach().to(acc).contiguous()
+    smoothing = float(label_smoothing)
+    if through_operator(logits, flat, class_weight):
+        loss = torch.ops.fastformer.cross_entropy(logits, flat, class_weight, ignore_index, smoothing)[0]
+    elif needs_grad(logits):
+        loss = _CrossEntropy.apply(logits, flat, class_weight, ignore_index, smoothing)
+    else:
+        loss = _forward(logits, flat, class_weight, ignore_index, smoothing)[0]
+    if reduction == "none":
+        return loss.view(target.shape).to(input.dtype)
+    loss = loss.sum()
+    if reduction == "mean":
+        counted = flat != ignore_index
+        total = counted.sum() if class_weight is None else (class_weight[flat.where(counted, 0)] * counted).sum()
+        loss = loss / total
+    return loss.to(input.dtype)
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
+    _checks.tensor("input", input)
+    _checks.choice("reduction", reduction, _REDUCTIONS)
+    _checks.probability("label_smoothing", label_smoothing)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
+    if input.dim() == 0:
+        raise ValueError("input: expected (C), (N, C) or (N, C, d1, ...), got a scalar")
+    _checks.same_device("target", target, "input", input)
+    shape = tuple(input.shape)
+    if target.is_floating_point():
+        if tuple(target.shape) != shape:
+            raise ValueError(f"target: probabilities of shape {tuple(target.shape)} are not input's {shape}")
+    else:
+        if target.dtype != torch.int64:
+            raise TypeError(f"target: dtype {target.dtype} is not int64 (indices) or floating point (probabilities)")
+        expected = shape[1:] if len(shape) == 1 else (shape[0], *shape[2:])
+        if tuple(target.shape) != expected:
+            raise ValueError(f"target: indices of shape {tuple(target.shape)} are not {expected}")
+    classes = shape[0] if len(shape) == 1 else shape[1]
+    if weight is not None:
+        _checks.tensor("weight", weight)
+        _checks.same_device("weight", weight, "input", input)
+        if tuple(weight.shape) != (classes,):
+            raise ValueError(f"weight: shape {tuple(weight.shape)} is not ({classes},)")
+
+
+def _probabilities(input, target, weight, reduction, label_smoothing, class_dim):
+    # Soft targets need every class of every row anyway; the gradient through log_softmax is already one fused pass.
+    classes = input.shape[class_dim]
+    if label_smoothing > 0:
+        target = target * (1 - label_smoothing) + label_smoothing / classes
+    log_probability = log_softmax(input, class_dim)
+    if weight is not None:
+        target = target * (weight if class_dim == 0 else weight.view(-1, *[1] * (input.dim() - 2)))
+    loss = -(log_probability * target).sum(class_dim)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (input.numel() / classes) if reduction == "mean" else loss.sum()
+
+
+def _select(logits: Tensor, weight: Tensor | None, label_smoothing: float):
+    features = () if weight is None else ("weight",)
+    if label_smoothing > 0:
+        features += ("label_smoothing",)
+    return registry.select("cross_entropy", logits.device.type, logits.dtype, features)
+
+
+def _forward(logits, target, weight, ignore_index, label_smoothing):
+    kernels = _select(logits, weight, label_smoothing)
+    return kernels.forward(_checks.as_rows(logits, logits.shape[-1]), target, weight, ignore_index, label_smoothing)
+
+
+def _backward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):
+    kernels = _select(logits, weight, label_smoothing)
+    rows = _checks.as_rows(logits, logits.shape[-1])
+    return kernels.backward(dloss, rows, target, weight, lse, ignore_index, label_smoothing)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, weight, ignore_index, label_smoothing):
+        loss, lse = _forward(logits, target, weight, ignore_index, label_smoothing)
+        ctx.save_for_backward(logits, target, weight, lse)
+        ctx.ignore_index, ctx.label_smoothing = ignore_index, label_smoothing
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        logits, target, weight, lse = ctx.saved_tensors
+        dlogits = _backward(dloss, logits, target, weight, lse, ctx.ignore_index, ctx.label_smoothing)
+        return dlogits, None, None, None, None
+
+
+# ---- the registered operator -----------------------------------------------------------------------------------------
+
+
+def _fake(logits, target, weight, ignore_index, label_smoothing):
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss = logits.new_empty(target.shape, dtype=acc)
+    return loss, torch.empty_like(loss)
+
+
+register(
+    "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+register(
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor lse, int ignore_index,"
+    " float label_smoothing) -> Tensor",
+    _backward,
+    lambda dloss, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, target, weight, ctx.ignore_index, ctx.label_smoothing = inputs
+    ctx.save_for_backward(logits, target, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, dloss, _dlse):
+    logits, target, weight, lse = ctx.saved_tensors
+    dlogits = torch.ops.fastformer.cross_entropy_backward(
+        dloss, logits, target, weight, lse, ctx.ignore_index, ctx.label_smoothing
+    )
+    return dlogits, None, None, None, None
+
+
+register_autograd("cross_entropy", _autograd, _setup_context)

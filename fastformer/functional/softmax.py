@@ -1,0 +1,111 @@
+"""softmax and log_softmax over any dimension, with the row maximum subtracted.
+
+The forward reads a row twice from cache and writes it once; the backward needs only the output. A row that is entirely
+-inf (everything masked) gives zeros and zero gradients instead of NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import _get_softmax_dim
+
+from ..backends import registry
+from . import _checks
+from ._doors import needs_grad, register, register_autograd, through_operator
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """``exp(input - max) / sum`` along ``dim``; same arguments as ``torch.nn.functional.softmax``.
+
+    Args:
+        input: any shape; float32, bfloat16, float16 or (CPU) float64. Integers need ``dtype``.
+        dim: the dimension that sums to one. None picks one as torch does, with torch's warning.
+        dtype: convert the input first.
+
+    Returns:
+        The shape of ``input``, in ``dtype`` or input's dtype. A slice of only -inf gives zeros.
+    """
+    return _softmax("softmax", input, dim, _stacklevel, dtype, log=False)
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``input - logsumexp(input)`` along ``dim``; same arguments as ``torch.nn.functional.log_softmax``."""
+    return _softmax("log_softmax", input, dim, _stacklevel, dtype, log=True)
+
+
+def _softmax(name: str, x: Tensor, dim: int | None, stacklevel: int, dtype: torch.dtype | None, log: bool) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input: expected a torch.Tensor, got {type(x).__name__}")
+    if dtype is not None:
+        x = x.to(dtype)
+    _checks.tensor("input", x)
+    if dim is None:
+        dim = _get_softmax_dim(name, x.dim(), stacklevel + 1)
+    if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
+        raise IndexError(f"dim: {dim} is out of range for an input of {x.dim()} dimensions")
+    last = x.dim() == 0 or dim in (-1, x.dim() - 1)
+    rows = x if last else x.movedim(dim, -1)
+    if rows.dim() == 0:
+        rows = rows[None]
+    if through_operator(rows):
+        out = torch.ops.fastformer.softmax(rows, log)
+    elif needs_grad(rows):
+        out = _Softmax.apply(rows, log)
+    else:
+        out = _forward(rows, log)
+    if x.dim() == 0:
+        return out[0]
+    return out if last else out.movedim(-1, dim)
+
+
+def _forward(x, log):
+    out = registry.select("softmax", x.device.type, x.dtype).forward(_checks.as_rows(x, x.shape[-1]), 1.0, log)
+    return out.view(x.shape)
+
+
+def _backward(dout, out, log):
+    cols = out.shape[-1]
+    kernels = registry.select("softmax", out.device.type, out.dtype)
+    return kernels.backward(_checks.as_rows(dout, cols), _checks.as_rows(out, cols), 1.0, log).view(out.shape)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, log):
+        out = _forward(x, log)
+        ctx.save_for_backward(out)
+        ctx.log = log
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        (out,) = ctx.saved_tensors
+        return _backward(dout, out, ctx.log), None
+
+
+register(
+    "softmax(Tensor x, bool log) -> Tensor",
+    _forward,
+    lambda x, log: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+register(
+    "softmax_backward(Tensor dout, Tensor out, bool log) -> Tensor",
+    _backward,
+    lambda dout, out, log: torch.empty_like(out, memory_format=torch.contiguous_format),
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output)
+    ctx.log = inputs[1]
+
+
+register_autograd(
+    "softmax",
+    lambda ctx, dout: (torch.ops.fastformer.softmax_backward(dout, ctx.saved_tensors[0], ctx.log), None),
+    _setup_context,
+)

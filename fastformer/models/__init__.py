@@ -1,0 +1,79 @@
+"""Models with the class names, parameters, arguments and outputs of ``transformers``, on fused layers.
+
+Names load on first use, so ``import fastformer.models`` costs nothing for the models not needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .cache import KVCache
+    from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
+    from .pretrained import PreTrainedConfig, PreTrainedModel
+
+# Where each public name lives.
+_MODULES = {
+    "GPT2Config": "gpt2",
+    "GPT2LMHeadModel": "gpt2",
+    "GPT2Model": "gpt2",
+    "KVCache": "cache",
+    "PreTrainedConfig": "pretrained",
+    "PreTrainedModel": "pretrained",
+}
+_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+# config.json's model_type -> the class for a checkpoint that names no architecture.
+_DEFAULTS = {"gpt2": "GPT2LMHeadModel"}
+
+__all__ = [
+    "GPT2Config",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "KVCache",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "from_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """Loads a Hugging Face model directory; config.json's ``architectures``, else ``model_type``, picks the class.
+
+    Arguments and errors as in :meth:`PreTrainedModel.from_pretrained`.
+
+    Raises:
+        ValueError: a model this library does not have.
+    """
+    from .pretrained import read_config, resolve
+
+    directory = resolve(path)
+    config = read_config(directory)
+    named = [a for a in config.get("architectures") or () if a in _ARCHITECTURES]
+    name = named[0] if named else _DEFAULTS.get(config.get("model_type", ""))
+    if name is None:
+        raise ValueError(
+            f"path: {directory} holds {config.get('architectures') or config.get('model_type')!r}; available are "
+            + ", ".join(_ARCHITECTURES)
+        )
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name).from_pretrained(
+        directory, dtype=dtype, device=device
+    )

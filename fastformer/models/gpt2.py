@@ -1,0 +1,495 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), as in ``transformers``.
+
+Per layer, pre-norm:  x += proj(attention(ln_1(x)));  x += fc2(gelu(fc1(ln_2(x)))). Parameter names, shapes (the
+"Conv1D" layout (in, out)), arguments and outputs are those of ``transformers``, so checkpoints pass both ways.
+
+Blocks hand on (residual stream, not yet added output) instead of their sum: addition, dropout and the next layer norm
+are then one kernel, across block boundaries too. Attention reads the packed c_attn output in place and its backward
+writes one packed gradient; bias and GELU of the feed-forward are one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch import nn as torch_nn
+from torch.nn import functional as F
+
+from .. import functional, nn
+from ..backends.registry import report_unfused
+from ..functional.attention import MAX_HEAD_DIM
+from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
+from .cache import KVCache
+from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from .pretrained import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass
+class GPT2Config(PreTrainedConfig):
+    """The fields, defaults and config.json of ``transformers.GPT2Config``; other entries are kept in ``extra``.
+
+    ``n_inner=None`` is 4 * n_embd. ``reorder_and_upcast_attn`` needs no code: attention always accumulates in float32.
+    """
+
+    model_type: ClassVar[str] = "gpt2"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: {value!r} is not a positive integer")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head: {self.n_head} does not divide n_embd {self.n_embd}")
+        if self.n_inner is not None and self.n_inner < 1:
+            raise ValueError(f"n_inner: {self.n_inner} is not positive")
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1]")
+        if self.activation_function not in FUSED_ACTIVATIONS and self.activation_function not in OTHER_ACTIVATIONS:
+            accepted = ", ".join(sorted((*FUSED_ACTIVATIONS, *OTHER_ACTIVATIONS)))
+            raise ValueError(f"activation_function: {self.activation_function!r} is not one of {accepted}")
+        if self.add_cross_attention:
+            raise ValueError("add_cross_attention: cross-attention is not available in this GPT-2")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.n_embd
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.n_positions
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.n_head
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.n_layer
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the feed-forward's hidden layer."""
+        return self.n_inner or 4 * self.n_embd
+
+
+class Conv1D(torch_nn.Module):
+    """A linear layer with its weight as ``(in_features, out_features)``, the layout of GPT-2's checkpoints."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = torch_nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = torch_nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``(*, in_features)`` -> ``(*, out_features)``."""
+        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return rows.view(*x.shape[:-1], self.weight.shape[1])
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}"
+
+
+def attention_in_torch(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_padding_mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    """Causal attention by PyTorch's own function, for what the fused kernels do not cover.
+
+    That is dropout on the attention weights, and head_dim over 256. Shapes and alignment as in
+    :func:`fastformer.functional.attention`.
+    """
+    report_unfused("attention", "dropout" if dropout_p > 0 else f"head_dim over {MAX_HEAD_DIM}")
+    sq, sk = q.shape[2], k.shape[2]
+    mask = None
+    if key_padding_mask is not None or sq != sk:
+        mask = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq)
+        if key_padding_mask is not None:
+            mask = mask & ~key_padding_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None, scale=scale)
+
+
+class GPT2Attention(torch_nn.Module):
+    """Causal self-attention between the projections c_attn and c_proj."""
+
+    def __init__(self, config: GPT2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.n_head
+        self.head_dim = config.n_embd // config.n_head
+        self.dropout_p = config.attn_pdrop
+        self.scale = 1 / math.sqrt(self.head_dim) if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer_idx + 1
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
+        """x ``(B, S, E)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored -> ``(B, S, E)``."""
+        qkv = self.c_attn(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        dropout_p = self.dropout_p if self.training else 0.0
+        fused = dropout_p == 0 and self.head_dim <= MAX_HEAD_DIM
+        if cache is None and fused:
+            out = functional.attention_qkvpacked(qkv, causal=True, scale=self.scale, key_padding_mask=key_padding_mask)
+            return self.c_proj(out.flatten(2))
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        if fused:
+            causal = q.shape[2] > 1  # one query sits at the end and sees everything
+            out = functional.attention(q, k, v, causal=causal, scale=self.scale, key_padding_mask=key_padding_mask)
+        else:
+            out = attention_in_torch(q, k, v, self.scale, key_padding_mask, dropout_p)
+        return self.c_proj(out.transpose(1, 2).flatten(2))
+
+
+class GPT2MLP(torch_nn.Module):
+    """The feed-forward block, c_proj(activation(c_fc(x)))."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(config.intermediate_size, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.intermediate_size)
+        self.activation = config.activation_function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``(B, S, E)`` -> ``(B, S, E)``."""
+        first, second = self.c_fc, self.c_proj
+        fused = FUSED_ACTIVATIONS.get(self.activation)
+        # A layer that was replaced (adapters, quantisation) has to be called, not read.
+        if fused is None or type(first) is not Conv1D or type(second) is not Conv1D:
+            hidden = first(x)
+            if fused is not None:
+                hidden = functional.gelu(hidden, "tanh" if fused == "gelu_tanh" else "none")
+            else:
+                hidden = OTHER_ACTIVATIONS[self.activation](hidden)
+            return second(hidden)
+        return functional.feed_forward(x, first.weight.t(), first.bias, second.weight.t(), second.bias, fused)
+
+
+class GPT2Block(torch_nn.Module):
+    """One layer. Takes and returns the residual stream and a sublayer's output that is still to be added to it."""
+
+    def __init__(self, config: GPT2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.dropout_p = config.resid_pdrop
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPT2Attention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPT2MLP(config)
+
+    def forward(
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        cache: KVCache | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """residual, delta ``(B, S, E)`` (delta None in the first layer) -> the same pair for the next layer."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        normed, residual = add_norm(self.ln_1, delta, residual, dropout_p)
+        delta = self.attn(normed, cache, key_padding_mask)
+        normed, residual = add_norm(self.ln_2, delta, residual, dropout_p)
+        return residual, self.mlp(normed)
+
+
+def add_norm(norm: nn.LayerNorm, delta: Tensor | None, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """(norm(residual + dropout(delta)), residual + dropout(delta)) in one kernel."""
+    if delta is None:
+        return norm(residual), residual
+    if delta.dtype != residual.dtype:  # under autocast: half-precision matmuls beside a float32 residual stream
+        delta = delta.to(residual.dtype)
+    return functional.add_layer_norm(
+        delta, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
+    )
+
+
+class GPT2PreTrainedModel(PreTrainedModel):
+    """Initialisation and checkpoint conventions of both GPT-2 classes."""
+
+    config_class = GPT2Config
+    base_model_prefix = "transformer"
+    # Old checkpoints carry the causal mask of every layer.
+    ignored_keys = (r"(^|\.)attn\.(bias|masked_bias)$",)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, initializer_range), zero biases; projections onto the residual stream by 1 / sqrt(2 n_layer) less.
+
+        GPT-2 paper, section 2.3: it keeps the variance of the residual stream independent of the depth.
+        """
+        std = self.config.initializer_range
+        for name, module in self.named_modules():
+            if isinstance(module, torch_nn.Embedding | torch_nn.Linear):
+                module.weight.normal_(0.0, std)
+            elif isinstance(module, Conv1D):
+                onto_residual = name.endswith("c_proj")
+                module.weight.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if onto_residual else std)
+                module.bias.zero_()
+
+
+class GPT2Model(GPT2PreTrainedModel):
+    """The decoder without a head.
+
+    Parameters: ``wte.weight (vocab_size, n_embd)``, ``wpe.weight (n_positions, n_embd)``, ``h.<i>.ln_1``,
+    ``.attn.c_attn``, ``.attn.c_proj``, ``.ln_2``, ``.mlp.c_fc``, ``.mlp.c_proj``, and ``ln_f``.
+    """
+
+    ignored_keys = (*GPT2PreTrainedModel.ignored_keys, r"^lm_head\.")
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.wte = torch_nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = torch_nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = torch_nn.Dropout(config.embd_pdrop)
+        self.h = torch_nn.ModuleList(GPT2Block(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.init_weights()
+
+    def get_input_embeddings(self) -> torch_nn.Embedding:
+        return self.wte
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Runs the decoder.
+
+        Args:
+            input_ids: ``(B, S)`` int64, in [0, vocab_size).
+            past_key_values: cache of the tokens before these; the new ones are added to it.
+            attention_mask: ``(B, past + S)``, 0 where a token is padding (on either side), else 1. Outputs at padding
+                are finite and of no meaning.
+            token_type_ids: ``(B, S)``, their token embeddings are added.
+            position_ids: ``(B, S)`` or ``(1, S)``; default past .. past + S - 1, for padded batches too.
+            inputs_embeds: ``(B, S, n_embd)`` instead of input_ids.
+            use_cache: return a cache. Default: the configuration's, while no gradients are recorded.
+            output_hidden_states: also return the embeddings and every layer's output, the last one normalised.
+            return_dict: False returns a tuple of the fields that are not None.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, naming it.
+        """
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        hidden = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids, past)
+        batch, length = hidden.shape[:2]
+        key_padding_mask = _key_padding_mask(attention_mask, batch, past + length, hidden.device)
+        cache = past_key_values
+        if use_cache is None:
+            use_cache = self.config.use_cache and (cache is not None or not torch.is_grad_enabled())
+        if cache is None and use_cache:
+            cache = KVCache(self.config.n_layer)
+
+        delta: Tensor | None = None
+        dropout_p = self.config.resid_pdrop if self.training else 0.0
+        states: list[Tensor] = []
+        for block in self.h:
+            if output_hidden_states:  # wants the sum that the next norm would form
+                hidden, delta = _added(hidden, delta, dropout_p), None
+                states.append(hidden)
+            hidden, delta = block(hidden, delta, cache, key_padding_mask)
+        hidden = add_norm(self.ln_f, delta, hidden, dropout_p)[0]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        past: int,
+    ) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: give either input_ids or inputs_embeds, not both or neither")
+        if input_ids is not None:
+            _check_indices("input_ids", input_ids, self.config.vocab_size)
+            hidden = self.wte(input_ids)
+        else:
+            assert inputs_embeds is not None
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.n_embd:
+                raise ValueError(
+                    f"inputs_embeds: shape {tuple(inputs_embeds.shape)} is not (B, S, {self.config.n_embd})"
+                )
+            hidden = inputs_embeds
+        batch, length, _ = hidden.shape
+        if position_ids is None:
+            if past + length > self.config.n_positions:
+                raise ValueError(
+                    f"input_ids: {past + length} positions, the model has {self.config.n_positions} (n_positions)"
+                )
+            hidden = hidden + self.wpe.weight[past : past + length]
+        else:
+            if position_ids.dim() == 1:
+                position_ids = position_ids[None]
+            _check_indices("position_ids", position_ids, self.config.n_positions)
+            if position_ids.shape not in ((batch, length), (1, length)):
+                raise ValueError(f"position_ids: shape {tuple(position_ids.shape)} is not {(batch, length)}")
+            hidden = hidden + self.wpe(position_ids)
+        if token_type_ids is not None:
+            _check_indices("token_type_ids", token_type_ids, self.config.vocab_size)
+            if token_type_ids.shape != (batch, length):
+                raise ValueError(f"token_type_ids: shape {tuple(token_type_ids.shape)} is not {(batch, length)}")
+            hidden = hidden + self.wte(token_type_ids)
+        return self.drop(hidden)
+
+
+class GPT2LMHeadModel(GPT2PreTrainedModel):
+    """:class:`GPT2Model` as ``transformer``, and ``lm_head`` onto the vocabulary, tied to the token embedding."""
+
+    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.transformer = GPT2Model(config)
+        self.lm_head = torch_nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.tie_weights()
+        else:
+            with torch.no_grad():
+                self.lm_head.weight.normal_(0.0, config.initializer_range)
+
+    def get_input_embeddings(self) -> torch_nn.Embedding:
+        return self.transformer.wte
+
+    def get_output_embeddings(self) -> torch_nn.Linear:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits for the token after each position, and the loss if ``labels`` are given.
+
+        Args:
+            labels: ``(B, S)`` int64, usually the input_ids: shifted inside, so position i is scored on label i + 1.
+                -100 is not counted.
+            logits_to_keep: compute logits for the last so many positions only; 0 = all.
+            num_items_in_batch: divide the summed loss by this instead of the number of labels counted, so that the
+                gradients accumulated over several batches are those of one large batch.
+            The rest: as in :meth:`GPT2Model.forward`.
+
+        Returns:
+            ``loss`` (float32, float64 for a float64 model), ``logits (B, S, vocab_size)``, ``past_key_values``,
+            ``hidden_states``.
+        """
+        if labels is not None and logits_to_keep:
+            raise ValueError("logits_to_keep: the loss needs all logits; do not give labels as well")
+        if use_cache is None and labels is not None and past_key_values is None:
+            use_cache = False
+        output = self.transformer(
+            input_ids,
+            past_key_values,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = output.last_hidden_state
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        result = CausalLMOutputWithPast(
+            loss=None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Mean cross-entropy of the token after each position: logits ``(B, S, V)``, labels ``(B, S)`` -> scalar."""
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels: shape {tuple(labels.shape)} is not {tuple(logits.shape[:2])}")
+    # The labels are shifted, not the logits: those are large, and a slice of them is not contiguous.
+    target = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # a mean in half precision would round the loss, and scale every gradient by the error
+    rows = logits.reshape(-1, logits.shape[2])
+    if num_items is None:
+        return functional.cross_entropy(rows, target)
+    return functional.cross_entropy(rows, target, reduction="sum") / num_items
+
+
+def _added(residual: Tensor, delta: Tensor | None, dropout_p: float) -> Tensor:
+    return residual if delta is None else residual + F.dropout(delta, dropout_p)
+
+
+def _key_padding_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (batch, length):
+        raise ValueError(f"attention_mask: shape {tuple(attention_mask.shape)} is not {(batch, length)}")
+    if attention_mask.device != device:
+        raise ValueError(f"attention_mask: is on {attention_mask.device}, but the input is on {device}")
+    return attention_mask == 0
+
+
+def _check_indices(name: str, indices: Tensor, size: int) -> None:
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    if indices.dim() != 2:
+        raise ValueError(f"{name}: shape {tuple(indices.shape)} is not (B, S)")
+    # On a GPU this would wait for the device; torch's embedding kernel asserts there.
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(indices)
+        if low < 0 or high >= size:
+            raise ValueError(f"{name}: values {int(low)} to {int(high)} are not all in [0, {size})")

@@ -1,0 +1,260 @@
+"""What a run is: five small dataclasses, one file of YAML or a few ``--section.key value`` flags.
+
+The docstring under each field is its help text on the command line. :func:`load_config` reads YAML and refuses a key
+that no section has, naming the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..extras import require
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the GPT-2; names as in its Hugging Face configuration."""
+
+    n_layer: int = 4
+    """Number of blocks."""
+    n_head: int = 4
+    """Attention heads; divides n_embd."""
+    n_embd: int = 128
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Dropout after the embeddings and every residual branch; attention weights are never dropped."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, tokens and batches."""
+
+    path: str = "shakespeare"
+    """A text file, a directory of text files, or the name of a built-in corpus: shakespeare, python."""
+    tokenizer: str = "char"
+    """char, bpe (trained on the text), or a directory that holds a saved tokenizer."""
+    vocab_size: int = 1024
+    """Number of tokens a bpe tokenizer is trained to."""
+    block_size: int = 64
+    """Context: tokens in a window."""
+    batch_size: int = 12
+    """Windows in a batch (times optimizer.accumulate in a step)."""
+    validation_fraction: float = 0.1
+    """Share of the text held out, in whole documents where there are ten or more."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101) with the torch.optim implementation fused over all parameters."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """On matrices and embeddings only; biases and norms are never decayed."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients."""
+    beta2: float = 0.99
+    """Decay of the running mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the latter."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient of all parameters together; 0 does not clip."""
+    accumulate: int = 1
+    """Batches whose gradients are summed into one step; the loss is that of the one large batch."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises to its peak."""
+    final_ratio: float = 0.1
+    """Share of the peak left at the end."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long, and what is written."""
+
+    out: str = "runs/pretrain"
+    """Directory for the checkpoint, logs and plots."""
+    seed: int = 0
+    """Seeds weights, batches and dropout."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:1 …"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward pass; auto is bfloat16 autocast on a GPU that has it and float32 on a CPU."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    max_steps: int = 2000
+    """Steps in the schedule; the run ends with the last."""
+    max_minutes: float = 0.0
+    """Ends the run after this long; the schedule follows the clock where that is ahead of the steps. 0: no limit."""
+    log_every: int = 10
+    """Steps between two lines in the logs."""
+    eval_every: int = 250
+    """Steps between two measurements of the validation loss; 0: only at the end."""
+    eval_windows: int = 256
+    """Windows of held-out text per measurement."""
+    save_every: int = 1000
+    """Steps between two checkpoints; 0: only at the end."""
+    resume: bool = False
+    """Continue from the checkpoint in run.out, to the bit."""
+    tensorboard: bool = True
+    """Write a TensorBoard log."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT-2 on text."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        m, d, o, s, r = self.model, self.data, self.optimizer, self.schedule, self.run
+        # (what is accepted, field, value, whether it is)
+        checks = [
+            ("at least 1", "model.n_layer", m.n_layer, m.n_layer >= 1),
+            ("at least 1", "model.n_head", m.n_head, m.n_head >= 1),
+            (f"a multiple of model.n_head = {m.n_head}", "model.n_embd", m.n_embd, _divides(m.n_head, m.n_embd)),
+            ("in [0, 1)", "model.dropout", m.dropout, 0 <= m.dropout < 1),
+            ("at least 1", "data.block_size", d.block_size, d.block_size >= 1),
+            ("at least 1", "data.batch_size", d.batch_size, d.batch_size >= 1),
+            ("in (0, 1)", "data.validation_fraction", d.validation_fraction, 0 < d.validation_fraction < 1),
+            ("above 0", "optimizer.learning_rate", o.learning_rate, o.learning_rate > 0),
+            ("at least 0", "optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0),
+            ("in [0, 1)", "optimizer.beta1", o.beta1, 0 <= o.beta1 < 1),
+            ("in [0, 1)", "optimizer.beta2", o.beta2, 0 <= o.beta2 < 1),
+            ("at least 0", "optimizer.clip_norm", o.clip_norm, o.clip_norm >= 0),
+            ("at least 1", "optimizer.accumulate", o.accumulate, o.accumulate >= 1),
+            ("at least 0", "schedule.warmup_steps", s.warmup_steps, s.warmup_steps >= 0),
+            ("in [0, 1]", "schedule.final_ratio", s.final_ratio, 0 <= s.final_ratio <= 1),
+            ("cosine, linear or constant", "schedule.kind", s.kind, s.kind in ("cosine", "linear", "constant")),
+            ("auto, float32 or bfloat16", "run.dtype", r.dtype, r.dtype in ("auto", "float32", "bfloat16")),
+            ("at least 1", "run.max_steps", r.max_steps, r.max_steps >= 1),
+            ("at least 0", "run.max_minutes", r.max_minutes, r.max_minutes >= 0),
+            ("at least 1", "run.log_every", r.log_every, r.log_every >= 1),
+            ("at least 0", "run.eval_every", r.eval_every, r.eval_every >= 0),
+            ("at least 1", "run.eval_windows", r.eval_windows, r.eval_windows >= 1),
+            ("at least 0", "run.save_every", r.save_every, r.save_every >= 0),
+            ("at least 0", "run.threads", r.threads, r.threads >= 0),
+        ]
+        for accepted, name, value, valid in checks:
+            if not valid:
+                raise ValueError(f"{name}: got {value!r}, expected {accepted}")
+
+
+def _divides(divisor: int, number: int) -> bool:
+    return number >= 1 and divisor >= 1 and number % divisor == 0
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` is the GPU where there is one; a name torch does not know, or a GPU that is not there, is an error."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"run.device: got {device!r}, expected auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"run.device: {device!r} was asked for and torch sees {torch.cuda.device_count()} GPUs; use cpu"
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Precision of the forward pass: bfloat16 where a GPU computes with it, else float32, unless asked for by name."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionaries, as :func:`from_dict` and YAML take them."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any], default: Any = None, prefix: str = "") -> Any:
+    """An instance of the dataclass ``cls`` with ``values`` in place of the defaults, every key and type checked.
+
+    Raises:
+        ValueError: a key the dataclass does not have (the message names the nearest), or a value of the wrong type.
+    """
+    default = cls() if default is None else default
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'config'}: expected a mapping of settings, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    changes = {}
+    for key, value in values.items():
+        key = str(key).replace("-", "_")
+        if key not in hints:
+            raise ValueError(
+                f"unknown setting {prefix}{key}{_nearest(prefix + key)}; {prefix or 'sections: '}"
+                f"{' has ' if prefix else ''}{', '.join(hints)}"
+            )
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            changes[key] = from_dict(kind, value, getattr(default, key), f"{prefix}{key}.")
+        else:
+            changes[key] = _convert(prefix + key, value, kind)
+    return dataclasses.replace(default, **changes)
+
+
+def load_config(path: str | Path, cls: type = TrainConfig) -> Any:
+    """Reads a YAML file of sections and keys into ``cls``; what it leaves out keeps its default."""
+    yaml = require("yaml", "reading a config file")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is not valid YAML: {error}") from error
+    return from_dict(cls, values or {})
+
+
+def _settings(cls: type, prefix: str = "") -> list[str]:
+    names = []
+    for name, kind in typing.get_type_hints(cls).items():
+        names += _settings(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    return names
+
+
+def _nearest(name: str) -> str:
+    known = _settings(TrainConfig)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    leaf = name.rsplit(".", 1)[-1]
+    close = close or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, typing.get_args(kind)))}")
+        return value
+    accepted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in accepted and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except (TypeError, ValueError):
+            pass
+    if (bool not in accepted and isinstance(value, bool)) or not isinstance(value, accepted):
+        raise ValueError(f"{name}: got {value!r}, expected {' or '.join(k.__name__ for k in accepted)}")
+    return value

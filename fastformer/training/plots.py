@@ -1,0 +1,120 @@
+"""Pictures of a run: loss over steps, and speed beside PyTorch. PNG files by matplotlib, no display needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..extras import require
+
+OURS, THEIRS, INK, GRID = "#2563a8", "#b8bec7", "#30343b", "#e4e7eb"
+
+
+def plot_loss(
+    records: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    title: str,
+    reference: tuple[str, float] | None = None,
+) -> Path:
+    """Training loss (every step, faint, and smoothed) and validation loss over the steps of a run.
+
+    Args:
+        records: of ``metrics.jsonl`` (:func:`fastformer.training.logs.read_metrics`).
+        path: the PNG to write.
+        title: above the plot.
+        reference: (label, loss) of a published result, as a dotted line.
+    """
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    figure, axes = _figure(7.2, 4.2)
+    if train:
+        steps, losses = zip(*train)
+        axes.plot(steps, losses, color=OURS, alpha=0.18, linewidth=0.8)
+        axes.plot(steps, _smooth(losses, max(1, len(losses) // 60)), color=OURS, linewidth=1.6, label="training")
+    if validation:
+        steps, losses = zip(*validation)
+        axes.plot(steps, losses, "o-", color="#d9622b", markersize=4, linewidth=1.4, label="validation (held out)")
+        axes.annotate(
+            f"{losses[-1]:.3f}",
+            (steps[-1], losses[-1]),
+            textcoords="offset points",
+            xytext=(0, -14),
+            ha="right",
+            color="#d9622b",
+            fontweight="bold",
+        )
+    if reference is not None:
+        axes.axhline(reference[1], color=INK, linewidth=1.0, linestyle=":", label=f"{reference[0]}: {reference[1]:.2f}")
+    finite = [loss for _, loss in train + validation if math.isfinite(loss)]
+    if finite:
+        low = min(finite + ([reference[1]] if reference else []))
+        axes.set_ylim(low - 0.12 * (max(finite) - low) - 1e-3, max(finite) + 0.03 * (max(finite) - low) + 1e-3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.legend(frameon=False)
+    return _save(figure, axes, path, title)
+
+
+def plot_speed(
+    rows: Sequence[tuple[str, float, float]], path: str | Path, *, title: str, names: tuple[str, str]
+) -> Path:
+    """Tokens per second of two implementations, one panel a job, the ratio above the first.
+
+    Args:
+        rows: (job, first, second), in tokens/s.
+        path: the PNG to write.
+        title: above the panels.
+        names: of the two implementations.
+    """
+    figure, panels = _figure(3.4 * len(rows) + 0.6, 3.9, columns=len(rows))
+    for axes, (job, first, second) in zip(panels, rows):
+        bars = axes.bar(names, (first, second), color=(OURS, THEIRS), width=0.58)
+        axes.bar_label(bars, [f"{first:,.0f}", f"{second:,.0f}"], padding=3, color=INK)
+        axes.set_title(f"{job}: {first / second:.2f}×", fontsize=11, color=INK)
+        axes.set_ylim(0, 1.18 * max(first, second))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(axis="x", visible=False)
+    panels[0].set_ylabel("tokens per second")
+    return _save(figure, panels[0], path, title, suptitle=True)
+
+
+def _figure(width: float, height: float, columns: int = 1):
+    require("matplotlib", "plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # No pyplot: its global state and choice of display backend are the caller's.
+    figure = Figure(figsize=(width, height), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=INK)
+    return figure, panels[0] if columns == 1 else panels
+
+
+def _save(figure, axes, path: str | Path, title: str, suptitle: bool = False) -> Path:
+    if suptitle:
+        figure.suptitle(title, fontsize=11, color=INK)
+    else:
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def _smooth(values: Sequence[float], span: int) -> list[float]:
+    """Exponential moving average over about ``span`` values, corrected for its start."""
+    decay = 1.0 - 1.0 / span
+    average, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        average = decay * average + (1.0 - decay) * value
+        weight = decay * weight + (1.0 - decay)
+        smoothed.append(average / weight)
+    return smoothed

@@ -1,0 +1,139 @@
+"""From a configuration to a trained model: text, tokenizer, tokens, model, trainer, plot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data import (
+    Corpus,
+    Tokenizer,
+    encode_documents,
+    load_corpus,
+    load_tokenizer,
+    split_documents,
+    train_tokenizer,
+)
+from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
+from .checkpoint import find_checkpoint, load_state
+from .config import DataConfig, TrainConfig
+from .logs import read_metrics
+from .trainer import Result, Trainer
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A corpus, its tokenizer, and both parts as int32 token streams."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    train: Tensor
+    validation: Tensor
+
+
+def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
+    """Reads, splits and encodes ``config.path``.
+
+    A new tokenizer learns its merges from the training part; its characters are those of the whole corpus, so that
+    every held-out character can be scored.
+
+    Raises:
+        ValueError: text shorter than a window, or an unknown tokenizer; the message names the setting.
+    """
+    corpus = load_corpus(config.path)
+    train, validation = split_documents(corpus, config.validation_fraction)
+    if tokenizer is None:
+        if config.tokenizer in ("char", "bpe") or not Path(config.tokenizer).exists():
+            documents = corpus.documents if config.tokenizer == "char" else train
+            tokenizer = train_tokenizer(config.tokenizer, [d.text for d in documents], config.vocab_size)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer)
+    parts = [encode_documents(tokenizer, documents) for documents in (train, validation)]
+    for name, part in zip(("training", "held-out"), parts):
+        if part.numel() < config.block_size + 1:
+            raise ValueError(
+                f"data.block_size: {config.block_size} does not fit the {name} text, which has {part.numel()} tokens; "
+                "use a smaller data.block_size, more text, or another data.validation_fraction"
+            )
+    return PreparedData(corpus, tokenizer, *parts)
+
+
+def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT2LMHeadModel:
+    """A GPT-2 of ``config.model`` for the tokenizer, its weights drawn from ``config.run.seed``."""
+    torch.manual_seed(config.run.seed)
+    shape, p = config.model, config.model.dropout
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=tokenizer.vocab_size,
+            n_positions=config.data.block_size,
+            n_embd=shape.n_embd,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            resid_pdrop=p,
+            embd_pdrop=p,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
+    """Trains a model as ``config`` says and leaves checkpoint, logs and loss.png in ``config.run.out``.
+
+    Raises:
+        FileExistsError: ``run.out`` holds a checkpoint already and ``run.resume`` is not set.
+        FileNotFoundError: ``run.resume`` is set and there is no checkpoint.
+        ValueError: settings that do not fit the text or the run being resumed.
+    """
+    out = Path(config.run.out)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    if config.run.resume:
+        checkpoint = find_checkpoint(out)
+        state = load_state(checkpoint)
+        data = prepare_data(config.data, load_tokenizer(checkpoint))
+        model = GPT2LMHeadModel.from_pretrained(checkpoint)
+    else:
+        if (out / "checkpoint").exists():
+            raise FileExistsError(
+                f"run.out: {out} holds a checkpoint already; continue it with --run.resume, or choose another --run.out"
+            )
+        data = prepare_data(config.data)
+        model = build_model(config, data.tokenizer)
+    trainer = Trainer(model, data.train, data.validation, config, tokenizer=data.tokenizer, quiet=quiet)
+    if config.run.resume:
+        trainer.load_state_dict(state)
+    if not quiet:
+        print(describe(data, trainer))
+    result = trainer.fit()
+    from .plots import plot_loss
+
+    plot_loss(read_metrics(out), out / "loss.png", title=f"GPT-2 on {data.corpus.name}")
+    if not quiet:
+        print(
+            f"{result.steps} steps, {result.tokens / 1e6:.2f} M tokens in {result.seconds:.0f} s "
+            f"({result.tokens_per_second:,.0f} tokens/s); validation loss {result.validation_loss:.3f}\n"
+            f"{trainer.checkpoint}: try `fastformer generate --model {out}`"
+        )
+    return result
+
+
+def describe(data: PreparedData, trainer: Trainer) -> str:
+    """The run in three lines: text, model, machine."""
+    config, corpus = trainer.config, data.corpus
+    shape, minutes = config.model, config.run.max_minutes
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    on_cpu = f"cpu, {torch.get_num_threads()} threads"
+    return (
+        f"text   {corpus.name}: {len(corpus) / 1e6:.2f} M characters; {data.train.numel() / 1e6:.2f} M tokens to train "
+        f"on, {data.validation.numel() / 1e6:.2f} M held out ({corpus.note})\n"
+        f"model  GPT-2, {parameters / 1e6:.2f} M parameters: {shape.n_layer} layers, {shape.n_head} heads, "
+        f"{shape.n_embd} wide, context {config.data.block_size}, {data.tokenizer.vocab_size} tokens\n"
+        f"run    {on_cpu if trainer.device.type == 'cpu' else trainer.device}, {str(trainer.dtype)[6:]}; "
+        f"{trainer.tokens_per_step:,} tokens a step, {config.run.max_steps} steps"
+        + (f" or {minutes:g} minutes" if minutes else "")
+    )

@@ -1,0 +1,120 @@
+"""Batches: targets one step ahead, every token once an epoch, the same for a seed, resumable to the window; splits."""
+
+import pytest
+import torch
+
+from fastformer.data import (
+    BPETokenizer,
+    CharTokenizer,
+    Corpus,
+    Document,
+    Windows,
+    encode_documents,
+    evaluation_batches,
+    split_documents,
+)
+
+TOKENS = torch.arange(1000, dtype=torch.int32)
+
+
+def test_targets_follow_inputs():
+    batch = Windows(TOKENS, block_size=16, batch_size=4).next_batch()
+    assert batch.inputs.shape == batch.targets.shape == (4, 16)
+    assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+    assert torch.equal(batch.targets, batch.inputs + 1)
+
+
+@pytest.mark.parametrize(
+    "count, block",
+    [
+        (1000, 16),  # a remainder for the offset to move in
+        (17, 16),  # a single window
+        (33, 16),  # two windows, of which an offset leaves one
+        (1001, 10),  # a whole number of windows
+    ],
+)
+def test_an_epoch_sees_each_token_once(count, block):
+    windows = Windows(TOKENS[:count] if count <= 1000 else torch.arange(count), block, 1, seed=3)
+    for _ in range(3):
+        seen = torch.cat([windows.next_batch().targets.flatten() for _ in range(windows.windows_per_epoch)])
+        assert len(seen.unique()) == len(seen)
+        assert count - len(seen) <= 2 * block
+
+
+def test_epochs_differ_in_order_and_offset():
+    windows = Windows(TOKENS, 16, 1, seed=0)
+    epochs = [[int(windows.next_batch().inputs[0, 0]) for _ in range(windows.windows_per_epoch)] for _ in range(4)]
+    assert len({tuple(e) for e in epochs}) == 4
+    assert len({min(e) for e in epochs}) > 1
+    assert sorted(epochs[0]) != epochs[0]
+
+
+def test_the_seed_decides():
+    a, b, c = (Windows(TOKENS, 8, 3, seed=s) for s in (5, 5, 6))
+    firsts = [[w.next_batch().inputs for _ in range(60)] for w in (a, b, c)]
+    assert all(torch.equal(x, y) for x, y in zip(firsts[0], firsts[1]))
+    assert not all(torch.equal(x, y) for x, y in zip(firsts[0], firsts[2]))
+
+
+def test_resumes_at_the_next_window():
+    whole = Windows(TOKENS, 8, 7, seed=1)
+    expected = [whole.next_batch() for _ in range(50)]  # 350 windows, 124 an epoch: the state is inside the second
+    first = Windows(TOKENS, 8, 7, seed=1)
+    for _ in range(23):
+        first.next_batch()
+    second = Windows(TOKENS, 8, 7, seed=99)
+    second.load_state_dict(first.state_dict())
+    for batch in expected[23:]:
+        assert torch.equal(second.next_batch().inputs, batch.inputs)
+    with pytest.raises(ValueError, match="block_size = 8, this one has 4"):
+        Windows(TOKENS, 4, 7).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="tokens = 1000, this one has 500"):
+        Windows(TOKENS[:500], 8, 7).load_state_dict(first.state_dict())
+
+
+def test_evaluation_windows_are_fixed_and_spread():
+    batches = list(evaluation_batches(TOKENS, 10, 4))
+    assert [len(b.inputs) for b in batches] == [4] * 24 + [3]
+    starts = torch.cat([b.inputs[:, 0] for b in batches])
+    assert torch.equal(starts, torch.arange(99) * 10)
+    few = torch.cat([b.inputs[:, 0] for b in evaluation_batches(TOKENS, 10, 4, max_windows=5)])
+    assert few.tolist() == [0, 190, 390, 590, 790]
+
+
+def test_too_little_text_and_bad_sizes():
+    with pytest.raises(ValueError, match=r"\(16,\), expected one dimension of at least block_size \+ 1 = 17"):
+        Windows(TOKENS[:16], 16, 1)
+    with pytest.raises(ValueError, match="batch_size: got 4 and 0"):
+        Windows(TOKENS, 4, 0)
+
+
+def documents(count, length=100):
+    return Corpus("test", tuple(Document(str(i), chr(97 + i) * length) for i in range(count)))
+
+
+def test_many_documents_are_held_out_whole_and_spread():
+    train, held_out = split_documents(documents(20), 0.1)
+    assert len(train) == 18 and len(held_out) == 2
+    assert not {d.name for d in train} & {d.name for d in held_out}
+    first, second = (int(d.name) for d in held_out)
+    assert second - first >= 5
+    assert split_documents(documents(20), 0.1) == (train, held_out)
+
+
+def test_few_documents_lose_their_ends():
+    train, held_out = split_documents(documents(2), 0.1)
+    assert [len(d.text) for d in train] == [90, 90] and [len(d.text) for d in held_out] == [10, 10]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
+def test_a_fraction_out_of_range(fraction):
+    with pytest.raises(ValueError, match="validation_fraction"):
+        split_documents(documents(2), fraction)
+
+
+def test_documents_end_with_the_end_of_text_token():
+    corpus = documents(2, 3)
+    assert encode_documents(CharTokenizer("ab"), corpus.documents).tolist() == [0, 0, 0, 1, 1, 1]
+    bpe = BPETokenizer.train([corpus.text], 257)
+    ids = encode_documents(bpe, corpus.documents)
+    assert ids.dtype == torch.int32 and (ids == bpe.eos_token_id).nonzero().flatten().tolist() == [3, 7]

@@ -1,0 +1,386 @@
+"""fastformer's GPT-2 beside transformers', on random checkpoints: logits, losses, every gradient."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+
+from fastformer.models import GPT2Config, GPT2LMHeadModel, KVCache
+from tests.models.pairs import VOCAB, fields, ids, ours_of, theirs_of
+
+# name -> fields that differ from a small GPT-2
+CONFIGS = {
+    "two layers": {},
+    "five layers, wide feed-forward": {"n_layer": 5, "n_embd": 32, "n_inner": 200},
+    "odd head_dim": {"n_embd": 57, "n_head": 3},  # head_dim 19, rows of 57: no multiple of a vector
+    "one head, one layer": {"n_head": 1, "n_layer": 1},
+    "exact gelu": {"activation_function": "gelu"},
+    "relu": {"activation_function": "relu"},  # no fused kernel
+    "scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+    "unscaled": {"scale_attn_weights": False},
+    "upcast": {"reorder_and_upcast_attn": True},
+    "untied": {"tie_word_embeddings": False},
+    "other epsilon": {"layer_norm_epsilon": 1e-2},
+}
+# A call that has no fused kernel says so; the tests of such calls ask for it.
+unfused = pytest.mark.filterwarnings("ignore:fastformer.attention")
+
+
+def labels_of(tokens):
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    return labels
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_loss_and_gradients_in_float64(name):
+    theirs = theirs_of(dtype=torch.float64, **CONFIGS[name])
+    ours = ours_of(theirs)
+    inputs = {"input_ids": ids(), "labels": labels_of(ids())}
+    mine, my_gradients = gradients(ours, **inputs)
+    peers = theirs(**inputs)
+    torch.testing.assert_close(mine.logits, peers.logits, rtol=0, atol=1e-11)
+    torch.testing.assert_close(mine.loss, peers.loss.double(), rtol=1e-6, atol=0)
+    # transformers computes the loss in float32 whatever the model; compare gradients of the same float64 loss.
+    target = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    theirs.zero_grad()
+    loss = torch.nn.functional.cross_entropy(peers.logits.flatten(0, 1), target.flatten())
+    loss.backward()
+    torch.testing.assert_close(mine.loss, loss, rtol=1e-13, atol=0)
+    wanted = {n: p.grad for n, p in theirs.named_parameters()}
+    assert my_gradients.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(
+            my_gradients[key], gradient, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_as_accurate_as_transformers_in_float32(name):
+    exact = theirs_of(dtype=torch.float64, **CONFIGS[name])
+    theirs = copy.deepcopy(exact).float()
+    ours = ours_of(theirs)
+    inputs = {"input_ids": ids(), "labels": labels_of(ids())}
+    results = [gradients(model, **inputs) for model in (exact, theirs, ours)]
+    for what in ("logits", "loss", *results[0][1]):
+        wanted, peers, mine = (
+            (output[what] if what in ("logits", "loss") else grads[what]).detach() for output, grads in results
+        )
+        assert mine.dtype == torch.float32
+        scale = wanted.double().abs().max().item()
+        error, peer_error = ((x.double() - wanted.double()).abs().max().item() for x in (mine, peers))
+        assert error <= 2 * peer_error + 1e-6 * scale, f"{what}: error {error:.3g}, transformers' {peer_error:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    exact = theirs_of(dtype=torch.float64)
+    theirs = copy.deepcopy(exact).to(dtype)
+    exact = copy.deepcopy(theirs).double()
+    ours = ours_of(theirs)
+    results = [gradients(model, input_ids=ids(), labels=ids()) for model in (exact, theirs, ours)]
+    assert results[2][0].loss.dtype == torch.float32 and results[2][0].logits.dtype == dtype
+    for what in ("logits", "loss", *results[0][1]):
+        wanted, peers, mine = (
+            (output[what] if what in ("logits", "loss") else grads[what]).detach().double() for output, grads in results
+        )
+        error, peer_error = ((x - wanted).norm().item() for x in (mine, peers))
+        tiny = 2 * torch.finfo(dtype).eps * wanted.norm().item()
+        assert error <= 2 * peer_error + tiny, f"{what}: error {error:.3g}, transformers' {peer_error:.3g}"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side):
+    """Logits at real tokens are transformers', and those of the text alone; padding has no gradient to the others."""
+    theirs = theirs_of(dtype=torch.float64)
+    ours = ours_of(theirs)
+    tokens, mask = ids(), torch.ones(3, 17, dtype=torch.long)
+    gap = slice(0, 6) if side == "left" else slice(11, 17)
+    mask[1, gap] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    real = mask.bool()
+    logits = ours(**inputs).logits
+    torch.testing.assert_close(logits[real], theirs(**inputs).logits[real], rtol=0, atol=1e-11)
+    torch.testing.assert_close(logits[1][real[1]], ours(tokens[1:2, real[1]]).logits[0], rtol=0, atol=1e-11)
+    assert torch.isfinite(logits).all()
+    labels = tokens.masked_fill(~real, -100)
+    if side == "left":  # the last padding would predict the first token, from nothing
+        labels[1, 6] = -100
+    mine, my_gradients = gradients(ours, labels=labels, **inputs)
+    peers, their_gradients = gradients(theirs, labels=labels, **inputs)
+    torch.testing.assert_close(mine.loss, peers.loss.double(), rtol=1e-6, atol=0)
+    for key, gradient in their_gradients.items():
+        torch.testing.assert_close(my_gradients[key], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_hidden_states():
+    theirs = theirs_of(n_layer=3)
+    ours = ours_of(theirs)
+    mine, peers = (m(ids(), output_hidden_states=True).hidden_states for m in (ours, theirs))
+    assert len(mine) == len(peers) == 4
+    for state, wanted in zip(mine, peers, strict=True):
+        torch.testing.assert_close(state, wanted)
+    assert ours(ids()).hidden_states is None
+
+
+def test_other_ways_to_call():
+    theirs = theirs_of()
+    ours = ours_of(theirs)
+    tokens = ids()
+    wanted = theirs(tokens).logits
+    torch.testing.assert_close(ours(inputs_embeds=ours.get_input_embeddings()(tokens)).logits, wanted)
+    torch.testing.assert_close(ours(tokens, logits_to_keep=2).logits, wanted[:, -2:])
+    torch.testing.assert_close(ours(tokens, return_dict=False)[0], wanted)
+    types = torch.randint(VOCAB, tokens.shape)
+    peers = theirs(tokens, token_type_ids=types).logits
+    torch.testing.assert_close(ours(tokens, token_type_ids=types).logits, peers)
+    positions = torch.arange(17).flip(0)[None]
+    torch.testing.assert_close(
+        ours(tokens, position_ids=positions).logits, theirs(tokens, position_ids=positions).logits
+    )
+    output = ours(tokens, labels=tokens)
+    assert list(output) == ["loss", "logits"] and output[1] is output["logits"] and "hidden_states" not in output
+    with pytest.raises(KeyError):
+        output["hidden_states"]
+
+
+def test_num_items_in_batch_makes_accumulation_exact():
+    ours = ours_of(theirs_of(dtype=torch.float64))
+    tokens, labels = ids(4), labels_of(ids(4))
+    counted = (labels[:, 1:] != -100).sum()
+    whole, wanted = gradients(ours, input_ids=tokens, labels=labels)
+    wanted = {k: g.clone() for k, g in wanted.items()}
+    ours.zero_grad()
+    parts = [
+        ours(tokens[part], labels=labels[part], num_items_in_batch=counted).loss for part in (slice(0, 1), slice(1, 4))
+    ]
+    sum(parts).backward()
+    torch.testing.assert_close(sum(parts), whole.loss, rtol=1e-13, atol=0)
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_cache_changes_nothing():
+    ours = ours_of(theirs_of(dtype=torch.float64))
+    tokens = ids()
+    wanted = ours(tokens, use_cache=False)
+    assert wanted.past_key_values is None
+    with torch.no_grad():
+        for cache in (KVCache(2, 17), KVCache(2), None):
+            found = []
+            for start, end in ((0, 5), (5, 6), (6, 17)):  # a prompt, one token, several tokens at once
+                output = ours(tokens[:, start:end], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                found.append(output.logits)
+            torch.testing.assert_close(torch.cat(found, 1), wanted.logits, rtol=0, atol=1e-12)
+            assert cache.get_seq_length() == 17
+            cache.crop(4)
+            again = ours(tokens[:, 4:], past_key_values=cache).logits
+            torch.testing.assert_close(again, wanted.logits[:, 4:], rtol=0, atol=1e-12)
+        assert ours(tokens).past_key_values is not None  # the configuration's default, as in transformers
+    assert ours(tokens).past_key_values is None  # not while gradients are recorded
+
+
+def test_gradients_flow_through_a_cache():
+    ours = ours_of(theirs_of(dtype=torch.float64))
+    tokens = ids()
+    loss = ours(tokens, use_cache=False).logits[:, 9:].square().sum()
+    wanted = torch.autograd.grad(loss, list(ours.parameters()))
+    cache = KVCache(2, 17)
+    ours(tokens[:, :9], past_key_values=cache)
+    loss = ours(tokens[:, 9:], past_key_values=cache).logits.square().sum()
+    for mine, gradient in zip(torch.autograd.grad(loss, list(ours.parameters())), wanted, strict=True):
+        torch.testing.assert_close(mine, gradient, rtol=1e-9, atol=1e-11)
+
+
+def test_a_full_cache_says_so():
+    ours = ours_of(theirs_of())
+    with torch.no_grad(), pytest.raises(ValueError, match="do not fit into a cache of 16"):
+        ours(ids(), past_key_values=KVCache(2, 16))
+
+
+def test_reordering_a_cache():
+    ours = ours_of(theirs_of())
+    tokens, order = ids(), torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        cache = ours(tokens[:, :9]).past_key_values
+        cache.reorder(order)
+        found = ours(tokens[order, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(found, ours(tokens[order]).logits[:, 9:])
+
+
+@unfused
+@pytest.mark.parametrize("where", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+def test_dropout(where):
+    ours = ours_of(theirs_of(**{where: 0.5}))
+    tokens = ids()
+    logits = ours(tokens).logits
+    ours.train()
+    torch.manual_seed(1)
+    first = ours(tokens, labels=tokens)
+    torch.manual_seed(1)
+    second = ours(tokens, labels=tokens)
+    third = ours(tokens, labels=tokens)
+    assert torch.equal(first.logits, second.logits), "the same seed gives the same mask"
+    assert not torch.allclose(first.logits, third.logits) and not torch.allclose(first.logits, logits)
+    first.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+    # Its mean over many masks is near the logits without dropout: scaled by 1 / (1 - p).
+    with torch.no_grad():
+        hidden = torch.stack([ours.transformer._embed(tokens, None, None, None, 0) for _ in range(400)]).mean(0)
+        ours.eval()
+        torch.testing.assert_close(hidden, ours.transformer._embed(tokens, None, None, None, 0), rtol=0, atol=0.2)
+
+
+@unfused
+def test_attention_dropout_with_padding_and_cache():
+    """The one place that leaves the fused kernel, with dropout so small that nothing is dropped."""
+    theirs = theirs_of(attn_pdrop=1e-9)
+    ours = ours_of(theirs)
+    tokens, mask = ids(), torch.ones(3, 17, dtype=torch.long)
+    mask[1, :6] = 0
+    wanted = ours(tokens, attention_mask=mask).logits
+    ours.train()
+    torch.testing.assert_close(ours(tokens, attention_mask=mask).logits, wanted)
+    cache = KVCache(2)
+    parts = [
+        ours(tokens[:, a:b], past_key_values=cache, attention_mask=mask[:, :b]).logits for a, b in ((0, 7), (7, 17))
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted)
+
+
+@unfused
+def test_a_head_dim_beyond_the_kernels():
+    theirs = theirs_of(n_embd=300, n_head=1, n_layer=1)
+    torch.testing.assert_close(ours_of(theirs)(ids()).logits, theirs(ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_replaced_layer_is_called():
+    ours = ours_of(theirs_of())
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) + 1
+
+    wanted = ours(ids()).logits
+    for block in ours.transformer.h:
+        block.mlp.c_fc = Adapter(block.mlp.c_fc)
+    changed = ours(ids()).logits
+    assert not torch.allclose(changed, wanted)
+    for block in ours.transformer.h:
+        block.mlp.c_fc = block.mlp.c_fc.inner
+        with torch.no_grad():
+            block.mlp.c_fc.bias.add_(1)
+    torch.testing.assert_close(ours(ids()).logits, changed)
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**fields(n_embd=128, n_layer=8, vocab_size=500)))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert torch.equal(p, torch.zeros_like(p)), name
+        elif ".ln_" in name:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:  # section 2.3 of the GPT-2 paper: the 16 projections onto the residual stream share its variance
+            std = 0.02 / 4 if "c_proj" in name else 0.02
+            assert abs(p.std().item() / std - 1) < 0.05 and abs(p.mean().item()) < 0.05 * std, name
+
+
+def test_deepcopy_and_pickle_keep_the_tie():
+    ours = ours_of(theirs_of())
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert twin.lm_head.weight is twin.transformer.wte.weight
+        torch.testing.assert_close(twin(ids()).logits, ours(ids()).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"n_head": 5}, "n_head"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"resid_pdrop": -0.1}, "resid_pdrop"),
+        ({"activation_function": "gelu_newer"}, "activation_function"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"n_inner": 0}, "n_inner"),
+    ],
+)
+def test_bad_configurations_are_named(changes, name):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        GPT2Config(**fields(**changes))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "name"),
+    [
+        ({}, ValueError, "input_ids"),
+        ({"input_ids": torch.full((1, 3), VOCAB)}, ValueError, "input_ids"),
+        ({"input_ids": torch.full((1, 3), -1)}, ValueError, "input_ids"),
+        ({"input_ids": torch.zeros(1, 3)}, TypeError, "input_ids"),
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, ValueError, "input_ids"),
+        ({"input_ids": torch.zeros(1, 41, dtype=torch.long)}, ValueError, "input_ids"),
+        ({"inputs_embeds": torch.zeros(1, 3, 47)}, ValueError, "inputs_embeds"),
+        ({"input_ids": ids(), "attention_mask": torch.ones(3, 16)}, ValueError, "attention_mask"),
+        ({"input_ids": ids(), "position_ids": torch.full((3, 17), 40)}, ValueError, "position_ids"),
+        ({"input_ids": ids(), "position_ids": torch.zeros(2, 17, dtype=torch.long)}, ValueError, "position_ids"),
+        ({"input_ids": ids(), "labels": ids()[:, 1:]}, ValueError, "labels"),
+        ({"input_ids": ids(), "labels": ids(), "logits_to_keep": 1}, ValueError, "logits_to_keep"),
+    ],
+)
+def test_bad_input_is_named(inputs, error, name):
+    with pytest.raises(error, match=f"^{name}"):
+        GPT2LMHeadModel(GPT2Config(**fields()))(**inputs)
+
+
+def test_config_names():
+    config = GPT2Config.from_dict({"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "task": "x"})
+    assert (config.n_embd, config.n_layer, config.hidden_size, config.intermediate_size) == (96, 3, 96, 384)
+    assert config.to_dict()["task"] == "x"
+    defaults, theirs = GPT2Config().to_dict(), transformers.GPT2Config().to_dict()
+    assert {k: theirs[k] for k in defaults} == defaults
+    with pytest.raises(ValueError, match="model_type"):
+        GPT2Config.from_dict({"model_type": "bert"})
+
+
+def test_autocast():
+    """Half-precision matmuls beside a float32 residual stream, as transformers does it."""
+    exact = theirs_of(dtype=torch.float64)
+    theirs = copy.deepcopy(exact).float()
+    ours = ours_of(theirs)
+    results = [gradients(exact, input_ids=ids(), labels=ids())]
+    with torch.autocast("cpu", torch.bfloat16):
+        results += [gradients(model, input_ids=ids(), labels=ids()) for model in (theirs, ours)]
+    for what in ("loss", *results[0][1]):
+        wanted, peers, mine = (
+            (output[what] if what == "loss" else grads[what]).detach().double() for output, grads in results
+        )
+        error, peer_error = ((x - wanted).norm().item() for x in (mine, peers))
+        assert error <= 2 * peer_error + 1e-3 * wanted.norm().item(), f"{what}: error {error:.3g}, {peer_error:.3g}"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_to_one_graph(training):
+    ours = ours_of(theirs_of(n_layer=1))
+    wanted, gradients_wanted = gradients(ours, input_ids=ids(), labels=ids())
+    gradients_wanted = {k: g.clone() for k, g in gradients_wanted.items()}
+    ours.train(training)  # without dropout the two differ only in what the compiler sees
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    output, found = gradients(compiled, input_ids=ids(), labels=ids())
+    torch.testing.assert_close(output.logits, wanted.logits)
+    for name, gradient in gradients_wanted.items():
+        torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient)

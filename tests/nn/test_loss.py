@@ -1,0 +1,64 @@
+"""fastformer.nn.CrossEntropyLoss beside torch.nn.CrossEntropyLoss."""
+
+import pytest
+import torch
+
+from fastformer import nn
+from tests.nn.comparison import assert_drop_in, compare
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"label_smoothing": 0.1}, {"weighted": True}, {"weighted": True, "label_smoothing": 0.3}, {"ignore_index": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (9, 37),  # tokens x classes
+        (37,),  # one sample, no batch
+        (2, 37, 3, 2),  # classes in the second of four dimensions
+    ],
+)
+def test_matches_torch(shape, arguments, reduction, dtype):
+    torch.manual_seed(0)
+    arguments = dict(arguments)
+    if arguments.pop("weighted", False):
+        arguments["weight"] = torch.rand(37, dtype=dtype)
+    target = torch.randint(37, shape[:1] + shape[2:] if len(shape) > 1 else ())
+    if "ignore_index" in arguments and target.dim():
+        target.view(-1)[::2] = arguments["ignore_index"]
+    ours, theirs = (m.CrossEntropyLoss(reduction=reduction, **arguments) for m in (nn, torch.nn))
+    compare(ours, theirs, [3 * torch.randn(shape, dtype=dtype), target])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_probabilities_as_targets(reduction):
+    torch.manual_seed(0)
+    target = torch.randn(5, 11).softmax(1)
+    ours, theirs = (m.CrossEntropyLoss(reduction=reduction, label_smoothing=0.2) for m in (nn, torch.nn))
+    compare(ours, theirs, [torch.randn(5, 11)], lambda module, x: module(x, target.to(x.dtype)))
+
+
+def test_is_a_drop_in():
+    weight = torch.rand(5)
+    assert_drop_in(lambda: nn.CrossEntropyLoss(weight), lambda: torch.nn.CrossEntropyLoss(weight))
+
+
+def test_ignored_targets_have_no_gradient():
+    logits = torch.randn(4, 6, requires_grad=True)
+    nn.CrossEntropyLoss()(logits, torch.tensor([1, -100, 3, -100])).backward()
+    assert torch.equal(logits.grad[1::2], torch.zeros(2, 6))
+    assert logits.grad[0::2].abs().min() > 0
+
+
+def test_bad_input_is_named():
+    loss = nn.CrossEntropyLoss()
+    with pytest.raises(TypeError, match="target"):
+        loss(torch.randn(3, 5), torch.tensor([1, 2, 3], dtype=torch.int32))
+    with pytest.raises(ValueError, match="target"):
+        loss(torch.randn(3, 5), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="weight"):
+        nn.CrossEntropyLoss(torch.rand(4))(torch.randn(3, 5), torch.tensor([1, 2, 3]))

@@ -1,0 +1,73 @@
+"""Configuration: YAML in, unknown keys with the nearest name out, values checked before anything runs."""
+
+import pytest
+import torch
+
+from fastformer.training import ModelConfig, OptimizerConfig, TrainConfig, load_config
+from fastformer.training.config import from_dict, resolve_device, resolve_dtype, to_dict
+
+
+def test_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model:\n  n_layer: 2\noptimizer:\n  learning-rate: 3e-4\nrun:\n  resume: true\n")
+    config = load_config(path)
+    # YAML 1.1 reads 3e-4 as text; dashes are as good as underscores.
+    assert config.optimizer.learning_rate == 3e-4 and config.model.n_layer == 2 and config.run.resume is True
+    assert config.data == TrainConfig().data
+    assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    (tmp_path / "run.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "run.yaml") == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model": {"n_layr": 2}}, r"unknown setting model.n_layr; did you mean model.n_layer\?"),
+        ({"modl": {}}, r"unknown setting modl"),
+        ({"data": {"learning_rate": 1e-3}}, r"data.learning_rate; did you mean optimizer.learning_rate\?"),
+        ({"model": 3}, r"model: expected a mapping"),
+        ({"model": {"n_layer": 2.5}}, r"model.n_layer: got 2.5, expected int"),
+        ({"model": {"n_layer": True}}, r"model.n_layer: got True, expected int"),
+        ({"optimizer": {"learning_rate": "fast"}}, r"optimizer.learning_rate: got 'fast', expected float"),
+        ({"run": {"resume": "yes"}}, r"run.resume: got 'yes', expected bool"),
+        (
+            {"schedule": {"kind": "sawtooth"}},
+            r"schedule.kind: got 'sawtooth', expected one of cosine, linear",
+        ),
+        ({"model": {"n_embd": 130}}, r"model.n_embd: got 130, expected a multiple of model.n_head = 4"),
+        ({"optimizer": {"learning_rate": -1.0}}, r"optimizer.learning_rate: got -1.0, expected above 0"),
+        ({"data": {"validation_fraction": 1}}, r"data.validation_fraction: got 1.0, expected in \(0, 1\)"),
+    ],
+)
+def test_errors_name_the_setting(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(TrainConfig, values)
+
+
+def test_bad_yaml_and_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.yaml does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("model: [1\n")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_a_config_made_in_python_is_checked_too():
+    with pytest.raises(ValueError, match="n_head"):
+        TrainConfig(model=ModelConfig(n_head=0))
+    with pytest.raises(ValueError, match="accumulate"):
+        TrainConfig(optimizer=OptimizerConfig(accumulate=0))
+
+
+def test_device_and_precision():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match=r"run.device: got 'gpu'"):
+        resolve_device("gpu")
+    with pytest.raises(ValueError, match=r"run.device: 'cuda:99' was asked for and torch sees \d+ GPUs"):
+        resolve_device("cuda:99")
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
