@@ -18,6 +18,9 @@ PY = "$$(cat $(PYTHON_FILE))"
 # A removed environment is made again.
 $(shell test -x "$$(cat $(PYTHON_FILE) 2>/dev/null)" || rm -f $(PYTHON_FILE))
 
+# Test processes at a time, where pytest-xdist is installed.
+WORKERS ?= 2
+
 SOURCES := $(wildcard csrc/include/*.h csrc/cpu/* csrc/cuda/* csrc/python/*)
 
 help:
@@ -47,7 +50,7 @@ demo: build/built
 
 test: build/built-wide
 	@echo "==> Running the tests (ARGS='-k layer_norm' runs some of them)"
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && printf -- -n%s $(WORKERS)) $(ARGS)
 
 bench: build/built
 	@$(PY) -m benchmarks $(ARGS)

@@ -61,13 +61,13 @@ def bare(case: Case, problem: Problem):
     mean, rstd = torch.empty(rows), torch.empty(rows)
     out, dx, dweight, dbias = (torch.empty_like(t) for t in (x, x, weight, bias))
     workspace = torch.empty(_C.layer_norm_backward_workspace(0, rows, cols), dtype=torch.uint8)
-    addresses = [t.data_ptr() for t in (x, weight, bias, out, mean, rstd)]
-    gradients = [t.data_ptr() for t in (x, weight, mean, rstd, dout, dx, dweight, dbias, workspace)]
+    tensors = (x, weight, bias, out, mean, rstd), (x, weight, mean, rstd, dout, dx, dweight, dbias, workspace)
+    addresses, gradients = ([t.data_ptr() for t in group] for group in tensors)
 
-    def forward():
+    def forward(keep=tensors):  # the addresses do not keep their tensors alive
         _C.layer_norm_forward(0, 0, rows, cols, cols, 1e-5, *addresses)
 
-    def forward_backward():
+    def forward_backward(keep=tensors):
         _C.layer_norm_forward(0, 0, rows, cols, cols, 1e-5, *addresses)
         _C.layer_norm_backward(0, 0, rows, cols, cols, cols, *gradients)
 

@@ -11,6 +11,7 @@ Ends with an error where our own code failed or disagreed with PyTorch, not wher
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed seconds per case (default 2)")
     parser.add_argument("--limit", type=float, default=0.0, help="skip the cases not begun after so many seconds")
+    parser.add_argument("--limits", type=Path, help="file of the machine's limits: read if it exists, else written")
+    parser.add_argument("--limits-only", action="store_true", help="measure the limits and stop")
     parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results/<machine>)")
     args = parser.parse_args(argv)
     unknown = [op for op in args.ops if op not in OPS]
@@ -55,8 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     about = machine.describe(device)
     print(f"{about['machine_details']}\ncommit {about['commit']}", flush=True)
-    ceilings = machine.ceilings(device, args.quick)
+    if args.limits and args.limits.exists():
+        ceilings = json.loads(args.limits.read_text())
+    else:
+        ceilings = machine.ceilings(device, args.quick)
+        if args.limits:
+            args.limits.write_text(json.dumps(ceilings, indent=1))
     print(f"Measured limits: {report.ceiling_text(ceilings)}", flush=True)
+    if args.limits_only:
+        print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+        return 0
 
     if args.quick:
         about["device"] += " (tiny shapes)"  # which no goal is about

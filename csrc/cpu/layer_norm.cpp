@@ -45,7 +45,7 @@ int layer_norm_backward(const ff_layer_norm_args* a, void*) {
     A* partial = (a->dweight || a->dbias) ? (A*)a->workspace : nullptr;
     if (partial) std::fill(partial, partial + int64_t(threads) * 2 * n, A(0));
     T* dx = (T*)a->dx;
-    const bool stream = dx && should_stream<T>(dx, a->rows, n);
+    const bool stream = false;
     parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int thread) {
       A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
       A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;

@@ -21,8 +21,9 @@ template <class A> struct tile_shape {
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <class A, int MR, bool AColumns>
-FF_INLINE void tile(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t ldc, bool accumulate) {
-  constexpr int NV = tile_shape<A>::kNV, W = vec<A>::W, NR = tile_shape<A>::kNR;
+FF_INLINE void tile(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t ldc, bool accumulate,
+                    int64_t ldb = tile_shape<A>::kNR) {
+  constexpr int NV = tile_shape<A>::kNV, W = vec<A>::W;
   vec_t<A> acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
@@ -31,7 +32,7 @@ FF_INLINE void tile(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_
   for (int64_t k = 0; k < K; k++) {
     vec_t<A> bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) bv[v] = load(b + k * NR + v * W);
+    for (int v = 0; v < NV; v++) bv[v] = load(b + k * ldb + v * W);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
       A s = AColumns ? a[k * lda + i] : a[i * lda + k];

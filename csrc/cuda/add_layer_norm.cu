@@ -2,8 +2,8 @@
 //
 // The kernels of layer_norm with the sum in front (forward) and behind (backward): one pass over memory for the three
 // operations, and a dropout mask that is recomputed, not stored.
-//   nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
-//        -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c add_layer_norm.cu
+//   nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
+//     -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c add_layer_norm.cu
 //   g++ -x c++ -std=c++17 -O2 -fno-strict-aliasing -fPIC -fvisibility=hidden -DFF_EMULATE -c add_layer_norm.cu
 #include "layer_norm_backward.cuh"
 #include "layer_norm_forward.cuh"

@@ -25,8 +25,7 @@
 
 namespace ff {
 
-// Records a printf-style message for ff_last_error() and returns `status`. Defined in cuda.cpp (and in cpu/cpu.cpp: a
-// library with both devices links one of them).
+// Records a printf-style message for ff_last_error() and returns `status`.
 int fail(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 #define FF_REQUIRE(condition, ...) \
   if (!(condition)) return ::ff::fail(FF_INVALID_ARGUMENT, __VA_ARGS__)

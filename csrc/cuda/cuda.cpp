@@ -1,4 +1,5 @@
-// Error messages of the CUDA library: its only state.
+// Error messages of the CUDA library: its only state. Weak, so that a library that holds the CPU kernels too keeps
+// their messages and these in one place, cpu/cpu.cpp's.
 #include <cstdarg>
 #include <cstdio>
 
@@ -8,7 +9,7 @@ namespace ff {
 
 static thread_local char last_error[512] = "";
 
-int fail(int status, const char* format, ...) {
+__attribute__((weak)) int fail(int status, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(last_error, sizeof last_error, format, arguments);
@@ -18,4 +19,4 @@ int fail(int status, const char* format, ...) {
 
 }  // namespace ff
 
-extern "C" const char* ff_last_error(void) { return ff::last_error; }
+extern "C" __attribute__((weak)) const char* ff_last_error(void) { return ff::last_error; }

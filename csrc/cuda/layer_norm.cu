@@ -1,8 +1,8 @@
 // layer_norm on a GPU: out = (x - mean) * rstd * weight + bias over rows, and its gradients (Ba, Kiros, Hinton 2016).
 //
 // Kernels and what makes them fast: layer_norm_forward.cuh, layer_norm_backward.cuh. Here: arguments, dtypes, alignment.
-//   nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
-//        -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c layer_norm.cu
+//   nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
+//     -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c layer_norm.cu
 //   g++ -x c++ -std=c++17 -O2 -fno-strict-aliasing -fPIC -fvisibility=hidden -DFF_EMULATE -c layer_norm.cu
 #include "layer_norm_backward.cuh"
 #include "layer_norm_forward.cuh"

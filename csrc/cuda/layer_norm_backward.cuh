@@ -51,6 +51,7 @@ FF_DEVICE void store_gradient(const NormBackward<T, P>& a, float (&d)[E], const 
   if (inside) store_streaming(a.dx + at, make_pack<T, E>(d));
 }
 
+// Read anew in each pass: the cache has it, and registers are what this kernel is short of.
 template <class P, int E> FF_DEVICE Pack<P, E> load_weight(const P* weight, int64_t col, bool inside) {
   if (weight && inside) return load_cached<P, E>(weight + col);
   Pack<P, E> ones;
@@ -67,7 +68,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
   const int cols = int(a.cols);
   const int64_t step = int64_t(gridDim.x) * blockDim.y;
   const bool need_dx = ADD || a.dx;
-  constexpr bool kPrefetch = E > 1;  // the next row's loads are in flight while this one is summed
+  // The next row's loads are in flight while this one is summed, if there are registers for both.
+  constexpr bool kPrefetch = E > 1 && E * V <= 8;
 
   struct Slice {
     Pack<T, E> x[V], dout[V];
@@ -87,11 +89,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
     return s;
   };
 
-  Pack<P, E> weight[V];
   float dweight[V][E], dbias[V][E];
 #pragma unroll
   for (int i = 0; i < V; i++) {
-    weight[i] = load_weight<P, E>(a.weight, column<E, V>(i), column<E, V>(i) < cols);
 #pragma unroll
     for (int e = 0; e < E; e++) dweight[i][e] = dbias[i][e] = 0;
   }
@@ -114,9 +114,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
     float sum[2] = {0, 0};  // of g and g * xhat; dout is 0 outside the row
 #pragma unroll
     for (int i = 0; i < V; i++) {
+      const Pack<P, E> weight = load_weight<P, E>(a.weight, column<E, V>(i), column<E, V>(i) < cols);
 #pragma unroll
       for (int e = 0; e < E; e++) {
-        const float dy = s.dout[i][e], xhat = (s.x[i][e] - s.mean) * s.rstd, g = dy * weight[i][e];
+        const float dy = s.dout[i][e], xhat = (s.x[i][e] - s.mean) * s.rstd, g = dy * weight[e];
         dweight[i][e] += dy * xhat;
         dbias[i][e] += dy;
         sum[0] += g;
@@ -128,10 +129,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
       const float mean_g = sum[0] * a.inverse_cols, mean_gx = sum[1] * a.inverse_cols;
 #pragma unroll
       for (int i = 0; i < V; i++) {
+        const Pack<P, E> weight = load_weight<P, E>(a.weight, column<E, V>(i), column<E, V>(i) < cols);
         float d[E];
 #pragma unroll
         for (int e = 0; e < E; e++) {
-          const float xhat = (s.x[i][e] - s.mean) * s.rstd, g = s.dout[i][e] * weight[i][e];
+          const float xhat = (s.x[i][e] - s.mean) * s.rstd, g = s.dout[i][e] * weight[e];
           d[e] = s.rstd * (g - mean_g - xhat * mean_gx);
         }
         store_gradient<ADD>(a, d, dsummed[ADD ? i : 0], row < a.rows && column<E, V>(i) < cols, row, column<E, V>(i));

@@ -63,9 +63,12 @@ FF_DEVICE void store_normalised(const NormForward<T, P>& a, const Pack<T, E>& x,
   store_streaming(a.out + row * a.cols + col, make_pack<T, E>(y));
 }
 
+// A block of 1024 leaves 64 registers to a thread: enough for float32, not for converted halves.
+template <class T, int E> constexpr int forward_max_threads() { return E > 1 && sizeof(T) == 4 ? 1024 : 512; }
+
 // V packs of E elements per thread (row.cuh). cols is a multiple of E.
 template <bool ADD, class T, class P, int E, int V>
-__global__ void __launch_bounds__(E == 1 ? 512 : 1024) norm_forward(const NormForward<T, P> a) {
+__global__ void __launch_bounds__(forward_max_threads<T, E>()) norm_forward(const NormForward<T, P> a) {
   FF_SHARED(float, partial, [2][32][1]);
   RowSum<1> row_sum(partial);
   const int cols = int(a.cols);
@@ -178,15 +181,16 @@ __global__ void __launch_bounds__(kLongThreads) norm_forward_long(const NormForw
 // many threads fit and keep many loads in flight.
 constexpr RowPlan kForwardPlans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},    {128, 32, 4},  {256, 64, 4},
                                      {512, 128, 4}, {1024, 256, 4}, {2048, 512, 4}, {4096, 1024, 4}};
-constexpr RowPlan kForwardScalarPlans[] = {{512, 32, 16}, {1024, 64, 16}, {2048, 128, 16}, {4096, 256, 16}, {8192, 512, 16}};
+constexpr RowPlan kForwardScalarPlans[] = {{256, 32, 8}, {512, 64, 8}, {1024, 128, 8}, {2048, 256, 8}, {4096, 512, 8}};
 
 template <bool ADD, class T, class P, int E>
 int launch_norm_forward(const char* name, const NormForward<T, P>& a, void* stream) {
   const RowPlan* plan = E == 1 ? choose_plan(kForwardScalarPlans, a.cols) : choose_plan(kForwardPlans, a.cols / E);
-  if (!plan) return launch(name, norm_forward_long<ADD, T, P, E>, grid_of(a.rows), kLongThreads, 0, stream, a);
+  if (!plan || plan->threads > forward_max_threads<T, E>())
+    return launch(name, norm_forward_long<ADD, T, P, E>, grid_of(a.rows), kLongThreads, 0, stream, a);
   const int rows_per_block = plan->threads < kForwardThreads ? kForwardThreads / plan->threads : 1;
   const dim3 grid = grid_of((a.rows + rows_per_block - 1) / rows_per_block), block(plan->threads, rows_per_block);
-  if constexpr (E == 1) return launch(name, norm_forward<ADD, T, P, 1, 16>, grid, block, 0, stream, a);
+  if constexpr (E == 1) return launch(name, norm_forward<ADD, T, P, 1, 8>, grid, block, 0, stream, a);
   else if (plan->per_thread == 1) return launch(name, norm_forward<ADD, T, P, E, 1>, grid, block, 0, stream, a);
   else return launch(name, norm_forward<ADD, T, P, E, 4>, grid, block, 0, stream, a);
 }

@@ -204,9 +204,10 @@ FF_WORKSPACE(cpu, attention_forward, ff_attention_args);
 FF_WORKSPACE(cpu, attention_backward, ff_attention_args);
 
 /* ---- decoder_step ----------------------------------------------------------------------------------------------------
- * One token through a whole pre-norm GPT-2 decoder with a key/value cache, for each of `batch` sequences: per layer
- * x += proj(attention(ln_1(x)));  x += fc2(gelu(fc1(ln_2(x)))), then logits = ln_f(x) head^T. Generation at small batch
- * reads every weight once per token; one call per token removes every per-layer dispatch. CPU only. */
+ * One token through a whole pre-norm GPT-2 decoder with a key/value cache, for each of `batch` sequences:
+ * x = wte[token] + wpe[position]; per layer x += proj(attention(ln_1(x))), x += fc2(gelu(fc1(ln_2(x)))); logits =
+ * ln_f(x) head^T. Generation at small batch reads every weight once per token and computes little with it: one call per
+ * token leaves nothing but that. CPU, FF_FLOAT32. */
 typedef struct ff_decoder_layer {
   const void *ln1_weight, *ln1_bias;   /* (E) */
   const void *qkv_weight, *qkv_bias;   /* (E, 3E) row-major = GPT-2's Conv1D layout, (3E) */
@@ -217,17 +218,20 @@ typedef struct ff_decoder_layer {
   void *k_cache, *v_cache;             /* (batch, H, max_seqlen, E / H) */
 } ff_decoder_layer;
 typedef struct ff_decoder_step_args {
-  ff_dtype dtype;                      /* FF_FLOAT32 */
+  ff_dtype dtype;
   int64_t batch, num_layers, hidden_size, num_heads, intermediate_size, vocab_size, max_seqlen;
   double eps;
   int tanh;                            /* GELU form */
-  int64_t position;                    /* tokens already cached: the new one is written there */
-  const int64_t* cache_start;          /* (batch) first cached position a sequence may see (left padding), or NULL */
-  const void* x;                       /* (batch, E) token + position embedding */
+  int64_t length;                      /* tokens already in the cache: the new one is written at this index */
+  const int64_t* cache_start;          /* (batch) first cached index a sequence may see (left padding), or NULL = 0 */
+  const int64_t* tokens;               /* (batch) in [0, vocab_size) */
+  const int64_t* positions;            /* (batch) rows of wpe */
+  const void *wte, *wpe;               /* (V, E), (positions, E) */
   const ff_decoder_layer* layers;      /* (num_layers) */
+  const double* attention_scale;       /* (num_layers) */
   const void *ln_f_weight, *ln_f_bias; /* (E) */
   const void* head_weight;             /* (V, E) */
-  void* logits;                        /* (batch, V) acc */
+  void* logits;                        /* (batch, V) */
   void* workspace;
 } ff_decoder_step_args;
 FF_KERNEL(cpu, decoder_step, ff_decoder_step_args);

@@ -222,4 +222,29 @@ PYBIND11_MODULE(FF_MODULE, m) {
           a.workspace = ptr(workspace);
           run(ff_cpu_attention_backward, a);
         });
+
+  m.def("decoder_step_workspace", [](int64_t batch, int64_t num_layers, int64_t hidden_size, int64_t num_heads,
+                                     int64_t intermediate_size, int64_t vocab_size, int64_t max_seqlen) {
+    ff_decoder_step_args a{};
+    a.batch = batch, a.num_layers = num_layers, a.hidden_size = hidden_size, a.num_heads = num_heads;
+    a.intermediate_size = intermediate_size, a.vocab_size = vocab_size, a.max_seqlen = max_seqlen;
+    return ff_cpu_decoder_step_workspace(&a);
+  });
+  m.def("decoder_step", [](int64_t batch, int64_t num_layers, int64_t hidden_size, int64_t num_heads,
+                           int64_t intermediate_size, int64_t vocab_size, int64_t max_seqlen, double eps, bool tanh,
+                           int64_t length, Ptr cache_start, Ptr tokens, Ptr positions, Ptr wte, Ptr wpe, Ptr layers,
+                           Ptr attention_scale, Ptr ln_f_weight, Ptr ln_f_bias, Ptr head_weight, Ptr logits,
+                           Ptr workspace) {
+    ff_decoder_step_args a{};
+    a.dtype = FF_FLOAT32;
+    a.batch = batch, a.num_layers = num_layers, a.hidden_size = hidden_size, a.num_heads = num_heads;
+    a.intermediate_size = intermediate_size, a.vocab_size = vocab_size, a.max_seqlen = max_seqlen;
+    a.eps = eps, a.tanh = tanh, a.length = length;
+    a.cache_start = ptr<int64_t>(cache_start), a.tokens = ptr<int64_t>(tokens), a.positions = ptr<int64_t>(positions);
+    a.wte = ptr(wte), a.wpe = ptr(wpe), a.layers = ptr<ff_decoder_layer>(layers);
+    a.attention_scale = ptr<double>(attention_scale);
+    a.ln_f_weight = ptr(ln_f_weight), a.ln_f_bias = ptr(ln_f_bias), a.head_weight = ptr(head_weight);
+    a.logits = ptr(logits), a.workspace = ptr(workspace);
+    run(ff_cpu_decoder_step, a);
+  });
 }

@@ -83,6 +83,11 @@ def backend(name: str | None) -> Iterator[None]:
         _override.reset(token)
 
 
+def overridden() -> str | None:
+    """The backend that an override asks for at the moment, or None."""
+    return _override.get()
+
+
 @contextmanager
 def strict(enabled: bool = True) -> Iterator[None]:
     """Inside, a call that no fused kernel supports raises instead of running the reference."""

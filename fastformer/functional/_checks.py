@@ -32,7 +32,7 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 
 def parameter(name: str, value: Tensor | None, shape: Sequence[int], like_name: str, like: Tensor) -> None:
-    """``value`` is None or a tensor of ``shape`` on ``like``'s device, in its dtype or in float32 beside half precision."""
+    """``value`` is None, or has ``shape``, ``like``'s device, and its dtype or float32 beside half precision."""
     if value is None:
         return
     if not isinstance(value, Tensor):

@@ -55,6 +55,58 @@ def register(schema: str, implementation: Callable, fake: Callable, *, mutates: 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Gives the operator ``fastformer::<name>`` its derivative, itself made of registered operators."""
     torch.library.register_autograd(f"fastformer::{name}", backward, setup_context=setup_context, lib=_library)
+    _transformed[name] = _transformable(name, backward, setup_context)
+
+
+def operator(name: str, *args: object):
+    """Calls ``torch.ops.fastformer.<name>``, under ``torch.func`` transforms as well.
+
+    torch's own registration of a derivative does not reach into ``torch.func.grad`` and ``vmap``; there the operator is
+    wrapped once per transform.
+    """
+    if peek_interpreter_stack() is None:
+        return getattr(torch.ops.fastformer, name)(*args)
+    if name not in _transformed:
+        _transformed[name] = _transformable(name, None, None)
+    return _transformed[name].apply(*args)
+
+
+_transformed: dict[str, type[torch.autograd.Function]] = {}
+
+
+def _transformable(name: str, derivative: Callable | None, setup: Callable | None) -> type[torch.autograd.Function]:
+    class Transformable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return operator(name, *args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            if setup is not None:
+                setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            if derivative is None:
+                raise NotImplementedError(f"fastformer.{name}: has no second derivative")
+            return derivative(ctx, *grads)
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            # One call per element: right for every operator; none has a use for batching that its rows do not serve.
+            calls = []
+            for i in range(info.batch_size):
+                element = [
+                    a.select(d, i) if isinstance(a, Tensor) and d is not None else a
+                    for a, d in zip(args, in_dims, strict=True)
+                ]
+                calls.append(operator(name, *element))
+            if isinstance(calls[0], Tensor):
+                return torch.stack(calls), 0
+            outputs = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+            return outputs, (0,) * len(outputs)
+
+    return Transformable
 
 
 def new_seed() -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, new_seed, register, register_autograd, through_operator
+from ._doors import needs_grad, new_seed, operator, register, register_autograd, through_operator
 from .layer_norm import _check as _check_layer_norm
 from .layer_norm import _flat
 
@@ -59,7 +59,7 @@ def add_layer_norm(
     p = float(dropout_p) if training else 0.0
     if through_operator(x, residual, weight, bias):
         seed = new_seed() if p > 0 else None
-        return torch.ops.fastformer.add_layer_norm(x, residual, shape, weight, bias, eps, p, seed)[:2]
+        return operator("add_layer_norm", x, residual, shape, weight, bias, eps, p, seed)[:2]
     seed = int(new_seed()) if p > 0 else 0
     if needs_grad(x, residual, weight, bias):
         return _AddLayerNorm.apply(x, residual, shape, weight, bias, eps, p, seed)
@@ -187,8 +187,8 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dout, dsummed, _dmean, _drstd):
     summed, weight, mean, rstd, seed = ctx.saved_tensors
-    dx, dresidual, dweight, dbias = torch.ops.fastformer.add_layer_norm_backward(
-        dout, dsummed, summed, ctx.shape, weight, mean, rstd, ctx.p, seed, ctx.param_dtype
+    dx, dresidual, dweight, dbias = operator(
+        "add_layer_norm_backward", dout, dsummed, summed, ctx.shape, weight, mean, rstd, ctx.p, seed, ctx.param_dtype
     )
     dweight = dweight if weight is not None else None
     return dx, dresidual, None, dweight, dbias if ctx.has_bias else None, None, None, None

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, register, register_autograd, through_operator
+from ._doors import needs_grad, operator, register, register_autograd, through_operator
 
 MAX_HEAD_DIM = 256
 
@@ -51,7 +51,7 @@ def attention(
     _check(q, k, v, key_padding_mask)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if through_operator(q, k, v, key_padding_mask):
-        out, lse = torch.ops.fastformer.attention(q, k, v, scale, causal, key_padding_mask)
+        out, lse = operator("attention", q, k, v, scale, causal, key_padding_mask)
     elif needs_grad(q, k, v):
         out, lse = _Attention.apply(q, k, v, scale, causal, key_padding_mask)
     else:
@@ -78,7 +78,7 @@ def attention_qkvpacked(
     _check(q, k, v, key_padding_mask)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if through_operator(qkv, key_padding_mask):
-        out = torch.ops.fastformer.attention(q, k, v, scale, causal, key_padding_mask)[0]
+        out = operator("attention", q, k, v, scale, causal, key_padding_mask)[0]
     elif needs_grad(qkv):
         return _AttentionPacked.apply(qkv, scale, causal, key_padding_mask)
     else:
@@ -272,7 +272,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dout, dlse):
     q, k, v, out, lse, mask = ctx.saved_tensors
-    dq, dk, dv = torch.ops.fastformer.attention_backward(dout, dlse, q, k, v, out, lse, ctx.scale, ctx.causal, mask)
+    dq, dk, dv = operator("attention_backward", dout, dlse, q, k, v, out, lse, ctx.scale, ctx.causal, mask)
     return dq, dk, dv, None, None, None
 
 

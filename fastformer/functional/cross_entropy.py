@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, register, register_autograd, through_operator
+from ._doors import needs_grad, operator, register, register_autograd, through_operator
 from .softmax import log_softmax
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -62,7 +62,7 @@ def cross_entropy(
     class_weight = None if weight is None else weight.detach().to(acc).contiguous()
     smoothing = float(label_smoothing)
     if through_operator(logits, flat, class_weight):
-        loss = torch.ops.fastformer.cross_entropy(logits, flat, class_weight, ignore_index, smoothing)[0]
+        loss = operator("cross_entropy", logits, flat, class_weight, ignore_index, smoothing)[0]
     elif needs_grad(logits):
         loss = _CrossEntropy.apply(logits, flat, class_weight, ignore_index, smoothing)
     else:
@@ -183,8 +183,8 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dloss, _dlse):
     logits, target, weight, lse = ctx.saved_tensors
-    dlogits = torch.ops.fastformer.cross_entropy_backward(
-        dloss, logits, target, weight, lse, ctx.ignore_index, ctx.label_smoothing
+    dlogits = operator(
+        "cross_entropy_backward", dloss, logits, target, weight, lse, ctx.ignore_index, ctx.label_smoothing
     )
     return dlogits, None, None, None, None
 

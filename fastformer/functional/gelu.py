@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, register, register_autograd, through_operator
+from ._doors import needs_grad, operator, register, register_autograd, through_operator
 
 _FORMS = ("none", "tanh")
 
@@ -38,7 +38,7 @@ def bias_gelu(input: Tensor, bias: Tensor | None, approximate: str = "none") -> 
             raise ValueError(f"bias: shape {tuple(bias.shape)} is not {tuple(input.shape[-1:])}")
     tanh = approximate == "tanh"
     if through_operator(input, bias):
-        return torch.ops.fastformer.gelu(input, bias, tanh)
+        return operator("gelu", input, bias, tanh)
     if needs_grad(input, bias):
         return _Gelu.apply(input, bias, tanh)
     return forward(input, bias, tanh)
@@ -109,7 +109,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dout):
     x, bias = ctx.saved_tensors
-    dx, dbias = torch.ops.fastformer.gelu_backward(dout, x, bias, ctx.tanh)
+    dx, dbias = operator("gelu_backward", dout, x, bias, ctx.tanh)
     return dx, None if bias is None else dbias, None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, register, register_autograd, through_operator
+from ._doors import needs_grad, operator, register, register_autograd, through_operator
 
 
 def layer_norm(
@@ -25,7 +25,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalises over the last ``len(normalized_shape)`` dimensions; same arguments as ``torch.nn.functional.layer_norm``.
+    """Normalises over the last dimensions; same arguments as ``torch.nn.functional.layer_norm``.
 
     Args:
         input: ``(*, *normalized_shape)``, float32, bfloat16, float16 or (CPU) float64, any strides.
@@ -42,7 +42,7 @@ def layer_norm(
     shape = (int(normalized_shape),) if isinstance(normalized_shape, numbers.Integral) else tuple(normalized_shape)
     _check(input, shape, weight, bias, eps)
     if through_operator(input, weight, bias):
-        return torch.ops.fastformer.layer_norm(input, shape, weight, bias, eps)[0]
+        return operator("layer_norm", input, shape, weight, bias, eps)[0]
     if needs_grad(input, weight, bias):
         return _LayerNorm.apply(input, shape, weight, bias, eps)
     return _forward(input, shape, weight, bias, eps)[0]
@@ -148,9 +148,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, dout, _dmean, _drstd):
     x, weight, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.fastformer.layer_norm_backward(
-        dout, x, ctx.shape, weight, mean, rstd, ctx.param_dtype
-    )
+    dx, dweight, dbias = operator("layer_norm_backward", dout, x, ctx.shape, weight, mean, rstd, ctx.param_dtype)
     return dx, None, dweight if weight is not None else None, dbias if ctx.has_bias else None, None
 
 

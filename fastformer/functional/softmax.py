@@ -12,7 +12,7 @@ from torch.nn.functional import _get_softmax_dim
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, register, register_autograd, through_operator
+from ._doors import needs_grad, operator, register, register_autograd, through_operator
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -51,7 +51,7 @@ def _softmax(name: str, x: Tensor, dim: int | None, stacklevel: int, dtype: torc
     if rows.dim() == 0:
         rows = rows[None]
     if through_operator(rows):
-        out = torch.ops.fastformer.softmax(rows, log)
+        out = operator("softmax", rows, log)
     elif needs_grad(rows):
         out = _Softmax.apply(rows, log)
     else:
@@ -106,6 +106,6 @@ def _setup_context(ctx, inputs, output):
 
 register_autograd(
     "softmax",
-    lambda ctx, dout: (torch.ops.fastformer.softmax_backward(dout, ctx.saved_tensors[0], ctx.log), None),
+    lambda ctx, dout: (operator("softmax_backward", dout, ctx.saved_tensors[0], ctx.log), None),
     _setup_context,
 )

@@ -187,8 +187,8 @@ def _mask(
     mask = (attention_mask != 0).long()
     if bool(mask.all()):
         return None
-    if not bool(mask[:, -1].all()):
-        raise ValueError("attention_mask: a prompt ends in padding; pad prompts on the left")
+    if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError("attention_mask: padding after the first token of a prompt; pad prompts on the left only")
     return mask
 
 

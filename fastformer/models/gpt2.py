@@ -24,6 +24,7 @@ from ..backends.registry import report_unfused
 from ..functional.attention import MAX_HEAD_DIM
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .cache import KVCache
+from .gpt2_decoder import FusedDecoder, fused_decoder
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedConfig, PreTrainedModel
 
@@ -453,6 +454,10 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             hidden_states=output.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def decoder(self, batch_size: int, max_length: int) -> FusedDecoder | None:
+        """The fused decoder that ``generate`` uses, or None where only the layers themselves will do."""
+        return fused_decoder(self, batch_size, max_length)
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:

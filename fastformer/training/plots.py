@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def plot_loss(
     if train:
         steps, losses = zip(*train)
         axes.plot(steps, losses, color=OURS, alpha=0.18, linewidth=0.8)
-        axes.plot(steps, _smooth(losses, max(1, len(losses) // 60)), color=OURS, linewidth=1.6, label="training")
+        axes.plot(steps, _smooth(losses, len(losses) // 100), color=OURS, linewidth=1.6, label="training")
     if validation:
         steps, losses = zip(*validation)
         axes.plot(steps, losses, "o-", color="#d9622b", markersize=4, linewidth=1.4, label="validation (held out)")
@@ -48,10 +49,11 @@ def plot_loss(
         )
     if reference is not None:
         axes.axhline(reference[1], color=INK, linewidth=1.0, linestyle=":", label=f"{reference[0]}: {reference[1]:.2f}")
-    finite = [loss for _, loss in train + validation if math.isfinite(loss)]
-    if finite:
-        low = min(finite + ([reference[1]] if reference else []))
-        axes.set_ylim(low - 0.12 * (max(finite) - low) - 1e-3, max(finite) + 0.03 * (max(finite) - low) + 1e-3)
+    # The first steps fall so fast that the rest would be a flat line beneath them.
+    settled = [loss for _, loss in train[len(train) // 50 :] + validation if math.isfinite(loss)]
+    if settled:
+        low, high = min(settled + ([reference[1]] if reference else [])), max(settled)
+        axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.03 * (high - low) + 1e-3)
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.legend(frameon=False)
@@ -109,12 +111,11 @@ def _save(figure, axes, path: str | Path, title: str, suptitle: bool = False) ->
     return path
 
 
-def _smooth(values: Sequence[float], span: int) -> list[float]:
-    """Exponential moving average over about ``span`` values, corrected for its start."""
-    decay = 1.0 - 1.0 / span
-    average, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1.0 - decay) * value
-        weight = decay * weight + (1.0 - decay)
-        smoothed.append(average / weight)
+def _smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value and up to ``reach`` neighbours on either side; at the steep start as many on both."""
+    sums = [0.0, *itertools.accumulate(values)]
+    smoothed = []
+    for i in range(len(values)):
+        first, end = i - min(reach, i), min(len(values), i + min(reach, i) + 1)
+        smoothed.append((sums[end] - sums[first]) / (end - first))
     return smoothed

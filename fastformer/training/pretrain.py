@@ -115,7 +115,7 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
     plot_loss(read_metrics(out), out / "loss.png", title=f"GPT-2 on {data.corpus.name}")
     if not quiet:
         print(
-            f"{result.steps} steps, {result.tokens / 1e6:.2f} M tokens in {result.seconds:.0f} s "
+            f"{result.steps} steps, {count(result.tokens)} tokens in {result.seconds:.0f} s "
             f"({result.tokens_per_second:,.0f} tokens/s); validation loss {result.validation_loss:.3f}\n"
             f"{trainer.checkpoint}: try `fastformer generate --model {out}`"
         )
@@ -129,11 +129,16 @@ def describe(data: PreparedData, trainer: Trainer) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     on_cpu = f"cpu, {torch.get_num_threads()} threads"
     return (
-        f"text   {corpus.name}: {len(corpus) / 1e6:.2f} M characters; {data.train.numel() / 1e6:.2f} M tokens to train "
-        f"on, {data.validation.numel() / 1e6:.2f} M held out ({corpus.note})\n"
-        f"model  GPT-2, {parameters / 1e6:.2f} M parameters: {shape.n_layer} layers, {shape.n_head} heads, "
+        f"text   {corpus.name}: {count(len(corpus))} characters; {count(data.train.numel())} tokens to train on, "
+        f"{count(data.validation.numel())} held out ({corpus.note})\n"
+        f"model  GPT-2, {count(parameters)} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
         f"{shape.n_embd} wide, context {config.data.block_size}, {data.tokenizer.vocab_size} tokens\n"
         f"run    {on_cpu if trainer.device.type == 'cpu' else trainer.device}, {str(trainer.dtype)[6:]}; "
         f"{trainer.tokens_per_step:,} tokens a step, {config.run.max_steps} steps"
         + (f" or {minutes:g} minutes" if minutes else "")
     )
+
+
+def count(number: int) -> str:
+    """A number to read: 4.79 M, or 12,345 below a hundred thousand."""
+    return f"{number / 1e6:.2f} M" if number >= 100_000 else f"{number:,}"

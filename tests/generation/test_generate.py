@@ -219,6 +219,8 @@ def test_sample_frequencies():
         ({"max_length": 8, "max_new_tokens": None}, "max_length"),
         ({"attention_mask": torch.ones(1, 8)}, "attention_mask"),
         ({"attention_mask": torch.tensor([[1] * 8 + [0]])}, "attention_mask"),  # padding on the right
+        ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1]])}, "attention_mask"),  # a hole
+        ({"attention_mask": torch.zeros(1, 9)}, "attention_mask"),  # nothing but padding
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "input_ids"),
         ({"input_ids": torch.zeros(3, dtype=torch.long)}, "input_ids"),
         ({"input_ids": torch.tensor([[VOCAB]])}, "input_ids"),

@@ -25,8 +25,8 @@ def forward(
     rows, cols = x.shape
     out = torch.empty(rows, cols, dtype=x.dtype)
     summed = torch.empty(rows, cols, dtype=x.dtype)
-    statistics = torch.empty(2, rows, dtype=acc_dtype(x.dtype))
-    mean, rstd = statistics.unbind()
+    mean = torch.empty(rows, dtype=acc_dtype(x.dtype))  # two allocations: an operator's outputs may not share memory
+    rstd = torch.empty_like(mean)
     parameter = weight if weight is not None else bias
     code = DTYPE[x.dtype]
     _C.add_layer_norm_forward(

@@ -1,4 +1,4 @@
-"""Cross-entropy of class indices by csrc/cpu/cross_entropy.cpp; signatures as in backends/reference/cross_entropy.py."""
+"""Cross-entropy of class indices by csrc/cpu/cross_entropy.cpp; see backends/reference/cross_entropy.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def forward(
     """
     rows, cols = logits.shape
     target = target.contiguous()
-    loss, lse = torch.empty(2, rows, dtype=acc_dtype(logits.dtype)).unbind()
+    loss = torch.empty(rows, dtype=acc_dtype(logits.dtype))
+    lse = torch.empty_like(loss)
     try:
         _C.cross_entropy_forward(
             DTYPE[logits.dtype],

@@ -16,8 +16,8 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     """x (rows, cols), weight and bias (cols) or None -> out (rows, cols), mean (rows), rstd (rows)."""
     rows, cols = x.shape
     out = torch.empty(rows, cols, dtype=x.dtype)
-    statistics = torch.empty(2, rows, dtype=acc_dtype(x.dtype))
-    mean, rstd = statistics.unbind()
+    mean = torch.empty(rows, dtype=acc_dtype(x.dtype))  # two allocations: an operator's outputs may not share memory
+    rstd = torch.empty_like(mean)
     parameter = weight if weight is not None else bias
     code = DTYPE[x.dtype]
     _C.layer_norm_forward(

@@ -1,7 +1,8 @@
 """The dropout mask all backends share, in plain PyTorch.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011) with key = seed and
-counter = (c, row_lo, row_hi, 0); column ``col`` of ``row`` reads word (col / 8) % 4 of counter c = (col / 32) * 8 + col % 8.
+counter = (c, row_lo, row_hi, 0); column ``col`` of ``row`` reads word (col / 8) % 4 of counter c = (col / 32) * 8 +
+col % 8.
 """
 
 from __future__ import annotations

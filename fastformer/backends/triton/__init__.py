@@ -31,7 +31,9 @@ def unavailable(device: str) -> str | None:
     if device == "cuda":
         return None if torch.cuda.is_available() else "torch sees no CUDA device"
     if device == "cpu":
-        return None if interpreting() else "runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1 before import)"
+        return (
+            None if interpreting() else "runs on a CPU only in Triton's interpreter (TRITON_INTERPRET=1 before import)"
+        )
     return f"no kernels for {device!r} devices"
 
 

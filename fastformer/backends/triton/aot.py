@@ -152,9 +152,13 @@ def row(build: Build) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m fastformer.backends.triton.aot", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastformer.backends.triton.aot", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--op", action="append", choices=OPS, help="only this operation (may be repeated)")
-    parser.add_argument("--capability", action="append", type=int, choices=CAPABILITIES, help="only this GPU generation")
+    parser.add_argument(
+        "--capability", action="append", type=int, choices=CAPABILITIES, help="only this GPU generation"
+    )
     parser.add_argument("--select", default="", help="only labels that match this regular expression")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
     parser.add_argument("--json", type=Path, help="also write the table to this file")

@@ -9,7 +9,8 @@ log-sum-exp, and delta = sum(dout * out) - dlse per query:
 Two choices make it fast and repeatable. Key blocks that no mask touches run in a loop of their own, without a single
 comparison. And backward is two kernels, one that owns queries and sums over keys (dq, and delta on the way), one that
 owns keys and sums over queries and over the query heads that share them (dk, dv): no sum crosses programs, so none
-needs atomic additions, and the result is the same in every run.
+needs atomic additions, and the result is the same in every run. The second kernel has one loop only: a second one costs
+more registers than the comparison it saves.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _load(
 ):
     """(BLOCK, BLOCK_DIM) of consecutive positions; zeros beyond ``length`` and beyond ``HEAD_DIM``."""
     dim = tl.arange(0, BLOCK_DIM)
-    block = ptr + tl.cast(start, tl.int64) * stride + (index.to(tl.int64)[:, None] * stride + dim[None, :])
+    block = ptr + tl.cast(start, tl.int64) * stride + (index[:, None] * stride + dim[None, :])
     if CHECK:
         mask = (start + index < length)[:, None]
         if HEAD_DIM < BLOCK_DIM:
@@ -108,9 +109,18 @@ def _load(
 @triton.jit
 def _store(ptr, start, index, length, stride, value, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     dim = tl.arange(0, BLOCK_DIM)
-    block = ptr + tl.cast(start, tl.int64) * stride + (index.to(tl.int64)[:, None] * stride + dim[None, :])
+    block = ptr + tl.cast(start, tl.int64) * stride + (index[:, None] * stride + dim[None, :])
     mask = (start + index < length)[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(block, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _ignored(mask_ptr, start, index, length, CHECK: tl.constexpr):
+    if CHECK:
+        mask = tl.load(mask_ptr + start + index, mask=start + index < length, other=1)
+    else:
+        mask = tl.load(mask_ptr + start + index)
+    return mask != 0
 
 
 @triton.jit
@@ -148,8 +158,7 @@ def _forward_keys(
                 visible = visible & (start + index[None, :] <= last_key[:, None])
             s = tl.where(visible, s, float("-inf"))
         if mask_ptr is not None:
-            ignored = tl.load(mask_ptr + start + index, mask=start + index < seqlen_k, other=1)
-            s = tl.where((ignored != 0)[None, :], float("-inf"), s)
+            s = tl.where(_ignored(mask_ptr, start, index, seqlen_k, EDGE)[None, :], float("-inf"), s)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         shift = new_max
         if EDGE or mask_ptr is not None:  # nothing seen yet: -inf - -inf would be NaN
@@ -178,9 +187,12 @@ def _forward(
     out_stride_b, out_stride_h, out_stride_s,
     mask_stride,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head."""
+    if WIDE:
+        q_stride_s, k_stride_s = tl.cast(q_stride_s, tl.int64), tl.cast(k_stride_s, tl.int64)
+        v_stride_s, out_stride_s = tl.cast(v_stride_s, tl.int64), tl.cast(out_stride_s, tl.int64)
     blocks = tl.cdiv(seqlen_q, BLOCK_Q)
     plane = tl.program_id(0) // blocks
     # The last queries see the most keys: they start first, so that short programs fill the end of the launch.
@@ -243,8 +255,7 @@ def _backward_q_keys(
                 visible = visible & (start + index[None, :] <= last_key[:, None])
             p = tl.where(visible, p, 0.0)
         if mask_ptr is not None:
-            ignored = tl.load(mask_ptr + start + index, mask=start + index < seqlen_k, other=1)
-            p = tl.where((ignored != 0)[None, :], 0.0, p)
+            p = tl.where(_ignored(mask_ptr, start, index, seqlen_k, EDGE)[None, :], 0.0, p)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
@@ -261,9 +272,10 @@ def _backward_q(
     dout_ptr,  # (B, Hq, Sq, Dv)
     lse_ptr,  # (B, Hq, Sq) float32, contiguous
     dlse_ptr,  # (B, Hq, Sq) float32, contiguous; or None
-    delta_ptr,  # (B, Hq, Sq) float32, contiguous, written for the second kernel
+    lse_log2_ptr,  # (B, Hq, padded) float32, written for the second kernel: log2(e) lse, +inf where nothing was seen
+    delta_ptr,  # (B, Hq, padded) float32, likewise
     dq_ptr,  # (B, Hq, Sq, D)
-    heads, groups, seqlen_q, seqlen_k, scale,
+    heads, groups, seqlen_q, seqlen_k, padded, scale,
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
@@ -272,10 +284,14 @@ def _backward_q(
     dq_stride_b, dq_stride_h, dq_stride_s,
     mask_stride,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta, of one block of queries of one head."""
-    blocks = tl.cdiv(seqlen_q, BLOCK_Q)
+    """dq, and what the second kernel needs of each query, of one block of queries of one head."""
+    if WIDE:
+        q_stride_s, k_stride_s = tl.cast(q_stride_s, tl.int64), tl.cast(k_stride_s, tl.int64)
+        v_stride_s, out_stride_s = tl.cast(v_stride_s, tl.int64), tl.cast(out_stride_s, tl.int64)
+        dout_stride_s, dq_stride_s = tl.cast(dout_stride_s, tl.int64), tl.cast(dq_stride_s, tl.int64)
+    blocks = padded // BLOCK_Q
     plane = tl.program_id(0) // blocks
     start_q = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_Q
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
@@ -299,8 +315,12 @@ def _backward_q(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=in_q, other=0.0)
-    lse_log2, delta = _seen(tl.load(lse_ptr + row, mask=in_q, other=float("-inf")), delta)
-    tl.store(delta_ptr + row, delta, mask=in_q)
+    lse = tl.load(lse_ptr + row, mask=in_q, other=float("-inf"))
+    # A query that sees no key, or does not exist, gets probability zero everywhere: exp2(s - inf).
+    lse_log2 = tl.where(lse != float("-inf"), lse * LOG2_E, float("inf"))
+    delta = tl.where(lse != float("-inf"), delta, 0.0)
+    tl.store(lse_log2_ptr + plane.to(tl.int64) * padded + start_q + index, lse_log2)
+    tl.store(delta_ptr + plane.to(tl.int64) * padded + start_q + index, delta)
     q = _load(
         q_ptr + batch * q_stride_b + head * q_stride_h, start_q, index, seqlen_q, q_stride_s, HEAD_DIM, BLOCK_D, True
     )
@@ -322,36 +342,35 @@ def _backward_q(
 
 
 @triton.jit
-def _seen(lse, delta):
-    """(log2(e) lse, delta) such that a query that sees no key, or does not exist, gets probability zero everywhere."""
-    seen = lse != float("-inf")
-    return tl.where(seen, lse * LOG2_E, float("inf")), tl.where(seen, delta, 0.0)
-
-
-@triton.jit
 def _backward_k_queries(
     dk, dv,  # (BLOCK_K, BLOCK_D), (BLOCK_K, BLOCK_DV) float32
     k, v,  # (BLOCK_K, BLOCK_D), (BLOCK_K, BLOCK_DV)
-    q_ptr, dout_ptr, lse_ptr, delta_ptr,  # one (batch, head)
-    begin, end, first_query, seqlen_q, scale_log2, q_stride, dout_stride,
+    q_ptr, dout_ptr, lse_log2_ptr, delta_ptr,  # the first query head of the group
+    begin, first_query, groups, seqlen_q, padded, scale_log2,
+    q_stride_h, q_stride_s, dout_stride_h, dout_stride_s,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, DIAGONAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
+    """Adds the queries from ``begin`` on of every head of the group."""
     index = tl.arange(0, BLOCK_Q)
-    for start in tl.range(begin, end, BLOCK_Q):
-        in_q = start + index < seqlen_q
-        q = _load(q_ptr, start, index, seqlen_q, q_stride, HEAD_DIM, BLOCK_D, True)
-        lse = tl.load(lse_ptr + start + index, mask=in_q, other=float("-inf"))
-        lse_log2, delta = _seen(lse, tl.load(delta_ptr + start + index, mask=in_q, other=0.0))
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # transposed: keys by queries
-        p = tl.exp2(s - lse_log2[None, :])
-        if DIAGONAL:
-            p = tl.where(start + index[None, :] >= first_query[:, None], p, 0.0)
-        dout = _load(dout_ptr, start, index, seqlen_q, dout_stride, HEAD_DIM_V, BLOCK_DV, True)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    for _ in tl.range(groups):
+        for start in tl.range(begin, seqlen_q, BLOCK_Q):
+            q = _load(q_ptr, start, index, seqlen_q, q_stride_s, HEAD_DIM, BLOCK_D, True)
+            lse_log2 = tl.load(lse_log2_ptr + start + index)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # transposed: keys by queries
+            p = tl.exp2(s - lse_log2[None, :])
+            if CAUSAL:
+                p = tl.where(start + index[None, :] >= first_query[:, None], p, 0.0)
+            dout = _load(dout_ptr, start, index, seqlen_q, dout_stride_s, HEAD_DIM_V, BLOCK_DV, True)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            delta = tl.load(delta_ptr + start + index)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        q_ptr += q_stride_h
+        dout_ptr += dout_stride_h
+        lse_log2_ptr += padded
+        delta_ptr += padded
     return dk, dv
 
 
@@ -362,11 +381,11 @@ def _backward_k(
     v_ptr,  # (B, Hkv, Sk, Dv)
     mask_ptr,  # (B, Sk) uint8, nonzero = ignored; or None
     dout_ptr,  # (B, Hq, Sq, Dv)
-    lse_ptr,  # (B, Hq, Sq) float32, contiguous
-    delta_ptr,  # (B, Hq, Sq) float32, contiguous
+    lse_log2_ptr,  # (B, Hq, padded) float32, contiguous
+    delta_ptr,  # (B, Hq, padded) float32, contiguous
     dk_ptr,  # (B, Hkv, Sk, D)
     dv_ptr,  # (B, Hkv, Sk, Dv)
-    heads_kv, groups, seqlen_q, seqlen_k, scale,
+    heads_kv, groups, seqlen_q, seqlen_k, padded, scale,
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
@@ -375,9 +394,13 @@ def _backward_k(
     dv_stride_b, dv_stride_h, dv_stride_s,
     mask_stride,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one key/value head, summed over the query heads that read it."""
+    if WIDE:
+        q_stride_s, k_stride_s = tl.cast(q_stride_s, tl.int64), tl.cast(k_stride_s, tl.int64)
+        v_stride_s, dout_stride_s = tl.cast(v_stride_s, tl.int64), tl.cast(dout_stride_s, tl.int64)
+        dk_stride_s, dv_stride_s = tl.cast(dk_stride_s, tl.int64), tl.cast(dv_stride_s, tl.int64)
     blocks = tl.cdiv(seqlen_k, BLOCK_K)
     plane = tl.program_id(0) // blocks
     start_k = tl.program_id(0) % blocks * BLOCK_K
@@ -393,34 +416,26 @@ def _backward_k(
     )  # fmt: skip
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
-    diagonal = start_k - (seqlen_k - seqlen_q)
-    begin = tl.maximum(diagonal, 0) // BLOCK_Q * BLOCK_Q
-    full = tl.minimum(tl.cdiv(tl.maximum(diagonal + BLOCK_K - 1, 0), BLOCK_Q) * BLOCK_Q, seqlen_q)
+    begin = 0
+    if CAUSAL:
+        begin = tl.maximum(start_k - (seqlen_k - seqlen_q), 0) // BLOCK_Q * BLOCK_Q
     scale_log2 = scale * LOG2_E
-    for group in tl.range(groups):
-        head = head_kv * groups + group
-        row = (batch * heads_kv * groups + head) * seqlen_q
-        q_head = q_ptr + batch * q_stride_b + head * q_stride_h
-        dout_head = dout_ptr + batch * dout_stride_b + head * dout_stride_h
-        if CAUSAL:
-            dk, dv = _backward_k_queries(
-                dk, dv, k, v, q_head, dout_head, lse_ptr + row, delta_ptr + row, begin, full, first_query, seqlen_q,
-                scale_log2, q_stride_s, dout_stride_s, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, True,
-            )  # fmt: skip
-            dk, dv = _backward_k_queries(
-                dk, dv, k, v, q_head, dout_head, lse_ptr + row, delta_ptr + row, full, seqlen_q, first_query, seqlen_q,
-                scale_log2, q_stride_s, dout_stride_s, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, False,
-            )  # fmt: skip
-        else:
-            dk, dv = _backward_k_queries(
-                dk, dv, k, v, q_head, dout_head, lse_ptr + row, delta_ptr + row, 0, seqlen_q, first_query, seqlen_q,
-                scale_log2, q_stride_s, dout_stride_s, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, False,
-            )  # fmt: skip
+    head = head_kv * groups
+    row = (batch * heads_kv * groups + head) * padded
+    q_ptr += batch * q_stride_b + head * q_stride_h
+    dout_ptr += batch * dout_stride_b + head * dout_stride_h
+    lse_log2_ptr += row
+    delta_ptr += row
+    dk, dv = _backward_k_queries(
+        dk, dv, k, v, q_ptr, dout_ptr, lse_log2_ptr, delta_ptr, begin, first_query, groups, seqlen_q, padded,
+        scale_log2, q_stride_h, q_stride_s, dout_stride_h, dout_stride_s,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, CAUSAL,
+    )  # fmt: skip
     dk *= scale
     if mask_ptr is not None:  # a hidden key touches only its own rows of dk and dv, so hiding can wait until here
-        ignored = tl.load(mask_ptr + batch * mask_stride + start_k + index, mask=start_k + index < seqlen_k, other=1)
-        dk = tl.where((ignored != 0)[:, None], 0.0, dk)
-        dv = tl.where((ignored != 0)[:, None], 0.0, dv)
+        ignored = _ignored(mask_ptr + batch * mask_stride, start_k, index, seqlen_k, True)
+        dk = tl.where(ignored[:, None], 0.0, dk)
+        dv = tl.where(ignored[:, None], 0.0, dv)
     _store(
         dk_ptr + batch * dk_stride_b + head_kv * dk_stride_h, start_k, index, seqlen_k, dk_stride_s, dk,
         HEAD_DIM, BLOCK_D,
@@ -446,7 +461,9 @@ def family(sm: int) -> int:
     return 90 if sm // 10 in (9, 10) else 80
 
 
-def _blocks(tile: Tile, q: Tensor, v: Tensor, causal: bool) -> dict[str, int | bool]:
+def _blocks(tile: Tile, q: Tensor, v: Tensor, causal: bool, *strided: Tensor) -> dict[str, int | bool]:
+    """Everything a launch is specialised for. ``strided``: the remaining tensors that are read or written in blocks."""
+    widest = max(abs(x.stride(2)) for x in (q, v, *strided))
     return {
         "HEAD_DIM": q.shape[3],
         "HEAD_DIM_V": v.shape[3],
@@ -455,6 +472,7 @@ def _blocks(tile: Tile, q: Tensor, v: Tensor, causal: bool) -> dict[str, int | b
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "CAUSAL": causal,
+        "WIDE": widest * max(tile.block_q, tile.block_k) >= 2**31,  # else offsets within a block fit in 32 bits
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -485,7 +503,7 @@ def forward(
         _forward, (batch * heads * triton.cdiv(seqlen_q, tile.block_q),), q.device,
         q, k, v, mask, out, lse, heads, heads // max(heads_kv, 1), seqlen_q, seqlen_k, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], mask_stride,
-        **_blocks(tile, q, v, causal),
+        **_blocks(tile, q, v, causal, k, out),
     )  # fmt: skip
     return out, lse
 
@@ -513,22 +531,25 @@ def backward(
     dv = torch.empty_like(v) if dv is None else dv
     dout = unit_stride(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    delta = torch.empty_like(lse)
     tiles = _tiles(q.device, q.element_size(), head_dim, head_dim_v)
+    # Both kernels read and write whole blocks of the two statistics, without comparing.
+    block = max(tiles.backward_q.block_q, tiles.backward_k.block_q)
+    padded = triton.cdiv(seqlen_q, block) * block
+    lse_log2, delta = torch.empty((2, batch, heads, padded), dtype=torch.float32, device=q.device)
     mask, mask_stride = _mask(key_padding_mask)
     groups = heads // max(heads_kv, 1)
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     launch(
-        _backward_q, (batch * heads * triton.cdiv(seqlen_q, tiles.backward_q.block_q),), q.device,
-        q, k, v, mask, out, dout, lse, dlse, delta, dq, heads, groups, seqlen_q, seqlen_k, scale,
+        _backward_q, (batch * heads * (padded // tiles.backward_q.block_q),), q.device,
+        q, k, v, mask, out, dout, lse, dlse, lse_log2, delta, dq, heads, groups, seqlen_q, seqlen_k, padded, scale,
         *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], mask_stride,
-        **_blocks(tiles.backward_q, q, v, causal),
+        **_blocks(tiles.backward_q, q, v, causal, k, out, dout, dq),
     )  # fmt: skip
     launch(
         _backward_k, (batch * heads_kv * triton.cdiv(seqlen_k, tiles.backward_k.block_k),), q.device,
-        q, k, v, mask, dout, lse, delta, dk, dv, heads_kv, groups, seqlen_q, seqlen_k, scale,
+        q, k, v, mask, dout, lse_log2, delta, dk, dv, heads_kv, groups, seqlen_q, seqlen_k, padded, scale,
         *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], mask_stride,
-        **_blocks(tiles.backward_k, q, v, causal),
+        **_blocks(tiles.backward_k, q, v, causal, k, dout, dk, dv),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -544,7 +565,9 @@ def configuration(
     kernel = {"forward": _forward, "backward_q": _backward_q, "backward_k": _backward_k}[direction]
     data = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
     types: dict[str, str | None] = {name: f"*{kind}" for name in kernel.arg_names if name in data}
-    types |= {name: "*fp32" for name in ("lse_ptr", "delta_ptr", "dlse_ptr") if name in kernel.arg_names}
+    types |= {
+        name: "*fp32" for name in ("lse_ptr", "lse_log2_ptr", "delta_ptr", "dlse_ptr") if name in kernel.arg_names
+    }
     constants = {
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim,
@@ -553,6 +576,7 @@ def configuration(
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "CAUSAL": causal,
+        "WIDE": False,
     }
     features = ("causal" if causal else "full") + ("+padding" if padding else "")
     return Configuration(

@@ -236,7 +236,7 @@ def backward(dout: Tensor, out: Tensor, scale: float, log: bool) -> Tensor:
 def configurations() -> Iterator[Configuration]:
     """Every line of both tables in each dtype, softmax and log_softmax."""
     for dtype, kind in sorted(TYPES.items(), key=str):
-        types = {name: f"*{kind}" for name in ("x_ptr", "dout_ptr", "out_ptr", "dx_ptr")} | {"scale": "fp32"}
+        types = dict.fromkeys(("x_ptr", "dout_ptr", "out_ptr", "dx_ptr"), f"*{kind}") | {"scale": "fp32"}
         for table, whole, chunks in (
             (FORWARD_TILES, _forward_rows, _forward_chunks),
             (BACKWARD_TILES, _backward_rows, _backward_chunks),

@@ -1,0 +1,40 @@
+"""What every CUDA backend file needs to call the extension: dtype codes, pointers, the current stream."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from . import library
+
+__all__ = ["DTYPE", "DTYPES", "empty", "library", "on_device", "pointer", "stream"]
+
+# The values of ff_dtype in csrc/include/fastformer.h.
+DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = frozenset(DTYPE)
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+def pointer(t: Tensor | None) -> int:
+    """The address of a tensor's first element, 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor on ``like``'s device, of its dtype unless another is given."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def on_device(t: Tensor) -> AbstractContextManager[object]:
+    """Makes ``t``'s GPU the current one, at no cost where it already is."""
+    if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(t.device)
+
+
+def stream(t: Tensor) -> int:
+    """The cudaStream_t work on ``t`` is enqueued on; 0 for the emulator."""
+    return torch.cuda.current_stream(t.device).cuda_stream if t.device.type == "cuda" else 0

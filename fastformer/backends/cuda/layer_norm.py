@@ -1,0 +1,78 @@
+"""Layer normalisation by csrc/cuda/layer_norm.cu; signatures as in backends/reference/layer_norm.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._call import DTYPE, DTYPES, empty, library, on_device, pointer, stream
+
+FEATURES: frozenset[str] = frozenset()
+__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
+
+
+def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x (rows, cols), weight and bias (cols) or None -> out (rows, cols), mean (rows), rstd (rows)."""
+    rows, cols = x.shape
+    out = empty(x, rows, cols)
+    mean, rstd = empty(x, 2, rows, dtype=torch.float32).unbind()
+    parameter = weight if weight is not None else bias
+    with on_device(x):
+        library().layer_norm_forward(
+            DTYPE[x.dtype],
+            DTYPE[x.dtype if parameter is None else parameter.dtype],
+            rows,
+            cols,
+            x.stride(0),
+            eps,
+            x.data_ptr(),
+            pointer(weight),
+            pointer(bias),
+            out.data_ptr(),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            stream(x),
+        )
+    return out, mean, rstd
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    param_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dx in x's dtype, dweight and dbias in ``param_dtype``), None for those not needed."""
+    rows, cols = x.shape
+    code, kernels = DTYPE[x.dtype], library()
+    dx = empty(x, rows, cols) if need_dx else None
+    dweight = empty(x, cols, dtype=param_dtype) if need_dweight else None
+    dbias = empty(x, cols, dtype=param_dtype) if need_dbias else None
+    with on_device(x):
+        workspace = None
+        if need_dweight or need_dbias:
+            workspace = empty(x, kernels.layer_norm_backward_workspace(code, rows, cols), dtype=torch.uint8)
+        kernels.layer_norm_backward(
+            code,
+            DTYPE[param_dtype],
+            rows,
+            cols,
+            x.stride(0),
+            dout.stride(0),
+            x.data_ptr(),
+            pointer(weight),
+            mean.data_ptr(),
+            rstd.data_ptr(),
+            dout.data_ptr(),
+            pointer(dx),
+            pointer(dweight),
+            pointer(dbias),
+            pointer(workspace),
+            stream(x),
+        )
+    return dx, dweight, dbias

@@ -1,0 +1,91 @@
+"""GPT-2's own decoder for generation on a CPU: prompts through the model, then one kernel call per token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch import nn as torch_nn
+
+from .. import nn
+from ..backends.registry import overridden
+from ..functional.decoder_step import DecoderLayer, DecoderStep, supported
+from .activations import FUSED_ACTIVATIONS
+from .cache import KVCache
+
+if TYPE_CHECKING:
+    from .gpt2 import GPT2LMHeadModel
+
+
+def fused_decoder(model: GPT2LMHeadModel, batch_size: int, max_length: int) -> FusedDecoder | None:
+    """A :class:`FusedDecoder`, or None where the kernel does not cover the model as it is."""
+    from .gpt2 import Conv1D
+
+    if overridden() not in (None, "cpu"):
+        return None
+    if torch.is_autocast_enabled("cpu") or model.config.activation_function not in FUSED_ACTIVATIONS:
+        return None
+    plain = (Conv1D, nn.LayerNorm, torch_nn.Embedding, torch_nn.Linear)
+    for module in model.modules():
+        # Replaced layers (adapters, quantisation) and hooks have to run, not only be read.
+        replaced = next(module.children(), None) is None and next(module.parameters(), None) is not None
+        if (replaced and type(module) not in plain) or module._forward_hooks or module._forward_pre_hooks:
+            return None
+    if supported(batch_size, list(model.parameters())):
+        return None
+    return FusedDecoder(model, max_length)
+
+
+class FusedDecoder:
+    """:class:`fastformer.generation.Decoder` over :class:`fastformer.functional.decoder_step.DecoderStep`."""
+
+    def __init__(self, model: GPT2LMHeadModel, max_length: int) -> None:
+        self.model = model
+        self.max_length = max_length
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Prompts ``(B, S)``, mask ``(B, S)`` 0 at left padding or None -> logits ``(B, V)``."""
+        model = self.model
+        batch, self.length = input_ids.shape
+        cache = KVCache(model.config.n_layer, self.max_length)
+        positions = start = None
+        if attention_mask is not None:
+            start = (attention_mask == 0).sum(1)
+            positions = (attention_mask.cumsum(1) - 1).clamp_(min=0)
+        logits = model(
+            input_ids, cache, attention_mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+        self._start = start
+        self._positions = torch.full((batch,), self.length) if start is None else self.length - start
+        self._step = self._build(cache)
+        return logits
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Appends one token to each sequence, ``(B)``; logits ``(B, V)`` for the next."""
+        logits = self._step(token_ids, self._positions, self.length, self._start)
+        self.length += 1
+        self._positions += 1
+        return logits
+
+    def _build(self, cache: KVCache) -> DecoderStep:
+        model = self.model
+        body = model.transformer
+        layers, caches = [], []
+        for block, keys, values in zip(body.h, cache.keys, cache.values, strict=True):
+            assert keys is not None and values is not None
+            parts = (block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj)
+            layers.append(DecoderLayer(*(t for part in parts for t in (part.weight, part.bias))))
+            caches.append((keys, values))
+        return DecoderStep(
+            layers,
+            body.wte.weight,
+            body.wpe.weight,
+            body.ln_f.weight,
+            body.ln_f.bias,
+            model.lm_head.weight,
+            caches,
+            [block.attn.scale for block in body.h],
+            model.config.layer_norm_epsilon,
+            FUSED_ACTIVATIONS[model.config.activation_function] == "gelu_tanh",
+        )
