@@ -18,7 +18,8 @@ PY = "$$(cat $(PYTHON_FILE))"
 # A removed environment is made again.
 $(shell test -x "$$(cat $(PYTHON_FILE) 2>/dev/null)" || rm -f $(PYTHON_FILE))
 
-# Test processes at a time, where pytest-xdist is installed.
+# Test processes at a time, where pytest-xdist is installed. Each has two threads, so that the kernels' threaded paths are
+# tested; passive ones, which leave the cores to the others while they wait.
 WORKERS ?= 2
 
 SOURCES := $(wildcard csrc/include/*.h csrc/cpu/* csrc/cuda/* csrc/python/*)
@@ -50,12 +51,14 @@ demo: build/built
 
 test: build/built-wide
 	@echo "==> Running the tests (ARGS='-k layer_norm' runs some of them)"
-	@$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && printf -- -n%s $(WORKERS)) $(ARGS)
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+	  $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && printf -- -n%s $(WORKERS)) $(ARGS)
 
 bench: build/built
 	@$(PY) -m benchmarks $(ARGS)
 
-gpu: build/built
+# It builds by itself, for the card that is there.
+gpu: $(PYTHON_FILE)
 	@SECTION="$(SECTION)" $(PY) benchmarks/gpu.py $(ARGS)
 
 build/lint-tools: $(PYTHON_FILE)

@@ -1,10 +1,10 @@
-"""How fast, beside what, against which limit. ``python benchmarks/run.py`` on a CPU, ``python benchmarks/gpu.py`` on a GPU.
+"""How fast, beside what, against which limit: ``python benchmarks/run.py``, and on a GPU ``python benchmarks/gpu.py``.
 
-    machine.py    what ran: versions, commit, and the ceilings of the machine (copy bandwidth, matmul rate)
-    runner.py     one case: several providers on the same inputs, taking turns, through pytest-benchmark
-    goals.py      the table of goals
-    report.py     the printed table, JSON, Markdown and the chart
-    <op>.py       the cases, inputs and providers of one operation
-    run.py        the command; conftest.py lets pytest collect the same files
-    gpu.py        the proof on a GPU, section by section; check.py is its correctness part
+machine.py    what ran: versions, commit, and the ceilings of the machine (copy bandwidth, matmul rate)
+runner.py     one case: several providers on the same inputs, taking turns, through pytest-benchmark
+goals.py      the table of goals
+report.py     the printed table, JSON, Markdown and the chart
+<op>.py       the cases, inputs and providers of one operation
+run.py        the command; conftest.py lets pytest collect the same files, recorder.py keeps what they measure
+gpu.py        the proof on a GPU, section by section; check.py is its correctness part
 """

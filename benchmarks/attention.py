@@ -11,7 +11,7 @@ import torch.nn.functional as TF
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastformer.functional as F
-from benchmarks.runner import Case, Cost, Problem, Unavailable, compiled, on_backend, rehearsing, timed
+from benchmarks.runner import Case, Cost, Problem, Unavailable, on_backend, rehearsing, timed
 
 OP = "attention"
 CAUSAL = {"causal": True}
@@ -20,7 +20,7 @@ CAUSAL = {"causal": True}
 CASES = {
     "cpu": [
         *(
-            Case((2, 12, 1024, 64), dtype, backward, "causal", CAUSAL, compiled=dtype == "float32" and backward)
+            Case((2, 12, 1024, 64), dtype, backward, "causal", CAUSAL)
             for dtype in ("float32", "bfloat16")
             for backward in (False, True)
         ),
@@ -117,7 +117,6 @@ def sdpa(backend: SDPBackend):
 PROVIDERS = {
     "ours": timed(ours),
     "eager": timed(eager),
-    "compile": compiled(eager),
     "flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),

@@ -2,9 +2,8 @@
 
     python -m pytest benchmarks/layer_norm.py --benchmark-only
 
-pytest-benchmark's own table then shows our times; the comparison with the others is printed before it. ``run.py`` is the
-same session with the machine's limits measured first and the results written down.
-"""
+pytest-benchmark's own table then shows our times; the comparison with the others is printed before it. ``run.py`` is
+the same session with the machine's limits measured first and the results written down."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ def _test(module: ModuleType, case: runner.Case, recorder: Recorder):
                 pytest.skip("no time left in this run")
             ready = runner.prepare(module, case, device)
             timings = runner.measure(ready.calls, device, benchmark, recorder.seconds, recorder.quick)
-            rows = runner.rows(op, case, timings, module.cost(case), results.ceilings, results.id, device)
+            rows = runner.rows(op, case, timings, module.cost(case), results.ceilings, results.id)
             results.add(op, case, rows, ready.missing, ready.wrong)
         except Exception as error:
             results.fail(op, case, error)

@@ -5,10 +5,10 @@
     python benchmarks/gpu.py --rehearse           every section with tiny inputs on the CPU, on Triton's interpreter and
                                                   the CUDA emulator, so that on the day only the hardware is new
 
-Sections, in this order: ``machine`` (versions, copy bandwidth and matmul rate: the ceilings), ``build`` (for this card),
-``check`` (every operation on every backend against float64) and ``tests`` (the suite's GPU tests), ``sanitize``
-(compute-sanitizer on small shapes), ``bench`` (every operation beside every peer that imports). Each runs in a process of
-its own with its own time limit: one that crashes or hangs loses itself and nothing else.
+Sections, in this order: ``machine`` (versions, copy bandwidth and matmul rate: the ceilings), ``build`` (for this
+card), ``check`` (every operation on every backend against float64) and ``tests`` (the suite's GPU tests),
+``sanitize`` (compute-sanitizer on small shapes), ``bench`` (every operation beside every peer that imports). Each
+runs in a process of its own with its own time limit: one that crashes or hangs loses itself and nothing else.
 
 Needs Python 3.10, torch with CUDA, triton, nvcc, ninja, pybind11 and pytest-benchmark; no network. Writes
 benchmarks/results/<card>/<date>/: report.md, results.json, results.md, results.png, sections.json and log.txt; the same
@@ -32,9 +32,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
+
+from benchmarks import machine, report  # noqa: E402
+
 PYTHON = sys.executable
 
 RUN_SECONDS = 520  # the whole run; nothing is started that could end later
+LEAST_SECONDS = 5  # less is not worth starting anything in
 OPS = ("layer_norm", "add_layer_norm", "softmax", "gelu", "cross_entropy", "attention", "feed_forward")
 BENCHES = ("attention", *OPS[:5], "feed_forward", "training_step", "generation", "overhead")
 BACKENDS = ("triton", "cuda")
@@ -116,7 +121,7 @@ def plan(folder: Path, rehearse: bool, architecture: str) -> list[Section]:
 
 def _build(library: Path, rehearse: bool, architecture: str) -> Section:
     command = [PYTHON, "setup.py", "-q", "build_ext"]
-    # The rehearsal leaves the modules in place alone (others may be using them), and the CUDA part to the off-line tests.
+    # The rehearsal leaves the modules in place alone, and the CUDA part to the tests that compile it off-line.
     command += ["--build-lib", str(library)] if rehearse else ["--inplace"]
     cuda = {"FASTFORMER_CUDA": "0"} if rehearse else {"FASTFORMER_CUDA": "1", "FASTFORMER_CUDA_ARCHS": architecture}
     return Section("build", "build", "", command, 120, 1, environment=cuda)
@@ -158,7 +163,7 @@ def execute(section: Section, seconds: float) -> None:
     if section.absent:
         section.status = f"absent: {section.absent}"
         return
-    if seconds < 5:
+    if seconds < LEAST_SECONDS:
         section.status = "skipped: no time left"
         return
     started = time.monotonic()
@@ -209,7 +214,7 @@ def _failure(code: int) -> str:
 def run_all(sections: list[Section], deadline: float, workers: int, after: Callable[[], object]) -> None:
     """Stage after stage, ``workers`` sections of it at once, until ``deadline`` (``time.monotonic``).
 
-    Prints a line as each section ends and calls ``after`` at the end of each stage. Benchmarks share the time that is left.
+    Prints a line as each section ends and calls ``after`` at the end of each stage. Benchmarks share the time left.
     """
     for stage in sorted({s.stage for s in sections}):
         together = [s for s in sections if s.stage == stage]
@@ -221,8 +226,14 @@ def run_all(sections: list[Section], deadline: float, workers: int, after: Calla
             return section
 
         with ThreadPoolExecutor(max_workers=workers) as pool:
-            for section in pool.map(run, together):
-                print(f"  {section.name:32s} {section.took:5.0f} s  {section.status}", flush=True)
+            try:
+                for section in pool.map(run, together):
+                    print(f"  {section.name:32s} {section.took:5.0f} s  {section.status}", flush=True)
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(_running):
+                    _end(process)
+                raise
         after()
 
 
@@ -237,7 +248,8 @@ def gather(sections: list[Section], folder: Path, about: dict[str, str]) -> dict
         checks += found["checks"]
         failures += found["failures"]
         missing += found["missing"]
-    limits = folder / PARTS / "limits.json"
+    limits, measured = folder / PARTS / "limits.json", folder / report.JSON
+    stored = json.loads(measured.read_text()) if measured.exists() else {"rows": []}
     return {
         **about,
         "limits": json.loads(limits.read_text()) if limits.exists() else {},
@@ -248,6 +260,7 @@ def gather(sections: list[Section], folder: Path, about: dict[str, str]) -> dict
         "checks": checks,
         "check_failures": failures,
         "not_implemented": missing,
+        "benchmarks": report.goal_lines(stored["rows"], "cuda") if stored["rows"] else [],
     }
 
 
@@ -259,7 +272,12 @@ def write(sections: list[Section], folder: Path, about: dict[str, str]) -> str:
     summary = summarise(result)
     tables = folder / "results.md"
     failed = [s for s in sections if not s.ok and s.status != "not run"]
-    parts = [f"# {about['card']}, {about['date']}", "", f"- commit: {about['commit']}", f"- command: `{about['command']}`"]
+    parts = [
+        f"# {about['card']}, {about['date']}",
+        "",
+        f"- commit: {about['commit']}",
+        f"- command: `{about['command']}`",
+    ]
     parts += ["", "```", summary, "```", ""]
     for section in failed:
         tail = "\n".join(section.log.strip().splitlines()[-25:])
@@ -276,10 +294,7 @@ def summarise(result: dict) -> str:
     """The short table printed last."""
     lines = [f"{result['card']}, commit {result['commit']}"]
     if result["limits"]:
-        sys.path.insert(0, str(ROOT))
-        from benchmarks.report import ceiling_text
-
-        lines.append(ceiling_text(result["limits"]))
+        lines.append(report.ceiling_text(result["limits"]))
     lines += ["", f"{'section':34s} {'s':>5s}  result"]
     lines += [f"{s['name']:34s} {s['seconds']:5.0f}  {s['status']}" for s in result["sections"]]
     groups: dict[tuple[str, str], list[dict]] = {}
@@ -291,8 +306,12 @@ def summarise(result: dict) -> str:
         worst = max(checks, key=lambda c: c["error"] / c["allowed"] if c["error"] == c["error"] else float("inf"))
         right = sum(c["ok"] for c in checks)
         share = worst["error"] / worst["allowed"] if worst["allowed"] else float("nan")
-        lines.append(f"{backend + ' ' + op:34s} {right:4d}/{len(checks):4d}  {share:.2f} ({worst['case']} {worst['result']})")
+        lines.append(
+            f"{backend + ' ' + op:34s} {right:4d}/{len(checks):4d}  {share:.2f} ({worst['case']} {worst['result']})"
+        )
     lines += [f"FAILED {line}" for line in result["check_failures"]]
+    if result["benchmarks"]:
+        lines += ["", *result["benchmarks"]]
     return "\n".join(lines)
 
 
@@ -316,14 +335,18 @@ def architecture_of(capability: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the sections; returns 1 if any failed."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=__doc__.splitlines()[0])
-    parser.add_argument("section", nargs="?", default=os.environ.get("SECTION", ""), help="as $SECTION: a part of the run")
+    parser.add_argument(
+        "section", nargs="?", default=os.environ.get("SECTION", ""), help="as $SECTION: a part of the run"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny inputs on the CPU; needs no GPU")
     parser.add_argument("--out", type=Path, help="default benchmarks/results/<card>/<date>, or build/gpu-rehearsal")
     args = parser.parse_args(argv)
     started = time.monotonic()
     name, capability = ("rehearsal", "") if args.rehearse else card()
     if not name:
-        print("No GPU: nvidia-smi does not answer. `python benchmarks/gpu.py --rehearse` runs every section on the CPU.")
+        print(
+            "No GPU: nvidia-smi does not answer. `python benchmarks/gpu.py --rehearse` runs every section on the CPU."
+        )
         return 2
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     date = time.strftime("%Y-%m-%d_%H%M", time.gmtime())
@@ -340,19 +363,16 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
 
-    sys.path.insert(0, str(ROOT))
-    from benchmarks import machine
-
     words = " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)])
     prefix = f"SECTION={args.section} " if os.environ.get("SECTION") else ""
     about = {"card": name, "date": f"{date} UTC", "commit": machine.commit(), "command": prefix + words}
     print(f"{name}: {len(sections)} sections, results in {folder}", flush=True)
     workers = 2 if args.rehearse else max(2, min(7, (os.cpu_count() or 2) // 2))
     try:
-        run_all(sections, started + RUN_SECONDS, workers, lambda: write(sections, folder, about))
+        limit = 3 * RUN_SECONDS if args.rehearse else RUN_SECONDS
+        run_all(sections, started + limit, workers, lambda: write(sections, folder, about))
     except KeyboardInterrupt:
-        for process in list(_running):
-            _end(process)
+        print("interrupted; writing what there is", flush=True)
     summary = write(sections, folder, about)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     print(f"\n{summary}\n\n{time.monotonic() - started:.0f} s; written: {folder}")

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -83,15 +84,14 @@ def ceilings(device: str, quick: bool = False) -> dict[str, float]:
     size = (1 << 20) if quick else COPY_BYTES[device]
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device).view(torch.float32)
     target = torch.empty_like(source).fill_(0)
-    times = median_seconds([source.clone, lambda: target.copy_(source)], device, seconds)
+    times = median_seconds([source.clone, partial(target.copy_, source)], device, seconds)
     limits = {"clone": 2 * size / times[0], "copy": 2 * size / times[1]}
-    del source, target
     for dtype in (torch.float32, torch.bfloat16):
         best = 0.0
         for m, n, k in ((64, 64, 64),) if quick else MATMULS[device]:
             a = torch.randn(m, k, device=device).to(dtype)
             b = torch.randn(n, k, device=device).to(dtype).t()
-            (t,) = median_seconds([lambda a=a, b=b: a @ b], device, seconds / 2)
+            (t,) = median_seconds([partial(torch.matmul, a, b)], device, seconds / 2)
             best = max(best, 2 * m * n * k / t)
         limits[f"matmul_{str(dtype).removeprefix('torch.')}"] = best
     return limits
@@ -121,7 +121,9 @@ def machine_name(device: str) -> str:
 
 def machine_details(device: str) -> str:
     """One line for people."""
-    text = f"{_processor()}, {_cores()} cores, {torch.get_num_threads()} threads, {platform.system()} {platform.machine()}"
+    text = (
+        f"{_processor()}, {_cores()} cores, {torch.get_num_threads()} threads, {platform.system()} {platform.machine()}"
+    )
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} SMs; {text}"
@@ -152,7 +154,9 @@ def commit() -> str:
     """The commit: from git, else $FASTFORMER_COMMIT, else a COMMIT file, else a hash of the sources."""
     revision = _run("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if revision:
-        changed = _run("git", "-C", str(ROOT), "status", "--porcelain", "--", "csrc", "fastformer", "benchmarks", "setup.py")
+        changed = _run(
+            "git", "-C", str(ROOT), "status", "--porcelain", "--", "csrc", "fastformer", "benchmarks", "setup.py"
+        )
         sources = [line for line in changed.splitlines() if "benchmarks/results/" not in line]
         return revision + ("+changes" if sources else "")
     named = os.environ.get("FASTFORMER_COMMIT", "").strip()

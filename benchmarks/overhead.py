@@ -1,8 +1,7 @@
 """What Python costs between a call and its kernel: layer_norm of (8, 64), where the arithmetic takes next to nothing.
 
-``bare`` calls the extension module with addresses of tensors that already exist; ours on top of it checks the arguments,
-chooses the backend and allocates, and where gradients are needed goes through autograd.
-"""
+``bare`` calls the extension module with addresses of tensors that already exist; ours on top of it checks the
+arguments, chooses the backend and allocates, and where gradients are needed goes through autograd."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Collects what the benchmark tests of one pytest session measure, prints a table when an operation is done, and saves."""
+"""Collects what the benchmark tests of one pytest session measure, prints a table after each operation, and saves."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 
 from benchmarks import machine, report
 from benchmarks.runner import Case
-
 
 PLUGIN = "fastformer-benchmarks"
 
@@ -18,7 +18,7 @@ class Recorder:
 
     Args:
         device: "cpu" or "cuda".
-        quick: the tiny cases, two rounds.
+        quick: the tiny cases, two rounds; default from $FASTFORMER_BENCH_QUICK.
         seconds: timed seconds per case.
         deadline: ``time.perf_counter()`` after which cases are skipped; 0 = none.
         results: where rows go; default a new one without ceilings.
@@ -29,14 +29,15 @@ class Recorder:
     def __init__(
         self,
         device: str = "cpu",
-        quick: bool = False,
+        quick: bool | None = None,
         seconds: float = 2.0,
         deadline: float = 0.0,
         results: report.Results | None = None,
         folder: Path | None = None,
         live: bool = False,
     ) -> None:
-        self.device, self.quick, self.seconds, self.deadline = device, quick, seconds, deadline
+        self.quick = os.environ.get("FASTFORMER_BENCH_QUICK") == "1" if quick is None else quick
+        self.device, self.seconds, self.deadline = device, seconds, deadline
         self.results = results or report.Results(machine.describe(device), {}, "python -m pytest benchmarks")
         self.folder, self.live = folder, live
         self.__name__ = PLUGIN  # what pytest.main(plugins=[...]) registers it as

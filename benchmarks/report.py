@@ -1,14 +1,13 @@
 """Results for people and for machines: the printed table, ``results.json``, ``results.md`` and ``results.png``.
 
 ``results.json`` is one table over time: a row is keyed by operation, shape, dtype, pass, variant, provider, machine,
-versions and commit, and a newer row replaces an older one with the same key. A table shown to people only ever has rows of
-one run in it: a peer measured on another day proves nothing.
-"""
+versions and commit, and a newer row replaces an older one with the same key. A table shown to people only ever has
+rows of one run in it: a peer measured on another day proves nothing."""
 
 from __future__ import annotations
 
 import json
-import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ class Results:
 
     def __init__(self, about: Mapping[str, Any], ceilings: Mapping[str, float], command: str) -> None:
         self.run: dict[str, Any] = {**about, "ceilings": dict(ceilings), "command": command, "notes": []}
-        self.id = f"{about['date']} {about['commit']} {os.getpid()}"
+        self.id = f"{about['date']} {about['commit']} {secrets.token_hex(3)}"
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -84,7 +83,7 @@ def key(row: Mapping[str, Any], runs: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"runs": ..., "rows": ...}`` of both, rows with the same :func:`key` taken from ``new``, unused runs dropped."""
+    """``{"runs": ..., "rows": ...}`` of both; rows with the same :func:`key` are ``new``'s, unused runs are dropped."""
     runs = {**old["runs"], **new["runs"]}
     table = {key(row, runs): row for row in old["rows"]}
     for row in new["rows"]:
@@ -150,15 +149,17 @@ def tables(rows: Iterable[Mapping[str, Any]], notes: Iterable[Mapping[str, str]]
     return lines + [f"  {line}" for line in _notes_text(notes)]
 
 
-def goal_lines(results: Results) -> list[str]:
+def goal_lines(rows: Iterable[Mapping[str, Any]], device: str) -> list[str]:
     """How many goals are met, and every one that is not."""
     met, missed = 0, []
-    for op, cases in grouped(results.rows).items():
+    for op, cases in grouped(rows).items():
         for case, by_provider in cases.items():
-            for verdict in judged(op, case, by_provider, results.run["device"]):
+            for verdict in judged(op, case, by_provider, device):
                 met += verdict.met
                 if not verdict.met:
-                    missed.append(f"  missed: {op} {_case_text(case)}: {verdict.goal.text()}, measured {verdict.measured}")
+                    missed.append(
+                        f"  missed: {op} {_case_text(case)}: {verdict.goal.text()}, measured {verdict.measured}"
+                    )
     return [f"Goals: {met} met, {len(missed)} missed.", *missed]
 
 
@@ -166,8 +167,13 @@ def ceiling_text(ceilings: Mapping[str, float]) -> str:
     """The machine's limits in one line."""
     if not ceilings:
         return "ceilings not measured"
-    parts = [f"clone() {ceilings['clone'] / 1e9:.1f} GB/s", f"copy into mapped memory {ceilings['copy'] / 1e9:.1f} GB/s"]
-    parts += [f"{n.removeprefix('matmul_')} matmul {v / 1e9:,.0f} GFLOP/s" for n, v in ceilings.items() if "matmul" in n]
+    parts = [
+        f"clone() {ceilings['clone'] / 1e9:.1f} GB/s",
+        f"copy into mapped memory {ceilings['copy'] / 1e9:.1f} GB/s",
+    ]
+    parts += [
+        f"{n.removeprefix('matmul_')} matmul {v / 1e9:,.0f} GFLOP/s" for n, v in ceilings.items() if "matmul" in n
+    ]
     return ", ".join(parts)
 
 
@@ -199,8 +205,8 @@ def _description(run: Mapping[str, Any]) -> list[str]:
         f"- commit: {run['commit']}",
         f"- command: `{run['command']}`",
         "",
-        "Medians; ± is the interquartile range. A peer's cell: its time, and our speed over its. All providers of a case ran "
-        "in one process on the same inputs, taking turns.",
+        "Medians; ± is the interquartile range. A peer's cell: its time, and our speed over its. All providers of a "
+        "case ran in one process on the same inputs, taking turns.",
         "",
     ]
 

@@ -28,8 +28,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="op", help=f"which operations (default all): {', '.join(OPS)}")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds, nothing written without --out")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
-    parser.add_argument("--seconds", type=float, default=2.0, help="timed seconds per case (default 2)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one"
+    )
+    parser.add_argument("--seconds", type=float, default=1.5, help="timed seconds per case (default 1.5)")
     parser.add_argument("--limit", type=float, default=0.0, help="skip the cases not begun after so many seconds")
     parser.add_argument("--limits", type=Path, help="file of the machine's limits: read if it exists, else written")
     parser.add_argument("--limits-only", action="store_true", help="measure the limits and stop")
@@ -100,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     code = pytest.main([*options, *(str(ROOT / "benchmarks" / f"{op}.py") for op in args.ops)], plugins=[recorder])
     results = recorder.results
-    print("\nTiny shapes: these times mean nothing." if args.quick else "\n" + "\n".join(report.goal_lines(results)))
+    goals = ["Tiny shapes: these times mean nothing."] if args.quick else report.goal_lines(results.rows, device)
+    print("\n".join(["", *goals]))
     for note in results.broken:
         print(f"BROKEN: {note['op']} {note['case']}: {note['text']}")
     if recorder.folder:

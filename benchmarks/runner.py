@@ -1,11 +1,11 @@
 """One case of one operation: set up once, every provider on the same inputs, taking turns, medians.
 
 Numbers of two libraries are comparable only if they come from one process, one set of inputs and the same minutes. So
-all providers of a case are prepared and warmed up first (that includes compiling), and then take turns: each round times
-every provider once, in an order that rotates. pytest-benchmark's ``pedantic`` does the timing: its ``setup`` hook, called
-untimed before each of its rounds, hands it the next provider in turn, and the recorded times are dealt back out to the
-providers. A short call is repeated within a round; each timed round follows one untimed call of the same provider. Every
-provider returns fresh outputs, which are freed inside the timed round, alike for all.
+all providers of a case are prepared and warmed up first (that includes compiling), and then take turns: each round
+times every provider once, in an order that rotates. pytest-benchmark's ``pedantic`` does the timing: its ``setup``
+hook, called untimed before each of its rounds, hands it the next provider in turn, and the recorded times are dealt
+back out to the providers. A short call is repeated within a round; each timed round follows one untimed call of the
+same provider. Every provider returns fresh outputs, which are freed inside the timed round, alike for all.
 
 An operation's file has ``CASES`` ({"cpu": ..., "cuda": ..., "quick": ...}), ``setup(case, device)``, ``PROVIDERS``
 (name -> builder) and ``cost(case)``.
@@ -43,8 +43,8 @@ OPS = (
 ROUND_SECONDS = 2e-3  # shorter calls are repeated until a round takes this long
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
 MAX_REPEATS = 2000
-# Relative L2 distance from eager's float32 result beyond which a provider computes something else. Generous: eager itself
-# sums gradients of bfloat16 parameters in bfloat16. (The numerics are the test suite's business.)
+# Relative L2 distance from eager's float32 result beyond which a provider computes something else. Generous: eager
+# itself sums gradients of bfloat16 parameters in bfloat16. (The numerics are the test suite's business.)
 AGREE = {"float64": 1e-6, "float32": 2e-3, "float16": 5e-2, "bfloat16": 2e-1}
 
 Call = Callable[[], Any]
@@ -116,10 +116,9 @@ class Cost:
     flops: int = 0
     items: int = 0
 
-    def limit_seconds(self, ceilings: Mapping[str, float], dtype: str, device: str) -> tuple[float, str]:
+    def limit_seconds(self, ceilings: Mapping[str, float], dtype: str) -> tuple[float, str]:
         """The larger of moving the bytes and doing the operations at the measured rates, and which of them it was."""
-        bandwidth = ceilings.get("clone" if device == "cpu" else "copy", math.inf)
-        moving = self.bytes / bandwidth
+        moving = self.bytes / ceilings.get("copy", math.inf)
         computing = self.flops / ceilings.get(f"matmul_{dtype}", math.inf) if self.flops else 0.0
         return (computing, "matmul") if computing > moving else (moving, "bandwidth")
 
@@ -344,10 +343,16 @@ def release(case: Case, device: str) -> None:
 
 
 def rows(
-    op: str, case: Case, timings: Mapping[str, Timing], cost: Cost, ceilings: Mapping[str, float], run: str, device: str
+    op: str, case: Case, timings: Mapping[str, Timing], cost: Cost, ceilings: Mapping[str, float], run: str
 ) -> list[dict[str, Any]]:
-    """One result per provider, as it goes into the JSON."""
-    limit, bound = cost.limit_seconds(ceilings, case.dtype, device)
+    """One result per provider, as it goes into the JSON.
+
+    The limit is a ``clone()`` of the same bytes where the case has one, timed in the same rounds and, like the rest,
+    into memory from the allocator; else it comes from the ceilings.
+    """
+    limit, bound = cost.limit_seconds(ceilings, case.dtype)
+    if "clone" in timings:
+        limit, bound = timings["clone"].median, "bandwidth"
     return [
         {
             "op": op,

@@ -88,7 +88,8 @@ def generate(arguments: Sequence[str]) -> int:
         emit=say,
     )
     speed = f"{written.tokens / written.seconds:,.0f} tokens/s on {device}"
-    print(f"\n[{written.tokens} tokens in {written.seconds:.1f} s, {speed}]", file=sys.stderr)
+    print(flush=True)
+    print(f"[{written.tokens} tokens in {written.seconds:.1f} s, {speed}]", file=sys.stderr)
     return 0
 
 

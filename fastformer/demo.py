@@ -32,7 +32,7 @@ from .training.config import (
 )
 from .training.logs import read_metrics
 from .training.plots import plot_loss, plot_speed
-from .training.pretrain import PreparedData, build_model, describe, prepare_data
+from .training.pretrain import PreparedData, build_model, count, cpu_threads, describe, prepare_data
 from .training.trainer import Result, Trainer, evaluate
 from .writing import write
 
@@ -104,7 +104,8 @@ def run(config: DemoConfig) -> Race:
     _heading("2/4", f"Training for {_duration(60 * config.minutes)} (Ctrl-C ends it early and goes on)")
     result = trainer.fit()
     model = trainer.model
-    held_out = evaluate(model, data.validation, train_config.data.block_size, 64, 2048, dtype=trainer.dtype)
+    windows = int(min(1024, 64 + 320 * config.minutes))
+    held_out = evaluate(model, data.validation, train_config.data.block_size, 32, windows, dtype=trainer.dtype)
     result = replace(result, validation_loss=held_out)
     print(_training_summary(result, data))
     plot_loss(
@@ -236,11 +237,15 @@ def report(
 
 Machine: {_machine(trainer.device)}; PyTorch {torch.__version__}.
 
-    {describe(data, trainer).replace(chr(10), chr(10) + "    ")}
+```
+{describe(data, trainer)}
+```
 
 ## Training
 
+```
 {_training_summary(result, data)}
+```
 
 ![loss](loss.png)
 
@@ -269,12 +274,12 @@ the trained ones (greedy, one sequence, a KV cache in both).
 def _training_summary(result: Result, data: PreparedData) -> str:
     ended = {"steps": "", "minutes": " (time was up)", "interrupted": " (stopped by Ctrl-C)"}[result.stopped]
     lines = [
-        f"{result.steps} steps, {result.tokens / 1e6:.1f} M tokens in {_duration(result.seconds)}{ended}, "
+        f"{result.steps} steps, {count(result.tokens)} tokens in {_duration(result.seconds)}{ended}, "
         f"{result.tokens_per_second:,.0f} tokens/s",
-        f"validation loss {result.validation_loss:.3f}, on text it has never seen",
+        f"validation loss {result.validation_loss:.3f}   on text it has never seen",
     ]
     if _comparable(data):
-        lines += [f"yardstick       {YARDSTICK:.2f}   ({YARDSTICK_TEXT})"]
+        lines.append(f"yardstick       {YARDSTICK:.2f}    {YARDSTICK_TEXT}")
     return "\n".join(lines)
 
 
@@ -286,7 +291,7 @@ def _comparable(data: PreparedData) -> bool:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {cpu_threads()}"
 
 
 def _processor() -> str:

@@ -53,7 +53,8 @@ extern "C" int ff_cuda_add_layer_norm_backward(const ff_add_layer_norm_args* a, 
   if (int status = check(a)) return status;
   const bool parameters = a->dweight || a->dbias;
   FF_REQUIRE(a->rows == 0 || (a->dout && a->dresidual), "dout, dresidual: must not be NULL");
-  FF_REQUIRE(a->rows == 0 || !parameters || a->workspace, "workspace: must not be NULL when dweight or dbias is asked for");
+  FF_REQUIRE(a->rows == 0 || !parameters || a->workspace,
+             "workspace: must not be NULL when dweight or dbias is asked for");
   FF_REQUIRE(aligned16(a->workspace), "workspace: must be aligned to 16 bytes");
   const bool vector = whole_vectors(a->dtype, {a->cols, a->dout_stride, a->dsummed ? a->dsummed_stride : 0},
                                     {a->summed, a->weight, a->dout, a->dsummed, a->dx, a->dresidual});

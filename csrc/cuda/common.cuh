@@ -59,9 +59,10 @@ inline size_t dtype_bytes(int dtype) { return dtype == FF_FLOAT64 ? 8 : dtype ==
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Whether a kernel may go through this data 16 bytes at a time: all sizes and strides (in elements of `dtype`) are whole
-// vectors, and all pointers are aligned to them.
-inline bool whole_vectors(int dtype, std::initializer_list<int64_t> sizes, std::initializer_list<const void*> pointers) {
+// Whether a kernel may go through this data 16 bytes at a time: all sizes and strides (in elements of `dtype`) are
+// whole vectors, and all pointers are aligned to them.
+inline bool whole_vectors(int dtype, std::initializer_list<int64_t> sizes,
+                          std::initializer_list<const void*> pointers) {
   for (int64_t n : sizes)
     if (n * int64_t(dtype_bytes(dtype)) % 16) return false;
   for (const void* p : pointers)
@@ -84,8 +85,7 @@ int launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t
     return check_cuda(name);
 #ifdef FF_EMULATE
   (void)stream;
-  emulation::launch(name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-                    [=] { kernel(arguments...); });
+  emulation::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [=] { kernel(arguments...); });
 #else
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #endif

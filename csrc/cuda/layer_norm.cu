@@ -1,8 +1,8 @@
 // layer_norm on a GPU: out = (x - mean) * rstd * weight + bias over rows, and its gradients (Ba, Kiros, Hinton 2016).
 //
-// Kernels and what makes them fast: layer_norm_forward.cuh, layer_norm_backward.cuh. Here: arguments, dtypes, alignment.
-//   nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
-//     -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c layer_norm.cu
+// Kernels and what makes them fast: layer_norm_forward.cuh, layer_norm_backward.cuh. Here: arguments, dtypes,
+//   alignment. nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80
+//     -gencode=arch=compute_90a,code=sm_90a -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c layer_norm.cu
 //   g++ -x c++ -std=c++17 -O2 -fno-strict-aliasing -fPIC -fvisibility=hidden -DFF_EMULATE -c layer_norm.cu
 #include "layer_norm_backward.cuh"
 #include "layer_norm_forward.cuh"
@@ -48,7 +48,8 @@ extern "C" int ff_cuda_layer_norm_backward(const ff_layer_norm_args* a, void* st
   if (int status = check(a)) return status;
   const bool parameters = a->dweight || a->dbias;
   FF_REQUIRE(a->rows == 0 || a->dout, "dout: must not be NULL");
-  FF_REQUIRE(a->rows == 0 || !parameters || a->workspace, "workspace: must not be NULL when dweight or dbias is asked for");
+  FF_REQUIRE(a->rows == 0 || !parameters || a->workspace,
+             "workspace: must not be NULL when dweight or dbias is asked for");
   FF_REQUIRE(aligned16(a->workspace), "workspace: must be aligned to 16 bytes");
   const bool vector =
       whole_vectors(a->dtype, {a->cols, a->x_stride, a->dout_stride}, {a->x, a->weight, a->dout, a->dx});

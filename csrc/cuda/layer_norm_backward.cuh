@@ -2,9 +2,9 @@
 //
 // With xhat = (x - mean) * rstd and g = dout * weight:
 //     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dweight = sum_rows(dout * xhat),   dbias = sum_rows(dout)
-// One block per multiprocessor walks the rows; a thread always has the same columns, so it sums dweight and dbias of all
-// its rows in registers, in float32. The blocks' sums go to the workspace and a second kernel adds them in a fixed order:
-// no atomics, and results repeat bit for bit on one card.
+// One block per multiprocessor walks the rows; a thread always has the same columns, so it sums dweight and dbias of
+// all its rows in registers, in float32. The blocks' sums go to the workspace and a second kernel adds them in a fixed
+// order: no atomics, and results repeat bit for bit on one card.
 #pragma once
 #include "philox.cuh"
 #include "row.cuh"
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(32 * kSumRows)
   }
 }
 
-// ---- launching -------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 // At most 32 bytes of a row in one thread's registers, beside their two float32 sums and the next row.
 constexpr RowPlan kBackwardPlans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},   {64, 32, 2},
                                       {128, 64, 2}, {256, 128, 2}, {512, 256, 2}, {1024, 512, 2}};
@@ -288,7 +288,10 @@ int launch_norm_backward(const char* name, const NormBackward<T, P>& a, int64_t&
 // `vector`: every row and parameter can be read 16 bytes at a time.
 template <bool ADD, class T, class P>
 int run_norm_backward(const char* name, const NormBackward<T, P>& a, bool vector, void* stream) {
-  FF_REQUIRE(multiprocessors() > 0 || a.rows == 0, "%s: the device does not tell its number of multiprocessors", name);
+  if (multiprocessors() == 0) {
+    const int status = check_cuda(name);
+    return status != FF_OK ? status : fail(FF_DEVICE_ERROR, "%s: the device has no multiprocessors", name);
+  }
   int64_t blocks = 0;
   if (a.rows > 0 && (ADD || a.dx || a.partial)) {
     const int status = vector ? launch_norm_backward<ADD, T, P, kVector<T>>(name, a, blocks, stream)

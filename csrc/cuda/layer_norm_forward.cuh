@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kLongThreads) norm_forward_long(const NormForw
   }
 }
 
-// ---- launching -------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 // Few threads for a short row, so that a warp works on several; never more than 64 bytes of it in one thread, so that
 // many threads fit and keep many loads in flight.
 constexpr RowPlan kForwardPlans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},    {128, 32, 4},  {256, 64, 4},

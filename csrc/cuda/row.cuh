@@ -1,9 +1,9 @@
 // Rows in registers: packs of neighbouring elements read and written at once, and sums over the threads of a row.
 //
 // A block is (threads of a row, rows): threadIdx.x walks a row, threadIdx.y tells the rows of a block apart. blockDim.x
-// is 8, 16 or a multiple of 32 (a power of two), so a warp holds whole rows or a row holds whole warps. A thread holds V
-// packs of E elements; those of a warp are neighbours, 32 packs at a time, so that one address and constant offsets reach
-// all V (V > 1 needs whole warps per row).
+// is 8, 16 or a multiple of 32 (a power of two), so a warp holds whole rows or a row holds whole warps. A thread holds
+// V packs of E elements; those of a warp are neighbours, 32 packs at a time, so that one address and constant offsets
+// reach all V (V > 1 needs whole warps per row).
 #pragma once
 #include "common.cuh"
 
@@ -150,7 +150,8 @@ template <int K> struct RowSum {
 // As many blocks as there is work for; kernels loop over what is more than a grid can be.
 inline dim3 grid_of(int64_t blocks) { return dim3(unsigned(blocks < 0x7fffffff ? blocks : 0x7fffffff)); }
 
-// How a kernel covers rows of up to `packs` packs: `threads` for each row, `per_thread` packs in each thread's registers.
+// How a kernel covers rows of up to `packs` packs: `threads` for each row, `per_thread` packs in each thread's
+// registers.
 struct RowPlan {
   int64_t packs;
   int threads, per_thread;

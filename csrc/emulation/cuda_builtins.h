@@ -20,14 +20,14 @@
 #define gridDim (::ff::emulation::block.grid_size)
 
 // FF_SHARED(float, partial, [2][32]) declares a shared array; FF_DYNAMIC_SHARED(T, name) a T* to the dynamic part.
-#define FF_SHARED(type, name, ...)       \
-  static const char name##_key = 0;      \
-  typedef type name##_type __VA_ARGS__;  \
-  name##_type& name =                    \
-      *static_cast<name##_type*>(::ff::emulation::shared_variable(&name##_key, sizeof(name##_type), alignof(name##_type)))
+#define FF_SHARED(type, name, ...)                        \
+  static const char name##_key = 0;                       \
+  typedef type name##_type __VA_ARGS__;                   \
+  name##_type& name = *static_cast<name##_type*>(         \
+      ::ff::emulation::shared_variable(&name##_key, sizeof(name##_type), alignof(name##_type)))
 #define FF_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(::ff::emulation::block.shared)
 
-// ---- barriers and warps ----------------------------------------------------------------------------------------------
+// ---- barriers and warps ---------------------------------------------------------------------------------------------
 inline void __syncthreads() {
   ff::emulation::arrive_and_wait(ff::emulation::named_barrier(0), ff::emulation::block.size, "__syncthreads");
 }
@@ -72,7 +72,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
-// ---- memory ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
@@ -100,7 +100,7 @@ template <class T> T atomicCAS(T* p, T expected, T value) {
   return old;
 }
 
-// ---- arithmetic ------------------------------------------------------------------------------------------------------
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
 using std::max;
 using std::min;
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
@@ -114,7 +114,7 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 
-// ---- runtime ---------------------------------------------------------------------------------------------------------
+// ---- runtime --------------------------------------------------------------------------------------------------------
 inline cudaError_t cudaGetLastError() { return ff::emulation::take_error(); }
 inline const char* cudaGetErrorString(cudaError_t) { return ff::emulation::error_message(); }
 inline cudaError_t cudaGetDevice(int* device) {

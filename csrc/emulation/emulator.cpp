@@ -12,7 +12,7 @@
 #include <random>
 #include <string>
 
-// ---- switching stacks ------------------------------------------------------------------------------------------------
+// ---- switching stacks -----------------------------------------------------------------------------------------------
 #if defined(__x86_64__) && defined(__ELF__) && !defined(FF_EMULATION_UCONTEXT)
 // Saves the callee-saved registers and the stack pointer in *save and continues where `to` was saved.
 extern "C" void ff_emulation_switch(void** save, void* to) __attribute__((visibility("hidden")));
@@ -76,7 +76,6 @@ struct Engine {
   Context scheduler;
   char* stacks = nullptr;
   const std::function<void()>* body = nullptr;
-  const char* kernel = "";
   int running = 0;        // threads that have not ended
   bool faulted = false;
   std::mt19937 random;
@@ -109,8 +108,8 @@ thread_local cudaError_t last_error = cudaSuccess;
 thread_local char message[512];
 
 void write_message(const char* format, va_list arguments) {
-  int n = snprintf(message, sizeof message, "emulator: %s, block (%u, %u, %u): ", engine.kernel, block.index.x,
-                   block.index.y, block.index.z);
+  int n = snprintf(message, sizeof message, "emulator: block (%u, %u, %u): ", block.index.x, block.index.y,
+                   block.index.z);
   vsnprintf(message + n, sizeof message - n, format, arguments);
 }
 
@@ -213,7 +212,7 @@ void run_block() {
   }
   if (engine.faulted) return;
   if (!engine.deferred.empty())
-    return stop("ended with %zu asynchronous operations still in flight", engine.deferred.size());
+    return stop("ended with %zu asynchronous copies still in flight", engine.deferred.size());
   for (int i = 0; i < 16; i++)
     if (engine.named[i].arrived)
       return stop("ended with %u arrivals left at barrier %d, which expects %d", engine.named[i].arrived, i,
@@ -236,19 +235,26 @@ void prepare_memory() {
 
 Settings settings;
 Block block;
-uint64_t deferred_operations = 0;
+uint64_t late_operations = 0;
 
+template <int count> static int find_name(const char* const (&names)[count], const char* name) {
+  for (int i = 0; i < count; i++)
+    if (!strcmp(name, names[i])) return i;
+  return -1;
+}
 bool set_order(const char* name) {
-  for (int i = 0; i < 6; i++)
-    if (!strcmp(name, kOrderNames[i])) {
-      settings.order = Order(i);
-      return true;
-    }
-  return false;
+  const int found = find_name(kOrderNames, name);
+  if (found >= 0) settings.order = Order(found);
+  return found >= 0;
+}
+bool set_completion(const char* name) {
+  const int found = find_name(kCompletionNames, name);
+  if (found >= 0) settings.completion = Completion(found);
+  return found >= 0;
 }
 
-// ---- launching -------------------------------------------------------------------------------------------------------
-void launch(const char* name, const void* kernel, dim3 grid, dim3 block_size, size_t dynamic_shared,
+// ---- launching ------------------------------------------------------------------------------------------------------
+void launch(const void* kernel, dim3 grid, dim3 block_size, size_t dynamic_shared,
             const std::function<void()>& body) {
   std::lock_guard<std::mutex> lock(launch_mutex);
   prepare_memory();
@@ -258,12 +264,11 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block_size, si
       grid.z > 65535 || dynamic_shared > limit) {
     last_error = cudaErrorInvalidConfiguration;
     snprintf(message, sizeof message,
-             "emulator: %s: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of dynamic shared memory (limit %zu)", name,
-             grid.x, grid.y, grid.z, block_size.x, block_size.y, block_size.z, dynamic_shared, limit);
+             "emulator: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of dynamic shared memory (limit %zu)", grid.x,
+             grid.y, grid.z, block_size.x, block_size.y, block_size.z, dynamic_shared, limit);
     return;
   }
   engine.body = &body;
-  engine.kernel = name;
   engine.faulted = false;
   engine.random.seed(settings.seed);
   engine.shared_offsets.clear();
@@ -295,7 +300,8 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block_size, si
 cudaError_t allow_dynamic_shared(const void* kernel, size_t bytes) {
   std::lock_guard<std::mutex> lock(launch_mutex);
   if (bytes > kMaxShared) {
-    snprintf(message, sizeof message, "emulator: %zu bytes of shared memory; a block has at most %zu", bytes, kMaxShared);
+    snprintf(message, sizeof message, "emulator: %zu bytes of shared memory; a block has at most %zu", bytes,
+             kMaxShared);
     return last_error = cudaErrorInvalidValue;
   }
   dynamic_limits[kernel] = bytes;
@@ -309,7 +315,7 @@ cudaError_t take_error() {
 }
 const char* error_message() { return message; }
 
-// ---- waiting ---------------------------------------------------------------------------------------------------------
+// ---- waiting --------------------------------------------------------------------------------------------------------
 void fault(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
@@ -382,22 +388,29 @@ const uint64_t* warp_exchange(uint32_t mask, uint64_t value, const char* what) {
   return engine.published_partial + (t & ~31);
 }
 
+bool put_off() {
+  const bool late = settings.completion == Completion::late ||
+                    (settings.completion == Completion::mixed && engine.random() % 2 == 0);
+  late_operations += late;
+  return late;
+}
+
 void complete_asynchronously(std::function<void()> operation) {
-  if (!settings.deferred) return operation();
-  deferred_operations++;
+  if (!put_off()) return operation();
   engine.deferred.push_back(std::move(operation));
 }
 
 void at_block_end(void (*check)()) { end_checks().push_back(check); }
 void at_block_start(void (*reset)()) { start_resets().push_back(reset); }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 void* shared_variable(const void* key, size_t bytes, size_t alignment) {
   auto [it, is_new] = engine.shared_offsets.emplace(key, 0);
   if (is_new) {
     it->second = (engine.shared_used + alignment - 1) / alignment * alignment;
-    if (it->second + bytes > kMaxShared) fault("%zu bytes of shared memory; there are %zu", it->second + bytes, kMaxShared);
-    engine.shared_used = it->second + bytes;
+    const size_t end = it->second + bytes;
+    if (end > kMaxShared) fault("%zu bytes of shared memory; there are %zu", end, kMaxShared);
+    engine.shared_used = end;
     memset(block.shared + it->second, 0xff, bytes);
   }
   return block.shared + it->second;

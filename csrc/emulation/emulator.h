@@ -5,9 +5,9 @@
 // all of them; code that leans on an order the hardware does not promise (a missing __syncthreads, a buffer reused too
 // early) gives different answers in some. To make such mistakes show
 //   - shared memory starts every block as 0xFF bytes, which read as NaN;
-//   - asynchronous operations can be deferred to the last moment the program allows (settings.deferred);
+//   - asynchronous operations can be put off to the last moment the program allows (settings.completion);
 //   - a block in which nothing can run, a barrier left half full, or a misused primitive stops the launch with a
-//     message naming kernel, block and cause, which the caller receives as a CUDA error.
+//     message naming block and cause, which the caller receives as a CUDA error.
 // What it cannot see: memory ordering between proxies and scopes, bank conflicts, speed.
 #pragma once
 #include <functional>
@@ -21,26 +21,32 @@ namespace ff::emulation {
 enum class Order { forward, reversed, shuffled, warps, warps_reversed, warps_shuffled };
 constexpr const char* kOrderNames[] = {"forward", "reversed", "shuffled", "warps", "warps_reversed", "warps_shuffled"};
 
+// When asynchronous operations happen: at once, at the last moment, or each as a coin falls.
+enum class Completion { at_once, late, mixed };
+constexpr const char* kCompletionNames[] = {"at_once", "late", "mixed"};
+
 struct Settings {
   Order order = Order::forward;
-  bool deferred = false;
-  unsigned seed = 1;               // of the shuffled orders and of the choice among deferred operations
+  Completion completion = Completion::at_once;
+  unsigned seed = 1;               // of the shuffled orders and of what happens late
   int multiprocessors = 3;         // what cudaDeviceGetAttribute reports: small, so that persistent grids loop
 };
 extern Settings settings;
-bool set_order(const char* name);  // false: no such order
-extern uint64_t deferred_operations;  // how many were ever put off, so that a test can tell that deferral happened
+bool set_order(const char* name);       // false: no such name
+bool set_completion(const char* name);
+// How many operations were ever put off, so that a test can tell that it happened.
+extern uint64_t late_operations;
 
-// ---- launching -------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 constexpr size_t kDefaultShared = 48 << 10, kMaxShared = 227 << 10;
 
-void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
+void launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
             const std::function<void()>& body);
 cudaError_t allow_dynamic_shared(const void* kernel, size_t bytes);
 cudaError_t take_error();          // the last launch's error; resets it
 const char* error_message();
 
-// ---- what the primitives are made of ---------------------------------------------------------------------------------
+// ---- what the primitives are made of --------------------------------------------------------------------------------
 struct Barrier {
   uint32_t arrived = 0, generation = 0;
   int expected = 0;
@@ -76,8 +82,9 @@ void warpgroup_barrier(const char* what);
 // Publishes 8 bytes, waits for the lanes of `mask`, and returns the warp's 32 slots, valid until the next exchange.
 const uint64_t* warp_exchange(uint32_t mask, uint64_t value, const char* what);
 
-// Runs an asynchronous operation now or, when settings.deferred, at a time of the scheduler's choosing: when no thread
-// can run, in random order.
+// Whether the asynchronous operation that is about to start shall happen late.
+bool put_off();
+// Runs an asynchronous operation now or, if put off, when no thread can run any more, in random order.
 void complete_asynchronously(std::function<void()> operation);
 // Called with the message's context when a block has ended; used by primitives that must not be left unfinished.
 void at_block_end(void (*check)());

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-// ---- vectors ---------------------------------------------------------------------------------------------------------
+// ---- vectors --------------------------------------------------------------------------------------------------------
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
   unsigned x, y, z;
@@ -25,7 +25,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// ---- half precision --------------------------------------------------------------------------------------------------
+// ---- half precision -------------------------------------------------------------------------------------------------
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
@@ -71,12 +71,14 @@ inline __half __float2half_rn(float x) {
   return {uint16_t(sign | ((u >> 13) - (112 << 10)))};
 }
 
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 
-// ---- the runtime's codes ---------------------------------------------------------------------------------------------
+// ---- the runtime's codes --------------------------------------------------------------------------------------------
 typedef struct CUstream_st* cudaStream_t;
 enum cudaError_t {
   cudaSuccess = 0,

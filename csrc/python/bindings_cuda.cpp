@@ -1,6 +1,6 @@
-// Python bindings of the CUDA kernels: the C functions of fastformer.h with their struct's fields as positional integers
-// and floats, in the struct's order (tensors as data_ptr()), then the stream. The same file binds the emulated kernels
-// (-DFF_EMULATE), which run on host memory and ignore the stream.
+// Python bindings of the CUDA kernels: the C functions of fastformer.h with their struct's fields as positional
+// integers and floats, in the struct's order (tensors as data_ptr()), then the stream. The same file binds the emulated
+// kernels (-DFF_EMULATE), which run on host memory and ignore the stream.
 #include <pybind11/pybind11.h>
 
 #include "../include/fastformer.h"
@@ -67,9 +67,9 @@ PYBIND11_MODULE(FF_MODULE, m) {
         });
 
   m.def("add_layer_norm_forward",
-        [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride, double eps,
-           double dropout_p, uint64_t seed, Ptr x, Ptr residual, Ptr weight, Ptr bias, Ptr out, Ptr summed, Ptr mean,
-           Ptr rstd, Ptr stream) {
+        [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride,
+           double eps, double dropout_p, uint64_t seed, Ptr x, Ptr residual, Ptr weight, Ptr bias, Ptr out, Ptr summed,
+           Ptr mean, Ptr rstd, Ptr stream) {
           ff_add_layer_norm_args a{};
           a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
           a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.residual_stride = residual_stride;

@@ -24,7 +24,10 @@ def through_operator(*tensors: Tensor | None) -> bool:
     """Whether this call has to go through the registered operator."""
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return True
-    return any(t is not None and type(t) not in _PLAIN for t in tensors)
+    for t in tensors:  # a loop, not any(): this runs on every eager call
+        if t is not None and type(t) not in _PLAIN:
+            return True
+    return False
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -64,7 +67,7 @@ def operator(name: str, *args: object):
     torch's own registration of a derivative does not reach into ``torch.func.grad`` and ``vmap``; there the operator is
     wrapped once per transform.
     """
-    if peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is None:
         return getattr(torch.ops.fastformer, name)(*args)
     if name not in _transformed:
         _transformed[name] = _transformable(name, None, None)

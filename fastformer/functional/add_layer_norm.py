@@ -78,9 +78,9 @@ def _forward(x, residual, shape, weight, bias, eps, p, seed):
     return out.view(x.shape), summed.view(x.shape), mean, rstd
 
 
-def _backward(dout, dsummed, summed, shape, weight, mean, rstd, p, seed, needs, param_dtype):
+def _backward(dout, dsummed, summed, shape, weight, mean, rstd, p, seed, needs, param_dtype, kernels=None):
     cols = math.prod(shape)
-    dx, dresidual, dweight, dbias = _select(summed, p).backward(
+    dx, dresidual, dweight, dbias = (kernels or _select(summed, p)).backward(
         _checks.as_rows(dout, cols),
         None if dsummed is None else _checks.as_rows(dsummed, cols),
         summed.view(-1, cols) if summed.numel() else summed.view(0, cols),
@@ -106,7 +106,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(ctx, x, residual, shape, weight, bias, eps, p, seed):
         out, summed, mean, rstd = _forward(x, residual, shape, weight, bias, eps, p, seed)
         ctx.save_for_backward(summed, weight, mean, rstd)
-        ctx.shape, ctx.p, ctx.seed = shape, p, seed
+        ctx.shape, ctx.p, ctx.seed, ctx.kernels = shape, p, seed, _select(x, p)
         ctx.param_dtype = _param_dtype(x, weight, bias)
         ctx.set_materialize_grads(False)
         return out, summed
@@ -119,7 +119,7 @@ class _AddLayerNorm(torch.autograd.Function):
             dout = torch.zeros_like(summed)
         needs = (ctx.needs_input_grad[3], ctx.needs_input_grad[4])
         dx, dresidual, dweight, dbias = _backward(
-            dout, dsummed, summed, ctx.shape, weight, mean, rstd, ctx.p, ctx.seed, needs, ctx.param_dtype
+            dout, dsummed, summed, ctx.shape, weight, mean, rstd, ctx.p, ctx.seed, needs, ctx.param_dtype, ctx.kernels
         )
         return dx, dresidual, None, dweight, dbias, None, None, None
 

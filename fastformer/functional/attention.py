@@ -179,8 +179,8 @@ def _forward(q, k, v, scale, causal, key_padding_mask):
     )
 
 
-def _backward(dout, dlse, q, k, v, out, lse, scale, causal, key_padding_mask, dq=None, dk=None, dv=None):
-    kernels = _select(q, k, causal, key_padding_mask)
+def _backward(dout, dlse, q, k, v, out, lse, scale, causal, key_padding_mask, dq=None, dk=None, dv=None, kernels=None):
+    kernels = kernels or _select(q, k, causal, key_padding_mask)
     return kernels.backward(
         _inner_contiguous(dout),
         None if dlse is None else dlse.contiguous(),
@@ -203,7 +203,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, scale, causal, key_padding_mask):
         out, lse = _forward(q, k, v, scale, causal, key_padding_mask)
         ctx.save_for_backward(q, k, v, out, lse, key_padding_mask)
-        ctx.scale, ctx.causal = scale, causal
+        ctx.scale, ctx.causal, ctx.kernels = scale, causal, _select(q, k, causal, key_padding_mask)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -213,16 +213,17 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, mask = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv = _backward(dout, dlse, q, k, v, out, lse, ctx.scale, ctx.causal, mask)
+        dq, dk, dv = _backward(dout, dlse, q, k, v, out, lse, ctx.scale, ctx.causal, mask, kernels=ctx.kernels)
         return dq, dk, dv, None, None, None
 
 
 class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, scale, causal, key_padding_mask):
-        out, lse = _forward(*_unpack(qkv), scale, causal, key_padding_mask)
+        q, k, v = _unpack(qkv)
+        out, lse = _forward(q, k, v, scale, causal, key_padding_mask)
         ctx.save_for_backward(qkv, out, lse, key_padding_mask)
-        ctx.scale, ctx.causal = scale, causal
+        ctx.scale, ctx.causal, ctx.kernels = scale, causal, _select(q, k, causal, key_padding_mask)
         return out.transpose(1, 2)
 
     @staticmethod
@@ -231,7 +232,7 @@ class _AttentionPacked(torch.autograd.Function):
         qkv, out, lse, mask = ctx.saved_tensors
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         grads = _unpack(dqkv)
-        _backward(dout.transpose(1, 2), None, *_unpack(qkv), out, lse, ctx.scale, ctx.causal, mask, *grads)
+        _backward(dout.transpose(1, 2), None, *_unpack(qkv), out, lse, ctx.scale, ctx.causal, mask, *grads, ctx.kernels)
         return dqkv, None, None, None
 
 

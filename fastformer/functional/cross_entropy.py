@@ -130,8 +130,8 @@ def _forward(logits, target, weight, ignore_index, label_smoothing):
     return kernels.forward(_checks.as_rows(logits, logits.shape[-1]), target, weight, ignore_index, label_smoothing)
 
 
-def _backward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):
-    kernels = _select(logits, weight, label_smoothing)
+def _backward(dloss, logits, target, weight, lse, ignore_index, label_smoothing, kernels=None):
+    kernels = kernels or _select(logits, weight, label_smoothing)
     rows = _checks.as_rows(logits, logits.shape[-1])
     return kernels.backward(dloss, rows, target, weight, lse, ignore_index, label_smoothing)
 
@@ -142,13 +142,14 @@ class _CrossEntropy(torch.autograd.Function):
         loss, lse = _forward(logits, target, weight, ignore_index, label_smoothing)
         ctx.save_for_backward(logits, target, weight, lse)
         ctx.ignore_index, ctx.label_smoothing = ignore_index, label_smoothing
+        ctx.kernels = _select(logits, weight, label_smoothing)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         logits, target, weight, lse = ctx.saved_tensors
-        dlogits = _backward(dloss, logits, target, weight, lse, ctx.ignore_index, ctx.label_smoothing)
+        dlogits = _backward(dloss, logits, target, weight, lse, ctx.ignore_index, ctx.label_smoothing, ctx.kernels)
         return dlogits, None, None, None, None
 
 

@@ -73,7 +73,7 @@ class _FeedForward(torch.autograd.Function):
         activated = gelu.forward(hidden, b1, tanh)
         out = activated @ w2.t() if b2 is None else torch.addmm(b2, activated, w2.t())
         ctx.save_for_backward(rows, w1, b1, w2, hidden, activated)
-        ctx.tanh = tanh
+        ctx.tanh, ctx.kernels = tanh, gelu.select(hidden, b1)
         return out.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
@@ -88,7 +88,7 @@ class _FeedForward(torch.autograd.Function):
         dw2 = _weight_grad(dy, activated, w2) if need_w2 else None
         dx = dw1 = db1 = None
         if need_x or need_w1 or need_b1:
-            dhidden, db1 = gelu.backward(dy @ w2, hidden, b1, ctx.tanh, need_b1)
+            dhidden, db1 = gelu.backward(dy @ w2, hidden, b1, ctx.tanh, need_b1, ctx.kernels)
             dw1 = _weight_grad(dhidden, rows, w1) if need_w1 else None
             dx = (dhidden @ w1).view(*dout.shape[:-1], w1.shape[1]) if need_x else None
         return dx, dw1, db1, dw2, db2, None

@@ -6,6 +6,8 @@ matmul's bias in the same pass, and its backward returns the bias gradient from 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -52,17 +54,21 @@ def _rows(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if x.dim() == 2 else x.view(1, -1)
 
 
+def select(x: Tensor, bias: Tensor | None) -> ModuleType:
+    """The backend for gelu(x + bias)."""
+    return registry.select("gelu", x.device.type, x.dtype, ("bias",) if bias is not None else ())
+
+
 def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """gelu(x + bias) with no autograd; arguments already checked."""
-    kernels = registry.select("gelu", x.device.type, x.dtype, ("bias",) if bias is not None else ())
-    return kernels.forward(_rows(x, bias), bias, tanh).view(x.shape)
+    return select(x, bias).forward(_rows(x, bias), bias, tanh).view(x.shape)
 
 
 def backward(
-    dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool
+    dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool, kernels: ModuleType | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dbias) of :func:`forward`."""
-    kernels = registry.select("gelu", x.device.type, x.dtype, ("bias",) if bias is not None else ())
+    """(dx, dbias) of :func:`forward`, by the backend it ran on."""
+    kernels = kernels or select(x, bias)
     dx, dbias = kernels.backward(_rows(dout, bias), _rows(x, bias), bias, tanh, need_dbias)
     return dx.view(x.shape), dbias
 
@@ -71,14 +77,14 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, tanh):
         ctx.save_for_backward(x, bias)
-        ctx.tanh = tanh
+        ctx.tanh, ctx.kernels = tanh, select(x, bias)
         return forward(x, bias, tanh)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, bias = ctx.saved_tensors
-        dx, dbias = backward(dout, x, bias, ctx.tanh, ctx.needs_input_grad[1])
+        dx, dbias = backward(dout, x, bias, ctx.tanh, ctx.needs_input_grad[1], ctx.kernels)
         return dx, dbias, None
 
 

@@ -73,8 +73,8 @@ def _forward(x, shape, weight, bias, eps):
     return out if out.dim() == x.dim() else out.view(x.shape), mean, rstd
 
 
-def _backward(dout, x, shape, weight, mean, rstd, needs, param_dtype):
-    kernels = registry.select("layer_norm", x.device.type, x.dtype)
+def _backward(dout, x, shape, weight, mean, rstd, needs, param_dtype, kernels=None):
+    kernels = kernels or registry.select("layer_norm", x.device.type, x.dtype)
     cols = math.prod(shape)
     dx, dweight, dbias = kernels.backward(
         _checks.as_rows(dout, cols), _checks.as_rows(x, cols), _flat(weight), mean, rstd, *needs, param_dtype
@@ -92,6 +92,9 @@ class _LayerNorm(torch.autograd.Function):
         out, mean, rstd = _forward(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.shape = shape
+        ctx.kernels = registry.select(
+            "layer_norm", x.device.type, x.dtype
+        )  # an override is not seen by autograd's threads
         ctx.param_dtype = weight.dtype if weight is not None else bias.dtype if bias is not None else x.dtype
         return out
 
@@ -100,7 +103,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dout):
         x, weight, mean, rstd = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        dx, dweight, dbias = _backward(dout, x, ctx.shape, weight, mean, rstd, needs, ctx.param_dtype)
+        dx, dweight, dbias = _backward(dout, x, ctx.shape, weight, mean, rstd, needs, ctx.param_dtype, ctx.kernels)
         return dx, None, dweight, dbias, None
 
 

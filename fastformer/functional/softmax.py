@@ -66,9 +66,9 @@ def _forward(x, log):
     return out.view(x.shape)
 
 
-def _backward(dout, out, log):
+def _backward(dout, out, log, kernels=None):
     cols = out.shape[-1]
-    kernels = registry.select("softmax", out.device.type, out.dtype)
+    kernels = kernels or registry.select("softmax", out.device.type, out.dtype)
     return kernels.backward(_checks.as_rows(dout, cols), _checks.as_rows(out, cols), 1.0, log).view(out.shape)
 
 
@@ -77,14 +77,14 @@ class _Softmax(torch.autograd.Function):
     def forward(ctx, x, log):
         out = _forward(x, log)
         ctx.save_for_backward(out)
-        ctx.log = log
+        ctx.log, ctx.kernels = log, registry.select("softmax", x.device.type, x.dtype)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         (out,) = ctx.saved_tensors
-        return _backward(dout, out, ctx.log), None
+        return _backward(dout, out, ctx.log, ctx.kernels), None
 
 
 register(

@@ -127,7 +127,7 @@ def describe(data: PreparedData, trainer: Trainer) -> str:
     config, corpus = trainer.config, data.corpus
     shape, minutes = config.model, config.run.max_minutes
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    on_cpu = f"cpu, {torch.get_num_threads()} threads"
+    on_cpu = f"cpu, {cpu_threads()}"
     return (
         f"text   {corpus.name}: {count(len(corpus))} characters; {count(data.train.numel())} tokens to train on, "
         f"{count(data.validation.numel())} held out ({corpus.note})\n"
@@ -142,3 +142,9 @@ def describe(data: PreparedData, trainer: Trainer) -> str:
 def count(number: int) -> str:
     """A number to read: 4.79 M, or 12,345 below a hundred thousand."""
     return f"{number / 1e6:.2f} M" if number >= 100_000 else f"{number:,}"
+
+
+def cpu_threads() -> str:
+    """How many threads PyTorch and the kernels use."""
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)}"

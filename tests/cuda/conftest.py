@@ -11,7 +11,8 @@ from fastformer.backends.cuda import emulation
 on_gpu = pytest.param(
     "cuda",
     marks=pytest.mark.skipif(
-        not torch.cuda.is_available() or isinstance(cuda._load(False), str), reason="no GPU, or fastformer._cuda not built"
+        not torch.cuda.is_available() or isinstance(cuda._load(False), str),
+        reason="no GPU, or fastformer._cuda not built",
     ),
 )
 

@@ -152,6 +152,19 @@ def test_any_order_of_threads(cols, order, device):
         assert torch.equal(ours, first)
 
 
+@pytest.mark.parametrize("count", [1, 2, 64])
+def test_any_number_of_multiprocessors(count, device):
+    """The persistent backward: one block for all rows, several rounds each, more blocks than there is work for."""
+    if device != "cpu":
+        pytest.skip("a GPU has as many as it has")
+    x, dout, weight, bias = inputs((150, 64), torch.bfloat16, torch.bfloat16, device, 2)
+    _call.library().set_multiprocessors(count)
+    try:
+        check_layer_norm(x, dout, weight, bias, torch.bfloat16)
+    finally:
+        _call.library().set_multiprocessors(3)
+
+
 @pytest.mark.parametrize("has_weight", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("cols", [96, 97])
@@ -160,7 +173,9 @@ def test_optional_parameters(cols, has_weight, has_bias, device):
     check_layer_norm(x, dout, weight if has_weight else None, bias if has_bias else None, torch.float32)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
 @pytest.mark.parametrize("cols", [72, 8200])
 def test_only_the_gradients_needed(cols, needs, device):
     x, dout, weight, _ = inputs((5, cols), torch.float16, torch.float16, device, 2)

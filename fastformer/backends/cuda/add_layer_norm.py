@@ -1,4 +1,4 @@
-"""Residual + dropout + layer norm by csrc/cuda/add_layer_norm.cu; signatures as in backends/reference/add_layer_norm.py."""
+"""Residual + dropout + norm by csrc/cuda/add_layer_norm.cu; signatures as in backends/reference/add_layer_norm.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Builds csrc/cuda for the CPU with csrc/emulation, so that CUDA kernels run, slowly, where there is no GPU.
 
-:func:`load` compiles what changed (half a minute the first time, nothing after that) into ``build/emulated/<hash>/`` beside
-the sources and returns the module ``fastformer._cuda_emulated``, whose functions are those of ``fastformer._cuda`` on
+:func:`load` compiles what changed (half a minute the first time) into ``build/emulated/<hash>/`` beside the sources
+and returns the module ``fastformer._cuda_emulated``, whose functions are those of ``fastformer._cuda`` on
 host memory, plus ``set_order(name)``: the order in which threads run, one of :data:`ORDERS`. Needs a C++17 compiler and
 pybind11; no CUDA.
 """

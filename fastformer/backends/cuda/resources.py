@@ -1,4 +1,4 @@
-"""What ptxas says about each CUDA kernel: registers, spills, shared memory, and whether its tensor-core work serialised.
+"""What ptxas says about each CUDA kernel: registers, spills, shared memory, and whether its wgmma was serialised.
 
 :func:`compile_kernels` compiles a .cu file off-line (no GPU needed) for the architectures of :data:`ARCHITECTURES` and
 returns one :class:`Kernel` per kernel and architecture; :func:`problems` lists what makes a kernel unfit to ship.
@@ -25,7 +25,7 @@ ARCHITECTURES = ("80", "90a")
 FLAGS = ("-std=c++17", "-O3", "--use_fast_math")
 
 # ptxas warns with these when it cannot keep wgmma asynchronous and inserts waits: the kernel is right, and slow.
-SERIALISED = ("C7510", "C7512", "C7513", "C7514")
+SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514", "instructions are serialized")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def parse(log: str) -> list[Kernel]:
     serialised = {
         (match["name"] or "")
         for line in log.splitlines()
-        if any(code in line for code in SERIALISED)
+        if any(mark in line for mark in SERIALISED)
         for match in [re.search(r"function '(?P<name>[^']+)'|$", line)]
     }
     kernels = []
@@ -105,11 +105,13 @@ def _readable(names: Sequence[str]) -> list[str]:
     return [re.sub(r"^void |\(.*$", "", line).replace("__nv_bfloat16", "bf16") for line in done.stdout.splitlines()]
 
 
-def compile_kernels(source: Path, architectures: Sequence[str] = ARCHITECTURES, flags: Sequence[str] = ()) -> list[Kernel]:
+def compile_kernels(
+    source: Path, architectures: Sequence[str] = ARCHITECTURES, flags: Sequence[str] = ()
+) -> list[Kernel]:
     """Compiles ``source`` for every architecture and returns its kernels.
 
-    What ptxas said is kept in ``build/resources`` by the hash of the source, the headers of csrc/cuda and the command, so
-    that an unchanged file is not compiled twice.
+    What ptxas said is kept in ``build/resources`` by the hash of the source, the headers of csrc/cuda and the command,
+    so that an unchanged file is not compiled twice.
 
     Raises:
         RuntimeError: there is no nvcc, or the file does not compile; the message has the compiler's output.

@@ -24,7 +24,7 @@ def forward(
         nll = nll * weight[safe]
     loss = (1 - label_smoothing) * nll
     if label_smoothing > 0:
-        w = torch.ones_like(z[0]) if weight is None else weight
+        w = z.new_ones(z.shape[1]) if weight is None else weight
         loss = loss + label_smoothing / z.shape[1] * ((lse[:, None] - z) * w).sum(1)
     return torch.where(valid, loss, 0.0), lse
 
@@ -44,7 +44,7 @@ def backward(
     valid = target != ignore_index
     safe = torch.where(valid, target, 0)
     one_hot = torch.zeros_like(z).scatter_(1, safe[:, None], 1.0)
-    w = torch.ones_like(z[0]) if weight is None else weight
+    w = z.new_ones(z.shape[1]) if weight is None else weight
     grad = (1 - label_smoothing) * w[safe][:, None] * (probability - one_hot)
     if label_smoothing > 0:
         grad = grad + label_smoothing / z.shape[1] * (probability * w.sum() - w)

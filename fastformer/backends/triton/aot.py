@@ -104,9 +104,12 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
     return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
 
 
-def configurations(ops: Iterable[str] = OPS) -> Iterator[Configuration]:
-    """Every configuration of the named operations, and of the second stage that several of them share."""
-    for name in (*ops, "column_sum"):
+KERNEL_FILES = (*OPS, "column_sum")  # column_sum: the second stage that several operations share
+
+
+def configurations(files: Iterable[str] = KERNEL_FILES) -> Iterator[Configuration]:
+    """Every configuration in the named files of this package."""
+    for name in files:
         yield from importlib.import_module(f"{__package__}.{name}").configurations()
 
 
@@ -118,17 +121,17 @@ def jobs_for(
 
 
 def _compile_indexed(job: tuple[tuple[str, ...], tuple[int, ...], int]) -> Build:
-    ops, capabilities, index = job
-    return compile_one(*jobs_for(configurations(ops), capabilities)[index])
+    files, capabilities, index = job
+    return compile_one(*jobs_for(configurations(files), capabilities)[index])
 
 
 def compile_all(
-    ops: Iterable[str] = OPS, capabilities: Iterable[int] = CAPABILITIES, select: str = "", processes: int = 1
+    files: Iterable[str] = KERNEL_FILES, capabilities: Iterable[int] = CAPABILITIES, select: str = "", processes: int = 1
 ) -> Iterator[Build]:
     """Builds everything whose label matches the regular expression ``select``, in order, as results come in."""
-    ops, capabilities = tuple(ops), tuple(capabilities)
-    wanted = [i for i, (c, _) in enumerate(jobs_for(configurations(ops), capabilities)) if re.search(select, c.label)]
-    jobs = [(ops, capabilities, i) for i in wanted]
+    files, capabilities = tuple(files), tuple(capabilities)
+    wanted = [i for i, (c, _) in enumerate(jobs_for(configurations(files), capabilities)) if re.search(select, c.label)]
+    jobs = [(files, capabilities, i) for i in wanted]
     if processes == 1:
         yield from map(_compile_indexed, jobs)
         return
@@ -155,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastformer.backends.triton.aot", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--op", action="append", choices=OPS, help="only this operation (may be repeated)")
+    parser.add_argument("--op", action="append", choices=KERNEL_FILES, help="only this operation (may be repeated)")
     parser.add_argument(
         "--capability", action="append", type=int, choices=CAPABILITIES, help="only this GPU generation"
     )
@@ -165,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print(header())
     builds = []
-    for build in compile_all(options.op or OPS, options.capability or CAPABILITIES, options.select, options.jobs):
+    for build in compile_all(options.op or KERNEL_FILES, options.capability or CAPABILITIES, options.select, options.jobs):
         print(row(build), flush=True)
         builds.append(build)
     bad = [build for build in builds if build.problem]

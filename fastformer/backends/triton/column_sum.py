@@ -18,7 +18,7 @@ from .launch import DTYPES, TYPES, Configuration, launch
 BLOCK_PROGRAMS, BLOCK_COLS, NUM_WARPS = 32, 64, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _column_sum(
     partial_ptr,  # (outputs, programs, cols) float32, contiguous
     first_ptr,  # (cols) sum of partial[0]

@@ -95,7 +95,7 @@ def _forward(
     if weight_ptr is not None:
         loss *= tl.load(weight_ptr + target, mask=valid, other=1.0)
     if SMOOTH:
-        weight_sum = cols.to(tl.float32)
+        weight_sum = tl.cast(cols, tl.float32)
         if weight_ptr is not None:
             weight_sum = tl.sum(weights, 0)
         loss = (1.0 - smoothing) * loss + smoothing * ((lse * weight_sum - tl.sum(weighted, 1)) / cols)
@@ -146,7 +146,7 @@ def _backward(
             weight = tl.load(weight_ptr + col, mask=in_col, other=0.0)
             even = probability * tl.load(weight_sum_ptr) - weight[None, :]
         else:
-            even = probability * cols.to(tl.float32) - 1.0
+            even = probability * tl.cast(cols, tl.float32) - 1.0
         gradient = (1.0 - smoothing) * gradient + smoothing * (even / cols)
     gradient = tl.where(counted[:, None], gradient * dloss[:, None], 0.0)
     tl.store(

@@ -5,14 +5,15 @@ uint16, and there it goes wrong without saying so:
 
 - arithmetic and comparisons on bfloat16 add, multiply and order the *bit patterns* as integers;
 - float32 -> bfloat16 truncates, where the hardware rounds to nearest even;
-- ``tl.dot`` multiplies the bit patterns of bfloat16 operands, and rounds every product of float16 operands to float16
-  on some NumPy versions, where tensor cores keep float32 products;
+- ``tl.dot`` multiplies the bit patterns of bfloat16 operands;
 - ``tl.sum`` and ``tl.max`` reduce bit patterns.
 
 With NumPy >= 2.4 it also fails outright, because ``int()`` of an array with one element and one dimension became an
 error. And it is slow: every call of one Triton function by another patches the whole language module anew, which is a
-third of the time of a small kernel. And NumPy warns where a GPU silently gives inf or NaN. :func:`apply` replaces exactly these pieces. Atomic operations on bfloat16 stay
-broken; no kernel here uses them. The replacements are checked on their own in tests/triton/kernels/test_interpreter.py.
+third of the time of a small kernel. And NumPy warns where a GPU silently gives inf or NaN. :func:`apply` replaces
+exactly these pieces, and turns on one check that is there: an integer operation that overflows 32 bits, as an offset
+into a large tensor may, raises. Atomic operations on bfloat16 stay broken; no kernel here uses them. The replacements
+are checked on their own in tests/triton/test_interpreter.py.
 """
 
 from __future__ import annotations
@@ -95,12 +96,8 @@ def _mend_arithmetic() -> None:
 def _mend_dot() -> None:
     dot = stock.InterpreterBuilder.create_dot
 
-    def float32(handle):
-        if _is_bfloat16(handle):
-            return stock.TensorHandle(widen(handle.data), tl.float32)
-        if handle.dtype.scalar == tl.float16:
-            return stock.TensorHandle(handle.data.astype(np.float32), tl.float32)
-        return handle
+    def float32(handle):  # which holds every product of two bfloat16 exactly, as tensor cores do
+        return stock.TensorHandle(widen(handle.data), tl.float32) if _is_bfloat16(handle) else handle
 
     stock.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, float32(a), float32(b), *rest)
 
@@ -163,6 +160,10 @@ def _mend_warnings() -> None:
     stock.GridExecutor.__call__ = call
 
 
+def _check_overflow() -> None:
+    stock.interpreter_builder.options = stock.InterpreterOptions(debug=True)
+
+
 def apply() -> None:
     """Mends the interpreter of this process, once."""
     global _applied
@@ -176,3 +177,4 @@ def apply() -> None:
     _mend_scalars()
     _mend_patching()
     _mend_warnings()
+    _check_overflow()

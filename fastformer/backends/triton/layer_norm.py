@@ -85,7 +85,7 @@ def _store_normalised(out_ptr, weight_ptr, bias_ptr, offset, col, in_col, xhat, 
     tl.store(out_ptr + offset, xhat.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold"])
+@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
 def _forward_rows(
     x_ptr,  # (rows, cols), rows x_stride apart
     residual_ptr,  # (rows, cols), rows residual_stride apart, or None
@@ -128,7 +128,7 @@ def _forward_rows(
     _store_normalised(out_ptr, weight_ptr, bias_ptr, offset, col, in_col, centred * rstd[:, None], mask)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold"])
+@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
 def _forward_chunks(
     x_ptr,  # (rows, cols), rows x_stride apart
     residual_ptr,  # (rows, cols), rows residual_stride apart, or None
@@ -201,7 +201,7 @@ def _store_gradient(
         tl.store(dropped_ptr + offset, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold"])
+@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
 def _backward_rows(
     dout_ptr,  # (rows, cols), rows dout_stride apart
     dsummed_ptr,  # (rows, cols), rows dsummed_stride apart, or None: added to dx
@@ -264,7 +264,7 @@ def _backward_rows(
         tl.store(dbias_ptr + offset, tl.sum(dbias, 0), mask=in_col)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold"])
+@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
 def _backward_chunks(
     dout_ptr,  # (rows, cols), rows dout_stride apart
     dsummed_ptr,  # (rows, cols), rows dsummed_stride apart, or None

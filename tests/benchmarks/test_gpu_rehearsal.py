@@ -1,0 +1,167 @@
+"""``make gpu`` on the CPU: the whole run with tiny inputs, and that one bad section costs no other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import check, gpu, runner
+from fastformer.backends import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_rehearsal_exercises_every_section(tmp_path):
+    pytest.importorskip("triton")
+    out, copies = tmp_path / "results", tmp_path / "out"
+    copies.mkdir()
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--rehearse", "--out", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OUT": str(copies), "SECTION": ""},
+        capture_output=True,
+        text=True,
+        timeout=1600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-5000:]
+    told = json.loads((out / "sections.json").read_text())
+    kinds = {section["name"].split()[0] for section in told["sections"]}
+    assert kinds == set(gpu.KINDS)
+    assert all(section["status"].startswith("ok") for section in told["sections"])
+    assert told["commit"] and told["command"].startswith("python benchmarks/gpu.py") and told["limits"]["clone"] > 0
+    checked = {(c["backend"], c["op"]) for c in told["checks"]}
+    assert {("cuda", "layer_norm"), ("cuda", "add_layer_norm")} <= checked
+    assert {("triton", op) for op in gpu.OPS} <= checked
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert {row["op"] for row in rows} == set(runner.OPS)
+    assert {"triton", "cuda", "flash"} <= {row["provider"] for row in rows}, "a GPU's providers were tried, too"
+    for name in gpu.OUTPUTS:
+        assert (out / name).exists() and (copies / name).read_bytes() == (out / name).read_bytes()
+    assert "layer_norm" in done.stdout.rpartition("checked against float64")[2], "the summary comes last"
+
+
+def section(name, code, seconds=20.0, stage=0):
+    return gpu.Section(name, "check", "", [sys.executable, "-c", code], seconds, stage)
+
+
+def alive(pid):
+    try:  # a killed process may stay as a zombie until its new parent looks
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+    sections = [
+        section("crash", "import os, signal; print('before', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"),
+        # Hangs, deaf to a polite end, with a child of its own.
+        section(
+            "hang",
+            "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "child = subprocess.Popen(['sleep', '1000']); print(child.pid, flush=True); time.sleep(1000)",
+            seconds=2.0,
+        ),
+        section("failure", "raise SystemExit(3)"),
+        section("fine", "print('done')", stage=1),
+    ]
+    started, stages = time.monotonic(), []
+    gpu.run_all(sections, started + 60, workers=2, after=lambda: stages.append(len(stages)))
+    crash, hang, failure, fine = sections
+    assert crash.status == f"crashed: {signal.SIGSEGV.name}" and "before" in crash.log
+    assert hang.status == "timed out after 2 s" and time.monotonic() - started < 30
+    assert not alive(int(hang.log.split()[0])), "its child went with it"
+    assert failure.status == "failed: exit code 3" and fine.status == "ok" and fine.log == "done\n"
+    assert [s.ok for s in sections] == [False, False, False, True]
+    assert stages == [0, 1], "what is there is written after every stage"
+
+
+def test_nothing_starts_after_the_deadline():
+    late = section("late", "print('no')")
+    gpu.run_all([late], time.monotonic() + 1, workers=1, after=lambda: None)
+    assert late.status == "skipped: no time left" and not late.log
+
+
+def test_report_has_the_end_of_what_failed(tmp_path):
+    (tmp_path / gpu.PARTS).mkdir()
+    failed = section("check triton gelu", "")
+    failed.status, failed.log = "failed: exit code 1", "some line\nthe error itself\n"
+    gpu.write([failed], tmp_path, {"card": "a card", "date": "today", "commit": "abc", "command": "make gpu"})
+    text = (tmp_path / "report.md").read_text()
+    assert "the error itself" in text and "make gpu" in text and "abc" in text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kinds", "ops"),
+    [
+        ("attention", {"machine", "build", "check", "bench"}, {"", "attention"}),
+        ("generation", {"machine", "build", "bench"}, {"", "generation"}),
+        ("bench", {"machine", "build", "bench"}, {"", *gpu.BENCHES}),
+        ("sanitize", {"machine", "build", "sanitize"}, {""}),
+        ("build", {"build"}, {""}),
+    ],
+)
+def test_section_chooses_a_part_and_what_it_needs(tmp_path, wanted, kinds, ops):
+    found = gpu.chosen(gpu.plan(tmp_path, False, "90a"), wanted)
+    assert {s.kind for s in found} == kinds and {s.op for s in found} == ops
+    assert [s.stage for s in found] == sorted(s.stage for s in found)
+
+
+def test_an_unknown_section_is_an_error(tmp_path, capsys):
+    assert gpu.main(["attentoin", "--rehearse", "--out", str(tmp_path)]) == 2
+    assert "attentoin" in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "card", lambda: ("", ""))
+    assert gpu.main([]) == 2
+    assert "--rehearse" in capsys.readouterr().out
+
+
+def test_the_real_plan_builds_for_the_card_and_measures_alone(tmp_path):
+    sections = gpu.plan(tmp_path, False, "90a")
+    (build,) = (s for s in sections if s.kind == "build")
+    assert build.environment == {"FASTFORMER_CUDA": "1", "FASTFORMER_CUDA_ARCHS": "90a"} and build.seconds <= 120
+    assert gpu.RUN_SECONDS < 540
+    stages = [s.stage for s in sections if s.kind in ("machine", "bench")]
+    assert len(stages) == len(set(stages)), "nothing runs beside a measurement"
+    assert all("cuda" in s.command for s in sections if s.kind in ("machine", "bench", "check"))
+    assert {s.op for s in sections if s.kind == "bench"} == set(runner.OPS)
+
+
+@pytest.mark.parametrize(("capability", "name"), [("9.0", "90a"), ("8.0", "80"), ("8.6", "86"), ("10.0", "100a")])
+def test_architecture(capability, name):
+    assert gpu.architecture_of(capability) == name
+
+
+# ---- check.py --------------------------------------------------------------------------------------------------------
+
+
+def test_check_covers_every_operation():
+    assert set(check.CASES) == set(check.TINY) == set(gpu.OPS) >= set(registry.OPS)
+
+
+def test_check_finds_a_wrong_gradient(monkeypatch, capsys):
+    from fastformer.backends.reference import softmax
+
+    right = softmax.backward
+    monkeypatch.setattr(check, "TINY", {"softmax": check.TINY["softmax"][:1]})
+    # The reference doubles as the backend under test; only its low-precision calls are tampered with.
+    monkeypatch.setattr(
+        softmax, "backward", lambda dout, *rest: right(dout, *rest) * (1.0 if dout.dtype.itemsize == 8 else 1.001)
+    )
+    module = __import__("benchmarks.softmax", fromlist=["softmax"])
+    out, gradient = check.check_case(module, "softmax", check.TINY["softmax"][0], "reference", "cpu")
+    assert out.ok and not gradient.ok and gradient.repeatable
+    check.report([out, gradient])
+    assert capsys.readouterr().out.startswith("WRONG softmax reference")
+
+
+def test_nan_is_wrong():
+    assert not check.Check("op", "triton", "case", "out0", float("nan"), 1.0).ok

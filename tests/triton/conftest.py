@@ -1,0 +1,89 @@
+"""Where the Triton tests run.
+
+A test that takes the ``device`` fixture runs kernels. With a CUDA device it runs right here, on it. Without one it needs
+Triton's interpreter, which Triton chooses when it is imported, so it is too late once any other test of this process
+has imported Triton (torch.compile does, transformers does). All such tests therefore run in one pytest process of their
+own, started with TRITON_INTERPRET=1 when the first of them is reached, and each is reported here under its own name with
+the outcome it had there. ``TRITON_INTERPRET=1 pytest tests/triton`` runs them directly, which is the way to debug one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+
+from fastformer.backends.triton import interpreting
+
+REPORT_TO = "FASTFORMER_TRITON_REPORT"  # the file in which the other process leaves its outcomes
+TIME_LIMIT = 900  # seconds
+_outcomes = pytest.StashKey[dict[str, dict[str, str]]]()
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device of a kernel test: the current GPU, or the CPU under the interpreter."""
+    if torch.cuda.is_available() and not interpreting():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _runs_kernels(item: pytest.Item) -> bool:
+    return "device" in getattr(item, "fixturenames", ()) and Path(__file__).parent in item.path.parents
+
+
+def _run_elsewhere(session: pytest.Session) -> dict[str, dict[str, str]]:
+    """Runs this session's kernel tests in a process with the interpreter; node id -> outcome and text."""
+    nodes = [item.nodeid for item in session.items if _runs_kernels(item)]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        environment = {**os.environ, "TRITON_INTERPRET": "1", REPORT_TO: str(report), "OMP_NUM_THREADS": "1"}
+        for name in [name for name in environment if name.startswith("PYTEST_")]:
+            del environment[name]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *nodes]
+        finished = subprocess.run(
+            command, cwd=session.config.rootpath, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT
+        )
+        lines = report.read_text().splitlines() if report.exists() else []
+    outcomes: dict[str, dict[str, str]] = {}
+    for line in lines:
+        outcome = json.loads(line)
+        outcomes[outcome["node"]] = outcome
+    missing = {
+        "outcome": "failed",
+        "text": f"no outcome from the interpreter's process, which ended with {finished.returncode}:\n"
+        f"{finished.stdout[-4000:]}{finished.stderr[-4000:]}",
+    }
+    return {node: outcomes.get(node, missing) for node in nodes}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Replaces the call of a kernel test by its outcome in the interpreter's process, where this one cannot run it."""
+    if not _runs_kernels(pyfuncitem) or interpreting() or torch.cuda.is_available():
+        return None
+    stash = pyfuncitem.session.stash
+    if _outcomes not in stash:
+        stash[_outcomes] = _run_elsewhere(pyfuncitem.session)
+    outcome = stash[_outcomes][pyfuncitem.nodeid]
+    if outcome["outcome"] == "failed":
+        pytest.fail(outcome["text"], pytrace=False)
+    if outcome["outcome"] == "skipped":
+        pytest.skip(outcome["text"])
+    return True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the interpreter's process: one line per test, and one more for a phase that went wrong."""
+    path = os.environ.get(REPORT_TO)
+    if path is None or (report.when != "call" and report.outcome == "passed"):
+        return
+    text = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else report.longreprtext
+    with open(path, "a") as file:
+        file.write(json.dumps({"node": report.nodeid, "outcome": report.outcome, "text": text}) + "\n")

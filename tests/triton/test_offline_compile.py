@@ -1,0 +1,124 @@
+"""Every kernel compiles for sm_80 and sm_90 without a GPU, spills no register and has its matrix instructions.
+
+The default run compiles a sample that touches every kernel and each kind of tile; ``pytest -m slow`` compiles everything
+(`python -m fastformer.backends.triton.aot --jobs 2` prints the same table). pytest's ``-rP`` shows the tables.
+"""
+
+import dataclasses
+import os
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+
+from fastformer.backends.triton import aot, attention, interpreting, layer_norm
+
+pytestmark = pytest.mark.skipif(
+    interpreting(), reason="Triton runs its interpreter in this process, which cannot compile (unset TRITON_INTERPRET)"
+)
+
+# What is compiled by default: for each operation, a regular expression over the labels.
+SAMPLE = {
+    # short rows in tiles, the longest row in one block, chunks; both passes of the parameter gradients
+    "layer_norm": r"^layer_norm (forward_rows (bf16 1024|fp32 16384)|backward_rows (bf16 256$|fp32 8192)|\w+_chunks bf16|"
+    r"backward_parameters bf16)",
+    "add_layer_norm": r"^add_layer_norm\+dropout \w+_(rows bf16 1024|chunks fp32)",
+    "softmax": r"^softmax (forward_rows bf16 32768|backward_rows fp32 16384)|^log_softmax \w+_chunks bf16",
+    "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
+    "cross_entropy": r"^cross_entropy \w+ (bf16 262144 weight|fp32 512$)",
+    # the two head sizes of most models, and one between powers of two
+    "attention": r"^attention (\w+ bf16 D=64 causal$|(forward|backward_k) bf16 D=128 causal$|forward bf16 D=80 full$)",
+    "column_sum": r"^column_sum bf16 x2",
+}
+PROCESSES = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+
+
+def check_table(builds: list[aot.Build]) -> None:
+    """Prints the table; fails where a build has a problem or a GPU generation is missing."""
+    print(aot.header(), *(aot.row(build) for build in builds), sep="\n")
+    assert {build.capability for build in builds} == set(aot.CAPABILITIES)
+    assert not [f"{build.label} sm_{build.capability}: {build.problem}" for build in builds if build.problem]
+
+
+@pytest.fixture(scope="module")
+def sample() -> list[aot.Build]:
+    """The sample, compiled in one go: starting a process costs as much as several kernels."""
+    return list(aot.compile_all(SAMPLE, select="|".join(SAMPLE.values()), processes=PROCESSES))
+
+
+@pytest.mark.parametrize("op", SAMPLE)
+def test_sample_compiles_without_spills(op, sample):
+    check_table([build for build in sample if re.search(SAMPLE[op], build.label)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", SAMPLE)
+def test_everything_compiles_without_spills(op):
+    check_table(list(aot.compile_all((op,), processes=PROCESSES)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SAMPLE)
+def test_every_kernel_compiles_with_arguments_equal_to_one(file):
+    # The launcher makes an integer argument that equals 1 (a single column, a head of one element) a constant, and
+    # constants have fewer methods than values: a kernel may compile for every size but that one.
+    seen = set()
+    for configuration in aot.configurations((file,)):
+        kernel = configuration.kernel
+        if kernel in seen:
+            continue
+        seen.add(kernel)
+        kinds = configuration.signature()
+        ones = {p.name: 1 for p in kernel.params if kinds[p.name] == "i32" and not p.do_not_specialize}
+        build = aot.compile_one(
+            dataclasses.replace(configuration, constants={**configuration.constants, **ones}),
+            configuration.capabilities[0],
+        )
+        assert ones and "does not compile" not in build.problem, build.problem
+
+
+def test_every_operation_is_sampled():
+    assert set(SAMPLE) == set(aot.KERNEL_FILES)
+
+
+def test_hopper_attention_uses_its_own_matrix_instruction():
+    tile = attention.TILES[90, 2, 64].forward
+    build = aot.compile_one(attention.configuration("forward", 90, "bf16", 64, True, False, tile), 90)
+    assert build.matrix == "HGMMA"
+
+
+# ---- the checks can fail ---------------------------------------------------------------------------------------------
+
+
+def one_block_row():
+    return next(c for c in layer_norm.configurations() if c.label == "layer_norm forward_rows fp32 8192")
+
+
+def test_a_planted_spill_is_found():
+    # 32 values per thread and their sums do not fit into the 24 registers it is told to use.
+    build = aot.compile_one(dataclasses.replace(one_block_row(), options={"maxnreg": 24}), 80)
+    assert build.spills > 0 and "spills" in build.problem
+
+
+def test_missing_matrix_instructions_are_found():
+    build = aot.compile_one(dataclasses.replace(one_block_row(), tensor_cores=True), 80)
+    assert build.problem == "has no matrix instructions"
+
+
+def test_too_much_shared_memory_is_found():
+    tile = attention.Tile(128, 128, 8, 3)  # fits on an H100; an RTX 4090 has 99 KiB
+    build = aot.compile_one(attention.configuration("forward", 80, "bf16", 128, False, False, tile), 80)
+    assert "shared memory" in build.problem or "spills" in build.problem
+    assert build.shared > aot.SHARED_LIMIT[80]
+
+
+def test_a_kernel_that_does_not_compile_is_found():
+    constants = {**one_block_row().constants, "BLOCK_COLS": 100}  # not a power of two
+    build = aot.compile_one(dataclasses.replace(one_block_row(), constants=constants), 90)
+    assert "does not compile" in build.problem
+
+
+def test_command_line_fails_when_nothing_matches(capsys):
+    assert aot.main(["--op", "gelu", "--select", "no such label"]) == 1
+    assert "0 builds" in capsys.readouterr().out
