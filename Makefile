@@ -1,4 +1,4 @@
-# make demo    set up, build, train a small GPT on Shakespeare, write text with it        (about 8 minutes the first time)
+# make demo    set up, build, train a small GPT on Shakespeare, write text with it
 # make test    the same set-up, then the whole test suite
 # make bench   one table per operation: fastformer, PyTorch eager, torch.compile, the limit
 # make gpu     on a machine with a GPU: build, GPU tests, every benchmark (SECTION=attention for one part)
@@ -32,7 +32,7 @@ $(PYTHON_FILE): tools/setup.sh constraints.txt pyproject.toml
 
 # `pip install -e` compiles nothing here: the modules are already in place, where their progress could be seen.
 build/built: $(PYTHON_FILE) setup.py fastformer/version.py $(SOURCES)
-	@echo "==> Building the kernels (a minute or two from clean)"
+	@echo "==> Building the kernels (minutes from clean, seconds afterwards)"
 	@$(PY) setup.py -q build_ext --inplace
 	@case $(PY) in "$(CURDIR)"/.venv/*) \
 	  $(PY) -m pip --disable-pip-version-check install -qq --no-build-isolation --no-deps -e . ;; esac

@@ -19,7 +19,7 @@ static float* dropout_row(int64_t cols) {
   return buffer.data();
 }
 
-template <bool Stream, class T, class P> static void forward_rows(const ff_add_layer_norm_args* a) {
+template <class T, class P> static void forward_rows(const ff_add_layer_norm_args* a) {
   using A = acc_t<T>;
   const int64_t n = a->cols;
   parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int) {
@@ -30,21 +30,20 @@ template <bool Stream, class T, class P> static void forward_rows(const ff_add_l
       T* summed = (T*)a->summed + r * n;
       if (keep) {
         dropout_scales(keep, n, uint64_t(r), a->seed, a->dropout_p);
-        for_row<A>(n, [&](int64_t i, int k) {
+        for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
           vec_t<A> scale;
           for (int j = 0; j < vec<A>::W; j++) scale[j] = A(keep[i + j]);
           store_n(summed + i, load_n(residual + i, k) + load_n(x + i, k) * scale, k);
         });
       } else {
-        for_row<A>(n, [&](int64_t i, int k) { store_n(summed + i, load_n(residual + i, k) + load_n(x + i, k), k); });
+        for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(summed + i, load_n(residual + i, k) + load_n(x + i, k), k); });
       }
       A mean, rstd;
       row_statistics(summed, n, a->eps, mean, rstd);
-      normalize_row<Stream>(summed, (const P*)a->weight, (const P*)a->bias, (T*)a->out + r * n, n, mean, rstd);
+      normalize_row(summed, (const P*)a->weight, (const P*)a->bias, (T*)a->out + r * n, n, mean, rstd);
       ((A*)a->mean)[r] = mean;
       ((A*)a->rstd)[r] = rstd;
     }
-    if (Stream) stream_fence();
   });
 }
 
@@ -52,8 +51,7 @@ int add_layer_norm_forward(const ff_add_layer_norm_args* a, void*) {
   return for_dtypes(a->dtype, a->param_dtype, [&](auto t, auto p) {
     using T = decltype(t);
     using P = decltype(p);
-    if (should_stream<T>(a->out, a->rows, a->cols)) forward_rows<true, T, P>(a);
-    else forward_rows<false, T, P>(a);
+    forward_rows<T, P>(a);
     return FF_OK;
   });
 }
@@ -68,7 +66,6 @@ int add_layer_norm_backward(const ff_add_layer_norm_args* a, void*) {
     A* partial = (a->dweight || a->dbias) ? (A*)a->workspace : nullptr;
     if (partial) std::fill(partial, partial + int64_t(threads) * 2 * n, A(0));
     const bool drop = a->dx && a->dropout_p > 0;
-    const bool stream = should_stream<T>(a->dresidual, a->rows, n) && !drop;
     parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int thread) {
       A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
       A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
@@ -81,18 +78,16 @@ int add_layer_norm_backward(const ff_add_layer_norm_args* a, void*) {
           x[j] = (const T*)a->summed + (r + j) * n;
         }
         backward_rows<R>(dout, x, (const P*)a->weight, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true,
-                         [&](int j, int64_t i, vec_t<A> v, int k) {
+                         [&](int j, int64_t i, vec_t<A> v, int k) FF_LAMBDA {
                            if (a->dsummed) v += load_n((const T*)a->dsummed + (r + j) * a->dsummed_stride + i, k);
-                           T* to = (T*)a->dresidual + (r + j) * n + i;
-                           if (stream) stream_n(to, v, k);
-                           else store_n(to, v, k);
+                           store_n((T*)a->dresidual + (r + j) * n + i, v, k);
                          });
         if (a->dx)
           for (int j = 0; j < R; j++) {
             const T* from = (const T*)a->dresidual + (r + j) * n;
             T* to = (T*)a->dx + (r + j) * n;
             if (keep) dropout_scales(keep, n, uint64_t(r + j), a->seed, a->dropout_p);
-            for_row<A>(n, [&](int64_t i, int k) {
+            for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
               vec_t<A> scale = splat<A>(1);
               if (keep)
                 for (int l = 0; l < vec<A>::W; l++) scale[l] = A(keep[i + l]);
@@ -101,9 +96,8 @@ int add_layer_norm_backward(const ff_add_layer_norm_args* a, void*) {
           }
       };
       int64_t r = begin;
-      for (; r + 4 <= end; r += 4) block(r, std::integral_constant<int, 4>{});
+      for (; r + kRows<T> <= end; r += kRows<T>) block(r, std::integral_constant<int, kRows<T>>{});
       for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
-      if (stream) stream_fence();
     });
     if (partial) reduce_partials(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
     return FF_OK;

@@ -14,7 +14,7 @@ namespace FF_ISA {
 
 template <class A> static double sum_of_weights(const ff_cross_entropy_args* a) {
   if (!a->weight) return double(a->cols);
-  return reduce_row<A>(a->cols, [&](int64_t i, int k) { return load_n((const A*)a->weight + i, k); });
+  return reduce_row<A>(a->cols, [&](int64_t i, int k) FF_LAMBDA { return load_n((const A*)a->weight + i, k); });
 }
 
 // What the loss needs of the logits: their statistics, and for label smoothing sum_j w[j] * (z[j] - origin).
@@ -40,7 +40,7 @@ template <class T> static void forward_rows(const ff_cross_entropy_args* a) {
     result.exp = max_sum(z, end - begin, A(1));
     if (s > 0 && a->target[r] != a->ignore_index) {
       const A o = origin(r);
-      result.smooth = reduce_row<A>(end - begin, [&](int64_t i, int k) {
+      result.smooth = reduce_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
         vec_t<A> d = (k == vec<A>::W ? load(z + i) : load_partial(z + i, k, o)) - o;
         return weight ? d * load_n(weight + begin + i, k) : d;
       });
@@ -71,7 +71,7 @@ int cross_entropy_forward(const ff_cross_entropy_args* a, void*) {
 }
 
 // dlogits[j] = dloss * ((1 - s) * w[t] * (p[j] - [j == t]) + s / V * (sum(w) * p[j] - w[j])), p = exp(z - lse)
-template <bool Stream, class T> static void backward_rows(const ff_cross_entropy_args* a) {
+template <class T> static void backward_rows(const ff_cross_entropy_args* a) {
   using A = acc_t<T>;
   const A* const weight = (const A*)a->weight;
   const double s = a->label_smoothing, total_weight = s > 0 ? sum_of_weights<A>(a) : 0;
@@ -80,16 +80,16 @@ template <bool Stream, class T> static void backward_rows(const ff_cross_entropy
     T* d = (T*)a->dlogits + r * a->cols + begin;
     const int64_t n = end - begin, target = a->target[r];
     if (target == a->ignore_index)
-      return for_row_aligned<Stream>(d, n, [&](int64_t i, int k) { put_n<Stream>(d + i, vec_t<A>{}, k); });
+      return for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(d + i, vec_t<A>{}, k); });
     const double dloss = double(((const A*)a->dloss)[r * a->dloss_stride]);
     const double one_hot = dloss * (1 - s) * (weight ? double(weight[target]) : 1.0), uniform = dloss * s / double(a->cols);
     const A of_p = A(one_hot + uniform * total_weight), of_w = A(uniform), lse = ((const A*)a->lse)[r];
-    auto gradient = [&](int64_t i, int k) {
+    auto gradient = [&](int64_t i, int k) FF_LAMBDA {
       vec_t<A> g = vexp_nonpositive(load_n(z + i, k) - lse) * of_p;
       if (s > 0) g -= weight ? load_n(weight + begin + i, k) * of_w : splat(of_w);
       return g;
     };
-    for_row_aligned<Stream>(d, n, [&](int64_t i, int k) { put_n<Stream>(d + i, gradient(i, k), k); });
+    for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(d + i, gradient(i, k), k); });
     if (target >= begin && target < end) d[target - begin] = from_float<T>(gradient(target - begin, 1)[0] - A(one_hot));
   };
   const int64_t parts = parts_per_row(a->rows, a->cols);
@@ -98,17 +98,11 @@ template <bool Stream, class T> static void backward_rows(const ff_cross_entropy
       const int64_t p = i % parts;
       part(i / parts, part_begin(a->cols, p, parts), part_begin(a->cols, p + 1, parts));
     }
-    if (Stream) stream_fence();
   });
 }
 
 int cross_entropy_backward(const ff_cross_entropy_args* a, void*) {
-  return for_dtype(a->dtype, [&](auto t) {
-    using T = decltype(t);
-    for_bool(large_enough_to_stream<T>(a->rows, a->cols),
-             [&](auto stream) { backward_rows<decltype(stream)::value, T>(a); });
-    return FF_OK;
-  });
+  return for_dtype(a->dtype, [&](auto t) { return backward_rows<decltype(t)>(a), FF_OK; });
 }
 
 }  // namespace FF_ISA

@@ -73,7 +73,7 @@ static void norm(const Args* a, const float* x, const void* weight, const void* 
   for (int64_t b = 0; b < a->batch; b++) {
     float mean, rstd;
     row_statistics(x + b * E, E, a->eps, mean, rstd);
-    normalize_row<false>(x + b * E, (const float*)weight, (const float*)bias, out + b * E, E, mean, rstd);
+    normalize_row(x + b * E, (const float*)weight, (const float*)bias, out + b * E, E, mean, rstd);
   }
 }
 

@@ -10,18 +10,17 @@ FF_DECLARE_IMPL(layer_norm_backward)
 namespace ff {
 namespace FF_ISA {
 
-template <bool Stream, class T, class P> static void forward_rows(const ff_layer_norm_args* a) {
+template <class T, class P> static void forward_rows(const ff_layer_norm_args* a) {
   using A = acc_t<T>;
   parallel_for(a->rows, a->cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; r++) {
       const T* x = (const T*)a->x + r * a->x_stride;
       A mean, rstd;
       row_statistics(x, a->cols, a->eps, mean, rstd);
-      normalize_row<Stream>(x, (const P*)a->weight, (const P*)a->bias, (T*)a->out + r * a->cols, a->cols, mean, rstd);
+      normalize_row(x, (const P*)a->weight, (const P*)a->bias, (T*)a->out + r * a->cols, a->cols, mean, rstd);
       ((A*)a->mean)[r] = mean;
       ((A*)a->rstd)[r] = rstd;
     }
-    if (Stream) stream_fence();
   });
 }
 
@@ -29,8 +28,7 @@ int layer_norm_forward(const ff_layer_norm_args* a, void*) {
   return for_dtypes(a->dtype, a->param_dtype, [&](auto t, auto p) {
     using T = decltype(t);
     using P = decltype(p);
-    if (should_stream<T>(a->out, a->rows, a->cols)) forward_rows<true, T, P>(a);
-    else forward_rows<false, T, P>(a);
+    forward_rows<T, P>(a);
     return FF_OK;
   });
 }
@@ -45,7 +43,6 @@ int layer_norm_backward(const ff_layer_norm_args* a, void*) {
     A* partial = (a->dweight || a->dbias) ? (A*)a->workspace : nullptr;
     if (partial) std::fill(partial, partial + int64_t(threads) * 2 * n, A(0));
     T* dx = (T*)a->dx;
-    const bool stream = false;
     parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int thread) {
       A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
       A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
@@ -57,16 +54,12 @@ int layer_norm_backward(const ff_layer_norm_args* a, void*) {
           x[j] = (const T*)a->x + (r + j) * a->x_stride;
         }
         backward_rows<R>(dout, x, (const P*)a->weight, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n,
-                         dx != nullptr, [&](int j, int64_t i, vec_t<A> v, int k) {
-                           T* to = dx + (r + j) * n + i;
-                           if (stream) stream_n(to, v, k);
-                           else store_n(to, v, k);
-                         });
+                         dx != nullptr,
+                         [&](int j, int64_t i, vec_t<A> v, int k) FF_LAMBDA { store_n(dx + (r + j) * n + i, v, k); });
       };
       int64_t r = begin;
-      for (; r + 4 <= end; r += 4) block(r, std::integral_constant<int, 4>{});
+      for (; r + kRows<T> <= end; r += kRows<T>) block(r, std::integral_constant<int, kRows<T>>{});
       for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
-      if (stream) stream_fence();
     });
     if (partial) reduce_partials(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
     return FF_OK;

@@ -14,7 +14,7 @@ namespace FF_ISA {
 
 constexpr int64_t kKeep = 4096;  // elements of a row kept on the stack
 
-template <bool Stream, class T> static void forward_rows(const ff_softmax_args* a) {
+template <class T> static void forward_rows(const ff_softmax_args* a) {
   using A = acc_t<T>;
   const int64_t n = a->cols;
   const A scale = A(a->scale);
@@ -29,37 +29,31 @@ template <bool Stream, class T> static void forward_rows(const ff_softmax_args* 
         MaxSum<A> m;
         m.max = row_max(from, n, scale);
         const A shift = m.shift();
-        m.sum = reduce_row<A>(n, [&](int64_t i, int k) {
+        m.sum = reduce_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
           vec_t<A> v = vexp_nonpositive(load_n(from + i, k) * scale - shift);
           store(e + i, v);
           return k == vec<A>::W ? v : keep_first(v, k, A(0));
         });
         const A inverse = m.sum == 0 ? A(0) : A(1 / m.sum);
         T* to = out(r);
-        for_row_aligned<Stream>(to, n, [&](int64_t i, int k) { put_n<Stream>(to + i, load(e + i) * inverse, k); });
+        for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(to + i, load(e + i) * inverse, k); });
       }
-      if (Stream) stream_fence();
     });
   auto part = [&](int64_t r, int64_t begin, int64_t end) { return max_sum(x(r) + begin, end - begin, scale); };
   auto finish = [&](int64_t r, int64_t begin, int64_t end, const MaxSum<A>& m) {
     const T* from = x(r) + begin;
     T* to = out(r) + begin;
     const A shift = m.shift(), inverse = m.sum == 0 ? A(0) : A(1 / m.sum), log_sum = m.sum == 0 ? A(0) : A(std::log(m.sum));
-    for_row_aligned<Stream>(to, end - begin, [&](int64_t i, int k) {
+    for_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
       vec_t<A> z = load_n(from + i, k) * scale - shift;
-      put_n<Stream>(to + i, a->log ? z - log_sum : vexp_nonpositive(z) * inverse, k);
+      store_n(to + i, a->log ? z - log_sum : vexp_nonpositive(z) * inverse, k);
     });
   };
   reduce_rows<MaxSum<A>>(a->rows, n, part, finish);
 }
 
 int softmax_forward(const ff_softmax_args* a, void*) {
-  return for_dtype(a->dtype, [&](auto t) {
-    using T = decltype(t);
-    for_bool(large_enough_to_stream<T>(a->rows, a->cols),
-             [&](auto stream) { forward_rows<decltype(stream)::value, T>(a); });
-    return FF_OK;
-  });
+  return for_dtype(a->dtype, [&](auto t) { return forward_rows<decltype(t)>(a), FF_OK; });
 }
 
 struct Sum {
@@ -67,7 +61,7 @@ struct Sum {
   void merge(const Sum& other) { value += other.value; }
 };
 
-template <bool Log, bool Stream, class T> static void backward_rows(const ff_softmax_args* a) {
+template <bool Log, class T> static void backward_rows(const ff_softmax_args* a) {
   using A = acc_t<T>;
   const int64_t n = a->cols;
   const A scale = A(a->scale);
@@ -75,7 +69,7 @@ template <bool Log, bool Stream, class T> static void backward_rows(const ff_sof
   auto dout = [&](int64_t r) { return (const T*)a->dout + r * a->dout_stride; };
   auto part = [&](int64_t r, int64_t begin, int64_t end) {
     const T *y = out(r) + begin, *dy = dout(r) + begin;
-    return Sum{reduce_row<A>(end - begin, [&](int64_t i, int k) {
+    return Sum{reduce_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
       vec_t<A> d = load_n(dy + i, k);
       return Log ? d : d * load_n(y + i, k);
     })};
@@ -86,11 +80,11 @@ template <bool Log, bool Stream, class T> static void backward_rows(const ff_sof
     const A s = A(sum.value);
     // The logarithm's row of only -inf: its first element tells almost every other row apart.
     const bool masked = Log && to_float(out(r)[0]) == kNegInf<A> && row_max(out(r), n, A(1)) == kNegInf<A>;
-    for_row_aligned<Stream>(dx, end - begin, [&](int64_t i, int k) {
+    for_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
       vec_t<A> d = load_n(dy + i, k), v = load_n(y + i, k);
       if (Log) d = masked ? vec_t<A>{} : d - vexp_nonpositive(v) * s;
       else d = v * (d - s);
-      put_n<Stream>(dx + i, d * scale, k);
+      store_n(dx + i, d * scale, k);
     });
   };
   reduce_rows<Sum>(a->rows, n, part, finish);
@@ -99,9 +93,7 @@ template <bool Log, bool Stream, class T> static void backward_rows(const ff_sof
 int softmax_backward(const ff_softmax_args* a, void*) {
   return for_dtype(a->dtype, [&](auto t) {
     using T = decltype(t);
-    for_bool(large_enough_to_stream<T>(a->rows, a->cols), [&](auto stream) {
-      for_bool(a->log, [&](auto log) { backward_rows<decltype(log)::value, decltype(stream)::value, T>(a); });
-    });
+    for_bool(a->log, [&](auto log) { backward_rows<decltype(log)::value, T>(a); });
     return FF_OK;
   });
 }

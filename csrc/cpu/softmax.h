@@ -7,12 +7,6 @@ namespace FF_ISA {
 
 template <class A> constexpr A kNegInf = -std::numeric_limits<A>::infinity();
 
-// The first n lanes of v, `fill` in the others.
-template <class V, class A> FF_INLINE V keep_first(V v, int n, A fill) {
-  for (int i = 0; i < int(sizeof(V) / sizeof(A)); i++) v[i] = i < n ? v[i] : fill;
-  return v;
-}
-
 // sum = sum_i exp(x_i - max), over the elements seen so far.
 template <class A> struct MaxSum {
   A max = kNegInf<A>;
@@ -21,7 +15,9 @@ template <class A> struct MaxSum {
   // What to subtract: a row of only -inf has no maximum to subtract, and its exponentials are 0 without.
   A shift() const { return max == kNegInf<A> ? A(0) : max; }
   void raise(A m) {
-    if (m > max) sum *= std::exp(double(max) - double(m)), max = m;
+    if (!(m > max)) return;
+    if (sum != 0) sum *= std::exp(double(max) - double(m));
+    max = m;
   }
   void merge(const MaxSum& other) {
     raise(other.max);
@@ -54,7 +50,7 @@ template <class T> MaxSum<acc_t<T>> max_sum(const T* x, int64_t n, acc_t<T> scal
     const int64_t count = std::min(kChunk, n - begin);
     m.raise(row_max(x + begin, count, scale));
     const A shift = m.shift();
-    m.sum += reduce_row<A>(count, [&](int64_t i, int k) {
+    m.sum += reduce_row<A>(count, [&](int64_t i, int k) FF_LAMBDA {
       vec_t<A> e = vexp_nonpositive(load_n(x + begin + i, k) * scale - shift);
       return k == vec<A>::W ? e : keep_first(e, k, A(0));
     });
@@ -82,7 +78,6 @@ void reduce_rows(int64_t rows, int64_t cols, Part part, Finish finish) {
   if (parts == 1)
     return parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; r++) finish(r, int64_t(0), cols, part(r, int64_t(0), cols));
-      stream_fence();
     });
   S results[kMaxParts];
   auto for_parts = [&](auto f) {
@@ -91,7 +86,6 @@ void reduce_rows(int64_t rows, int64_t cols, Part part, Finish finish) {
         const int64_t p = i % parts;
         f(i, i / parts, part_begin(cols, p, parts), part_begin(cols, p + 1, parts));
       }
-      stream_fence();
     });
   };
   for_parts([&](int64_t i, int64_t r, int64_t begin, int64_t end) { results[i] = part(r, begin, end); });

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -20,6 +21,8 @@
 #define FF_VEC_BYTES 16
 #endif
 #define FF_INLINE inline __attribute__((always_inline))
+// After a lambda's parameters: loop bodies that are called for whole vectors and for tails would otherwise become calls.
+#define FF_LAMBDA __attribute__((always_inline))
 
 namespace ff {
 struct bf16 { uint16_t bits; };
@@ -42,6 +45,8 @@ typedef uint32_t u32v __attribute__((vector_size(FF_VEC_BYTES)));
 typedef int32_t i32v __attribute__((vector_size(FF_VEC_BYTES)));
 typedef int64_t i64v __attribute__((vector_size(FF_VEC_BYTES)));
 typedef uint16_t u16v __attribute__((vector_size(FF_VEC_BYTES / 2)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+typedef int64_t i64x2 __attribute__((vector_size(16)));
 using f32v = vec_t<float>;
 using f64v = vec_t<double>;
 constexpr int kW = vec<float>::W;
@@ -98,6 +103,12 @@ template <> FF_INLINE fp16 from_float<fp16>(float x) {
 // ---- vector loads and stores -----------------------------------------------------------------------------------------
 FF_INLINE f32v load(const float* p) { f32v v; memcpy(&v, p, sizeof v); return v; }
 FF_INLINE f64v load(const double* p) { f64v v; memcpy(&v, p, sizeof v); return v; }
+#if defined(__AVX2__) && FF_VEC_BYTES == 32
+FF_INLINE f32v widen(bf16, __m128i h) { return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16); }
+FF_INLINE f32v widen(fp16, __m128i h) { return (f32v)_mm256_cvtph_ps(h); }
+FF_INLINE f32v load(const bf16* p) { return widen(bf16{}, _mm_loadu_si128((const __m128i*)p)); }
+FF_INLINE f32v load(const fp16* p) { return widen(fp16{}, _mm_loadu_si128((const __m128i*)p)); }
+#else
 FF_INLINE f32v load(const bf16* p) {
   u16v h;
   memcpy(&h, p, sizeof h);
@@ -106,17 +117,31 @@ FF_INLINE f32v load(const bf16* p) {
 FF_INLINE f32v load(const fp16* p) {
 #if defined(__AVX512F__) && FF_VEC_BYTES == 64
   return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__) && FF_VEC_BYTES == 32
-  return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   f32v v;
   for (int i = 0; i < kW; i++) v[i] = to_float(p[i]);
   return v;
 #endif
 }
+#endif
 
 FF_INLINE void store(float* p, f32v v) { memcpy(p, &v, sizeof v); }
 FF_INLINE void store(double* p, f64v v) { memcpy(p, &v, sizeof v); }
+#if defined(__AVX2__) && FF_VEC_BYTES == 32
+FF_INLINE __m128i narrow(bf16, f32v v) {
+  // Two rounding shifts, one pack, one cross-lane permute: half the instructions of the generic narrowing.
+  __m256i u = (__m256i)v;
+  __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)),
+                               _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)));
+  r = _mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)),
+                         (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+  r = _mm256_srli_epi32(r, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+FF_INLINE __m128i narrow(fp16, f32v v) { return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+FF_INLINE void store(bf16* p, f32v v) { _mm_storeu_si128((__m128i*)p, narrow(bf16{}, v)); }
+FF_INLINE void store(fp16* p, f32v v) { _mm_storeu_si128((__m128i*)p, narrow(fp16{}, v)); }
+#else
 FF_INLINE u16v to_bf16(f32v v) {
   u32v u = (u32v)v;
   u32v rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -125,122 +150,175 @@ FF_INLINE u16v to_bf16(f32v v) {
   return __builtin_convertvector((rounded & ~nan) | (quiet & nan), u16v);
 }
 FF_INLINE void store(bf16* p, f32v v) {
-#if defined(__AVX2__) && FF_VEC_BYTES == 32
-  // Two rounding shifts, one pack, one cross-lane permute: half the instructions of the generic narrowing.
-  __m256i u = (__m256i)v;
-  __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)),
-                               _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)));
-  r = _mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)),
-                         (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
-  r = _mm256_srli_epi32(r, 16);
-  r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(r));
-#else
   u16v h = to_bf16(v);
   memcpy(p, &h, sizeof h);
-#endif
 }
 FF_INLINE void store(fp16* p, f32v v) {
 #if defined(__AVX512F__) && FF_VEC_BYTES == 64
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__) && FF_VEC_BYTES == 32
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kW; i++) p[i] = from_float<fp16>(v[i]);
 #endif
 }
+#endif
 
-// The first n of a vector's lanes, n < W; the others read as `fill`.
+// v in the first n lanes, `fill` in the others.
+FF_INLINE f32v keep_first(f32v v, int n, float fill) {
+  i32v lane;
+  for (int i = 0; i < kW; i++) lane[i] = i;
+  return lane < n ? v : splat(fill);
+}
+FF_INLINE f64v keep_first(f64v v, int n, double fill) {
+  i64v lane;
+  for (int i = 0; i < vec<double>::W; i++) lane[i] = i;
+  return lane < int64_t(n) ? v : splat(fill);
+}
+
+// The first n of a vector's lanes, n < W; the others read as `fill`. Tails are every row's last step where the row is
+// short, so they avoid lane by lane copies where the instruction set can.
 template <class T> FF_INLINE vec_t<acc_t<T>> load_partial(const T* p, int n, acc_t<T> fill = 0) {
+#if defined(__AVX512F__) && FF_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (f32v)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), __mmask16((1u << n) - 1), p);
+  else if constexpr (sizeof(T) == 8) return (f64v)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), __mmask8((1u << n) - 1), p);
+  else {
+    T h[kW];
+    _mm256_storeu_si256((__m256i*)h, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+    return keep_first(load(h), n, fill);
+  }
+#elif defined(__AVX2__) && FF_VEC_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    const __m256i first = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return (f32v)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps((const float*)p, first), (__m256)first);
+  } else if constexpr (sizeof(T) == 2) {
+    uint64_t low = 0, high = 0;  // in at most two reads, which may overlap
+    const uint16_t* h = (const uint16_t*)p;
+    if (n >= 4) {
+      memcpy(&low, h, 8);
+      memcpy(&high, h + n - 4, 8);
+      high = n == 4 ? 0 : high >> (16 * (8 - n));
+    } else if (n >= 2) {
+      uint32_t first, last;
+      memcpy(&first, h, 4);
+      memcpy(&last, h + n - 2, 4);
+      low = first | uint64_t(n == 2 ? 0 : last >> 16) << 32;
+    } else if (n == 1) {
+      low = h[0];
+    }
+    return keep_first(widen(T{}, _mm_set_epi64x(int64_t(high), int64_t(low))), n, fill);
+  }
+#endif
   vec_t<acc_t<T>> v = splat<acc_t<T>>(fill);
   for (int i = 0; i < n; i++) v[i] = to_float(p[i]);
   return v;
 }
 template <class T> FF_INLINE void store_partial(T* p, vec_t<acc_t<T>> v, int n) {
+#if defined(__AVX512F__) && FF_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  else if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+  else {
+    T h[kW];
+    store(h, v);
+    return _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), _mm256_loadu_si256((const __m256i*)h));
+  }
+#elif defined(__AVX2__) && FF_VEC_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    const __m256i first = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_maskstore_ps((float*)p, first, (__m256)v);
+  } else if constexpr (sizeof(T) == 2) {
+    const __m128i h = narrow(T{}, v);
+    uint64_t bits = uint64_t(_mm_cvtsi128_si64(h));
+    if (n & 4) memcpy(p, &bits, 8), p += 4, bits = uint64_t(_mm_extract_epi64(h, 1));
+    if (n & 2) memcpy(p, &bits, 4), p += 2, bits >>= 32;
+    if (n & 1) memcpy(p, &bits, 2);
+    return;
+  }
+#endif
   for (int i = 0; i < n; i++) p[i] = from_float<T>(v[i]);
 }
 
 // ---- arithmetic ------------------------------------------------------------------------------------------------------
+// a > b ? a : b: where either is NaN the result is b. GCC does not turn the expression into the one instruction it is.
+#if defined(__AVX512F__) && FF_VEC_BYTES == 64
+FF_INLINE f32v vmax(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+FF_INLINE f32v vmin(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__) && FF_VEC_BYTES == 32
+FF_INLINE f32v vmax(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+FF_INLINE f32v vmin(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 FF_INLINE f32v vmax(f32v a, f32v b) { return a > b ? a : b; }
-FF_INLINE f64v vmax(f64v a, f64v b) { return a > b ? a : b; }
 FF_INLINE f32v vmin(f32v a, f32v b) { return a < b ? a : b; }
+#endif
+FF_INLINE f64v vmax(f64v a, f64v b) { return a > b ? a : b; }
 FF_INLINE f64v vmin(f64v a, f64v b) { return a < b ? a : b; }
 
 // Sum and maximum over lanes, by halving: the same tree at every call, so results repeat bit for bit.
+template <class V, class F> FF_INLINE auto fold_lanes(V v, F f) {
+  using A = std::decay_t<decltype(v[0])>;
+  if constexpr (sizeof(V) > 16) {
+    typedef A half __attribute__((vector_size(sizeof(V) / 2)));
+    half low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, (const char*)&v + sizeof low, sizeof high);
+    return fold_lanes(f(low, high), f);
+  } else if constexpr (sizeof(A) == 4) {
+    v = f(v, __builtin_shuffle(v, i32x4{2, 3, 0, 1}));
+    return f(v, __builtin_shuffle(v, i32x4{1, 0, 3, 2}))[0];
+  } else {
+    return f(v, __builtin_shuffle(v, i64x2{1, 0}))[0];
+  }
+}
 template <class V> FF_INLINE auto hsum(V v) {
-  constexpr int n = sizeof(V) / sizeof(v[0]);
-  decltype(v[0] + v[0]) t[n];
-  memcpy(t, &v, sizeof v);
-  for (int s = n / 2; s; s /= 2)
-    for (int i = 0; i < s; i++) t[i] += t[i + s];
-  return t[0];
+  return fold_lanes(v, [](auto a, auto b) FF_LAMBDA { return a + b; });
 }
 template <class V> FF_INLINE auto hmax(V v) {
-  constexpr int n = sizeof(V) / sizeof(v[0]);
-  decltype(v[0] + v[0]) t[n];
-  memcpy(t, &v, sizeof v);
-  for (int s = n / 2; s; s /= 2)
-    for (int i = 0; i < s; i++) t[i] = t[i] > t[i + s] ? t[i] : t[i + s];
-  return t[0];
+  return fold_lanes(v, [](auto a, auto b) FF_LAMBDA { return a > b ? a : b; });
 }
 
-// exp(x) to about 1 ulp: x = n ln2 + r with |r| <= ln2 / 2, a degree-6 polynomial in r, and 2^n built in two factors so
-// that results down to the smallest subnormal are right. exp(-inf) = 0, exp(large) = inf, NaN stays NaN.
-FF_INLINE f32v vexp(f32v x) {
-  f32v c = vmin(vmax(x, splat(-104.f)), splat(89.f));
-  c = x == x ? c : x;
-  const f32v magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
-  f32v t = c * 1.44269504088896341f + magic;
-  i32v n = (i32v)t - (i32v)magic;
-  f32v nf = t - magic;
-  f32v r = c - nf * 0.693145751953125f;   // ln2 in two parts: the first has trailing zeros, so nf times it is exact
+// Exponentials. An argument is split as n ln2 + r (n + f for powers of two) by adding 1.5 * 2^23, which rounds to an
+// integer and leaves n in the low mantissa bits; e^r and 2^f are polynomials fitted to a relative error of 3e-9, evaluated
+// by halves (Estrin) because what bounds these loops is the length of the chain of operations.
+constexpr float kRound = 12582912.f;
+FF_INLINE f32v exp_reduced(f32v c, f32v t) {
+  f32v nf = t - kRound;
+  f32v r = c - nf * 0.693145751953125f;  // ln2 in two parts: the first has trailing zeros, so nf times it is exact
   r = r - nf * 1.42860682030941723e-6f;
-  f32v p = splat(1.9875691500e-4f);       // coefficients: Cephes expf (Moshier)
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  f32v y = p * (r * r) + r + 1.f;
+  f32v r2 = r * r;
+  f32v p = (r2 * 1.3818298e-3f + (r * 8.368532e-3f + 4.1668292e-2f)) * r2 + (r * 0.16666523f + 0.49999994f);
+  return (p * r2 + r) + 1.f;
+}
+FF_INLINE f32v exp2_reduced(f32v f) {
+  f32v f2 = f * f;
+  f32v p = (f2 * (f * 1.5326463e-4f + 1.3390806e-3f) + (f * 9.618506e-3f + 5.55036e-2f)) * f2 + (f * 0.24022648f + 0.6931472f);
+  return p * f + 1.f;
+}
+// 2^n for n in [-127, 127] from t = n + kRound, whose own bits shift out; 0 for n = -127. NaN must not be the result of
+// adding to bits, so callers multiply by this.
+FF_INLINE f32v exponent(f32v t) { return (f32v)(((i32v)t << 23) + 0x3f800000); }
+
+// exp(x) to about 1 ulp for any x: 2^n in two factors, so that results down to the smallest subnormal are right.
+// exp(-inf) = 0, exp(large) = inf, NaN stays NaN.
+FF_INLINE f32v vexp(f32v x) {
+  f32v c = vmin(splat(89.f), vmax(splat(-104.f), x));  // in this order NaN passes
+  f32v t = c * 1.44269504088896341f + kRound;
+  i32v n = (i32v)t - (i32v)splat(kRound);
   i32v half = n >> 1;
   f32v s1 = (f32v)((half + 127) << 23), s2 = (f32v)((n - half + 127) << 23);
-  return y * s1 * s2;
+  return exp_reduced(c, t) * s1 * s2;
 }
-// exp for arguments known to be <= 0 (softmax numerators): one scale factor, results below 2^-126 are 0, NaN stays NaN.
+// exp(x) for x <= 0 (softmax numerators): one factor, results below 2^-126 are 0. NaN stays NaN.
 FF_INLINE f32v vexp_nonpositive(f32v x) {
-  f32v c = vmax(splat(-87.3365447505f), x);  // in this order NaN passes
-  const f32v magic = splat(12582912.f);
-  f32v t = c * 1.44269504088896341f + magic;
-  f32v nf = t - magic;
-  f32v r = c - nf * 0.693145751953125f;
-  r = r - nf * 1.42860682030941723e-6f;
-  f32v p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  f32v y = p * (r * r) + r + 1.f;
-  y *= (f32v)(((i32v)t << 23) + 0x3f800000);  // 2^n: magic's own bits shift out, only n reaches the exponent
-  return x < -87.3365447505f ? f32v{} : y;
+  f32v c = vmax(splat(-88.f), x);  // gives n = -127
+  f32v t = c * 1.44269504088896341f + kRound;
+  return exp_reduced(c, t) * exponent(t);
 }
-// 2^x for x <= 0 and not NaN, results below 2^-126 flushed to 0: attention folds log2(e) into the softmax scale, which
-// leaves one multiplication less and an exact range reduction.
-FF_INLINE f32v vexp2_nonpositive(f32v x) {
-  f32v c = vmax(splat(-126.f), x);        // in this order a NaN comes through
-  const f32v magic = splat(12582912.f);
-  f32v t = c + magic;
-  f32v r = c - (t - magic);               // |r| <= 1/2, exact
-  f32v p = splat(1.535336188319500e-4f);  // Taylor-like minimax of 2^r (Cephes exp2f)
-  p = p * r + 1.339887440266574e-3f;
-  p = p * r + 9.618437357674640e-3f;
-  p = p * r + 5.550332471162809e-2f;
-  p = p * r + 2.402264791363012e-1f;
-  p = p * r + 6.931472028550421e-1f;
-  f32v y = p * r + 1.f;
-  y = (f32v)((i32v)y + ((i32v)t << 23));
-  return x < -126.f ? f32v{} : y;
+// 2^x for -127 <= x <= 0, results below 2^-126 are 0. NaN stays NaN.
+FF_INLINE f32v vexp2_bounded(f32v x) {
+  f32v t = x + kRound;
+  return exp2_reduced(x - (t - kRound)) * exponent(t);
 }
+// The same for any x <= 0: attention folds log2(e) into the softmax scale, which leaves one multiplication less and an
+// exact range reduction.
+FF_INLINE f32v vexp2_nonpositive(f32v x) { return vexp2_bounded(vmax(splat(-127.f), x)); }
 // double exists for gradient checks, not for speed.
 FF_INLINE f64v vexp2_nonpositive(f64v x) {
   for (int i = 0; i < vec<double>::W; i++) x[i] = std::exp2(x[i]);

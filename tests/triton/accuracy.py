@@ -1,4 +1,4 @@
-"""The numerics rule: our largest error against float64 is at most twice PyTorch's in the same dtype, plus one rounding."""
+"""The numerics rule: our error against float64 is at most twice PyTorch's in the same dtype, plus one rounding."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,10 @@
 """Where the Triton tests run.
 
-A test that takes the ``device`` fixture runs kernels. With a CUDA device it runs right here, on it. Without one it needs
-Triton's interpreter, which Triton chooses when it is imported, so it is too late once any other test of this process
-has imported Triton (torch.compile does, transformers does). All such tests therefore run in one pytest process of their
-own, started with TRITON_INTERPRET=1 when the first of them is reached, and each is reported here under its own name with
-the outcome it had there. ``TRITON_INTERPRET=1 pytest tests/triton`` runs them directly, which is the way to debug one.
+A test that takes the ``device`` fixture runs kernels. With a CUDA device it runs right here, on it. Without one it
+needs Triton's interpreter, which Triton chooses when it is imported, so it is too late once any other test of this
+process has imported Triton (torch.compile does, transformers does). All such tests therefore run in one pytest process
+of their own, started with TRITON_INTERPRET=1 when the first of them is reached, and each is reported here under its own
+name with the outcome it had there. ``TRITON_INTERPRET=1 pytest tests/triton`` runs them directly, to debug one.
 """
 
 import json

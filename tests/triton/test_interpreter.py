@@ -1,7 +1,7 @@
 """The mends of Triton's interpreter, each beside what torch computes for the same values.
 
-All but the last two, and float16 beside bfloat16 in the dot, fail on the interpreter as Triton 3.6 ships it (the loop bound
-with NumPy >= 2.4). On a GPU they pass without any mend, which is the point.
+All but the last two, and float16 beside bfloat16 in the dot, fail on the interpreter as Triton 3.6 ships it (the loop
+bound with NumPy >= 2.4). On a GPU they pass without any mend, which is the point.
 """
 
 import pytest

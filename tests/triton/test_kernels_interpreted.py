@@ -1,16 +1,13 @@
-"""The row operations' Triton kernels against the float64 reference: on a GPU, or in the interpreter (see conftest.py)."""
+"""The row operations' kernels against the float64 reference: on a GPU, or in the interpreter (see conftest.py)."""
+
+import importlib
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from fastformer.backends.reference import add_layer_norm as reference_add_layer_norm
-from fastformer.backends.reference import cross_entropy as reference_cross_entropy
-from fastformer.backends.reference import gelu as reference_gelu
-from fastformer.backends.reference import layer_norm as reference_layer_norm
 from fastformer.backends.reference import philox
-from fastformer.backends.reference import softmax as reference_softmax
 from fastformer.backends.triton import add_layer_norm, cross_entropy, gelu, interpreting, layer_norm, softmax
 from fastformer.backends.triton.dropout import dropout, keep_mask
 from fastformer.backends.triton.launch import UNBOUNDED, RowTile, launch
@@ -67,7 +64,7 @@ def check_layer_norm(x, weight, bias, dout, needs=(True, True, True)):
 
 def ours_theirs_exact(op, *arguments):
     """(kernels, arguments), (reference, arguments) and (reference, arguments in float64)."""
-    ours, reference = globals()[op], globals()[f"reference_{op}"]
+    ours, reference = (importlib.import_module(f"fastformer.backends.{b}.{op}") for b in ("triton", "reference"))
     return (ours, arguments), (reference, arguments), (reference, double(*arguments))
 
 
@@ -172,7 +169,9 @@ def test_add_layer_norm(normal, request, dtype, dropout_p, long, device):
 
 def reference_statistics(summed):
     """(_, _, mean, rstd) in float64 of the sum as it was stored."""
-    return None, None, *reference_layer_norm.forward(summed.double(), None, None, 1e-5)[1:]
+    from fastformer.backends.reference import layer_norm as reference
+
+    return None, None, *reference.forward(summed.double(), None, None, 1e-5)[1:]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])

@@ -1,7 +1,7 @@
 """Every kernel compiles for sm_80 and sm_90 without a GPU, spills no register and has its matrix instructions.
 
-The default run compiles a sample that touches every kernel and each kind of tile; ``pytest -m slow`` compiles everything
-(`python -m fastformer.backends.triton.aot --jobs 2` prints the same table). pytest's ``-rP`` shows the tables.
+Here a sample is compiled, which touches every kernel and each kind of tile; `python -m fastformer.backends.triton.aot`
+compiles all of them, which takes half an hour, and fails in the same cases. pytest's ``-rP`` shows the tables.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.skipif(
 # What is compiled by default: for each operation, a regular expression over the labels.
 SAMPLE = {
     # short rows in tiles, the longest row in one block, chunks; both passes of the parameter gradients
-    "layer_norm": r"^layer_norm (forward_rows (bf16 1024|fp32 16384)|backward_rows (bf16 256$|fp32 8192)|\w+_chunks bf16|"
-    r"backward_parameters bf16)",
+    "layer_norm": r"^layer_norm (forward_rows (bf16 1024|fp32 16384)|backward_rows (bf16 256$|fp32 8192)|"
+    r"(\w+_chunks|backward_parameters) bf16 262144$)",
     "add_layer_norm": r"^add_layer_norm\+dropout \w+_(rows bf16 1024|chunks fp32)",
-    "softmax": r"^softmax (forward_rows bf16 32768|backward_rows fp32 16384)|^log_softmax \w+_chunks bf16",
+    "softmax": r"^softmax (forward_rows bf16 32768|backward_rows fp32 16384)|^log_softmax \w+_chunks bf16 262144$",
     "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
-    "cross_entropy": r"^cross_entropy \w+ (bf16 262144 weight|fp32 512$)",
-    # the two head sizes of most models, and one between powers of two
-    "attention": r"^attention (\w+ bf16 D=64 causal$|(forward|backward_k) bf16 D=128 causal$|forward bf16 D=80 full$)",
-    "column_sum": r"^column_sum bf16 x2",
+    "cross_entropy": r"^cross_entropy \w+ (bf16 262144 weight\+smoothing$|fp32 512$|bf16 32 weight.* of 1)",
+    # the head size of most models, and one between powers of two
+    "attention": r"^attention (\w+ bf16 D=64 causal$|forward bf16 D=80 full$)",
+    "column_sum": r"^column_sum bf16 x2$",
 }
 PROCESSES = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
 
@@ -50,32 +50,6 @@ def sample() -> list[aot.Build]:
 @pytest.mark.parametrize("op", SAMPLE)
 def test_sample_compiles_without_spills(op, sample):
     check_table([build for build in sample if re.search(SAMPLE[op], build.label)])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("op", SAMPLE)
-def test_everything_compiles_without_spills(op):
-    check_table(list(aot.compile_all((op,), processes=PROCESSES)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", SAMPLE)
-def test_every_kernel_compiles_with_arguments_equal_to_one(file):
-    # The launcher makes an integer argument that equals 1 (a single column, a head of one element) a constant, and
-    # constants have fewer methods than values: a kernel may compile for every size but that one.
-    seen = set()
-    for configuration in aot.configurations((file,)):
-        kernel = configuration.kernel
-        if kernel in seen:
-            continue
-        seen.add(kernel)
-        kinds = configuration.signature()
-        ones = {p.name: 1 for p in kernel.params if kinds[p.name] == "i32" and not p.do_not_specialize}
-        build = aot.compile_one(
-            dataclasses.replace(configuration, constants={**configuration.constants, **ones}),
-            configuration.capabilities[0],
-        )
-        assert ones and "does not compile" not in build.problem, build.problem
 
 
 def test_every_operation_is_sampled():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ._call import DTYPE, DTYPES, acc_dtype, pointer, workspace
+from ._call import DTYPE, DTYPES, acc_dtype, empty, pointer, workspace
 
 FEATURES = frozenset({"dropout"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -23,8 +23,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual (rows, cols) -> out, summed (rows, cols), mean, rstd (rows)."""
     rows, cols = x.shape
-    out = torch.empty(rows, cols, dtype=x.dtype)
-    summed = torch.empty(rows, cols, dtype=x.dtype)
+    out = empty(rows, cols, x.dtype)
+    summed = empty(rows, cols, x.dtype)
     mean = torch.empty(rows, dtype=acc_dtype(x.dtype))  # two allocations: an operator's outputs may not share memory
     rstd = torch.empty_like(mean)
     parameter = weight if weight is not None else bias
@@ -67,8 +67,8 @@ def backward(
     """(dx, dresidual, dweight, dbias). Without dropout dx and dresidual are the same tensor."""
     rows, cols = summed.shape
     code = DTYPE[summed.dtype]
-    dresidual = torch.empty(rows, cols, dtype=summed.dtype)
-    dx = torch.empty(rows, cols, dtype=summed.dtype) if dropout_p > 0 else None
+    dresidual = empty(rows, cols, summed.dtype)
+    dx = empty(rows, cols, summed.dtype) if dropout_p > 0 else None
     dweight = torch.empty(cols, dtype=param_dtype) if need_dweight else None
     dbias = torch.empty(cols, dtype=param_dtype) if need_dbias else None
     scratch = None

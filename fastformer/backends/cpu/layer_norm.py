@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ._call import DTYPE, DTYPES, acc_dtype, pointer, workspace
+from ._call import DTYPE, DTYPES, acc_dtype, empty, pointer, workspace
 
 FEATURES: frozenset[str] = frozenset()
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -15,7 +15,7 @@ __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x (rows, cols), weight and bias (cols) or None -> out (rows, cols), mean (rows), rstd (rows)."""
     rows, cols = x.shape
-    out = torch.empty(rows, cols, dtype=x.dtype)
+    out = empty(rows, cols, x.dtype)
     mean = torch.empty(rows, dtype=acc_dtype(x.dtype))  # two allocations: an operator's outputs may not share memory
     rstd = torch.empty_like(mean)
     parameter = weight if weight is not None else bias
@@ -51,7 +51,7 @@ def backward(
     """Gradients (dx in x's dtype, dweight and dbias in ``param_dtype``), None for those not needed."""
     rows, cols = x.shape
     code = DTYPE[x.dtype]
-    dx = torch.empty(rows, cols, dtype=x.dtype) if need_dx else None
+    dx = empty(rows, cols, x.dtype) if need_dx else None
     dweight = torch.empty(cols, dtype=param_dtype) if need_dweight else None
     dbias = torch.empty(cols, dtype=param_dtype) if need_dbias else None
     scratch = None

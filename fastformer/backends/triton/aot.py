@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
@@ -108,9 +108,29 @@ KERNEL_FILES = (*OPS, "column_sum")  # column_sum: the second stage that several
 
 
 def configurations(files: Iterable[str] = KERNEL_FILES) -> Iterator[Configuration]:
-    """Every configuration in the named files of this package."""
+    """Every configuration in the named files of this package, and one of each kernel with sizes and strides of 1."""
     for name in files:
-        yield from importlib.import_module(f"{__package__}.{name}").configurations()
+        own = list(importlib.import_module(f"{__package__}.{name}").configurations())
+        yield from own
+        yield from _sizes_of_one(own)
+
+
+def _sizes_of_one(chosen: Iterable[Configuration]) -> Iterator[Configuration]:
+    # At run time an integer argument that equals 1 becomes a constant, and constants have fewer methods than values: a
+    # kernel may compile for every size but that one. Once for each set of features is enough.
+    seen = set()
+    for configuration in chosen:
+        kernel = configuration.kernel
+        absent = tuple(name for name, kind in configuration.types.items() if kind is None)
+        variant = (kernel, absent, *(value for value in configuration.constants.values() if isinstance(value, bool)))
+        if variant in seen:
+            continue
+        seen.add(variant)
+        kinds = configuration.signature()
+        ones = {p.name: 1 for p in kernel.params if kinds[p.name] == "i32" and not p.do_not_specialize}
+        yield replace(
+            configuration, label=f"{configuration.label} sizes of 1", constants={**configuration.constants, **ones}
+        )
 
 
 def jobs_for(
@@ -126,7 +146,10 @@ def _compile_indexed(job: tuple[tuple[str, ...], tuple[int, ...], int]) -> Build
 
 
 def compile_all(
-    files: Iterable[str] = KERNEL_FILES, capabilities: Iterable[int] = CAPABILITIES, select: str = "", processes: int = 1
+    files: Iterable[str] = KERNEL_FILES,
+    capabilities: Iterable[int] = CAPABILITIES,
+    select: str = "",
+    processes: int = 1,
 ) -> Iterator[Build]:
     """Builds everything whose label matches the regular expression ``select``, in order, as results come in."""
     files, capabilities = tuple(files), tuple(capabilities)
@@ -168,7 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print(header())
     builds = []
-    for build in compile_all(options.op or KERNEL_FILES, options.capability or CAPABILITIES, options.select, options.jobs):
+    files, capabilities = options.op or KERNEL_FILES, options.capability or CAPABILITIES
+    for build in compile_all(files, capabilities, options.select, options.jobs):
         print(row(build), flush=True)
         builds.append(build)
     bad = [build for build in builds if build.problem]

@@ -1,7 +1,7 @@
 """Second stage of a gradient that is summed over rows: out[j] = sum over programs p of partial[p, j].
 
-The first stage leaves one float32 row per program, whose order is fixed; adding those rows in a fixed order as well makes
-the result the same in every run, which atomic additions would not. One program of this kernel owns 64 columns.
+The first stage leaves one float32 row per program, whose order is fixed; adding those rows in a fixed order as well
+makes the result the same in every run, which atomic additions would not. One program of this kernel owns 64 columns.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _column_sum(
 
 
 def column_sum(partial: Tensor, first: Tensor, second: Tensor | None) -> None:
-    """Writes the sums over dimension 1 of ``partial`` (1 or 2, programs, cols) float32 into ``first`` and ``second``."""
+    """Writes the sums over dimension 1 of ``partial`` (1 or 2, programs, cols) into ``first`` and ``second``."""
     outputs, programs, cols = partial.shape
     grid = (triton.cdiv(cols, BLOCK_COLS), outputs)
     blocks = {"BLOCK_PROGRAMS": BLOCK_PROGRAMS, "BLOCK_COLS": BLOCK_COLS}

@@ -42,7 +42,7 @@ CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _tanh_form(z):
-    """(sigmoid(2u), its derivative by 2u), from exp(-|2u|): neither overflows, and neither is 1 minus something near 1."""
+    """(sigmoid(2u), its derivative by 2u), from exp(-|2u|): no overflow, and no 1 minus something near 1."""
     u = SQRT_2_OVER_PI * z * (1.0 + CUBIC * z * z)
     e = tl.exp(-2.0 * tl.abs(u))
     return tl.where(u >= 0, 1.0, e) / (1.0 + e), e / ((1.0 + e) * (1.0 + e))
@@ -160,7 +160,7 @@ def backward(
     blocks, strips = triton.cdiv(cols, tile.block_cols), triton.cdiv(rows, tile.block_rows)
     partial = None
     if need_dbias:
-        # Enough programs to fill the device several times over, few enough that their sums are a small part of the work.
+        # Enough programs to fill the device several times, few enough that their sums are a small part of the work.
         strips = min(strips, max(1, 8 * program_limit(x.device) // max(blocks, 1)))
         partial = partials(1, strips, cols, x.device)
     launch(

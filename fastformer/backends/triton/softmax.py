@@ -4,8 +4,8 @@
     log_softmax:  dx = scale * (dout - exp(out) * sum(dout))
 
 Up to 32k columns a row is read once and stays in registers. Longer rows are read twice: the first time for the maximum
-and the sum of exponentials together, kept per column of the block and rescaled as the maximum grows (Milakov, Gimelshein
-2018, arXiv:1805.02867), the second time to write. A row of only -inf gives zeros (-inf for the logarithm).
+and the sum of exponentials together, kept per column of the block and rescaled as the maximum grows (Milakov,
+Gimelshein 2018, arXiv:1805.02867), the second time to write. A row of only -inf gives zeros (-inf for the logarithm).
 """
 
 from __future__ import annotations
