@@ -9,6 +9,8 @@ Every operation runs on the fastest backend that supports the call; :func:`expla
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import functional
 from .backends.registry import Explanation, UnsupportedError, backend, strict
 from .explain import explain
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Modules above `functional` load on first use, so that importing the functions stays cheap.
     if name in ("nn", "models", "generation", "data", "training"):
         import importlib

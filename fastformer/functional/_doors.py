@@ -9,6 +9,7 @@ operation rather than run it (``torch.compile``, ``torch.export``, fake tensors,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     _transformed[name] = _transformable(name, backward, setup_context)
 
 
-def operator(name: str, *args: object):
+def operator(name: str, *args: object) -> Any:
     """Calls ``torch.ops.fastformer.<name>``, under ``torch.func`` transforms as well.
 
     torch's own registration of a derivative does not reach into ``torch.func.grad`` and ``vmap``; there the operator is

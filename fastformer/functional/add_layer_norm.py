@@ -7,8 +7,8 @@ they are read once and written twice. The dropout mask is not stored: both direc
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together, naming the argument.
     """
-    shape = (int(normalized_shape),) if isinstance(normalized_shape, numbers.Integral) else tuple(normalized_shape)
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (int(normalized_shape),)
     _checks.tensor("x", x)
     _checks.tensor("residual", residual)
     _check_layer_norm(x, shape, weight, bias, eps)
@@ -58,15 +58,15 @@ def add_layer_norm(
     _checks.probability("dropout_p", dropout_p)
     p = float(dropout_p) if training else 0.0
     if through_operator(x, residual, weight, bias):
-        seed = new_seed() if p > 0 else None
-        return operator("add_layer_norm", x, residual, shape, weight, bias, eps, p, seed)[:2]
+        seed_tensor = new_seed() if p > 0 else None
+        return operator("add_layer_norm", x, residual, shape, weight, bias, eps, p, seed_tensor)[:2]
     seed = int(new_seed()) if p > 0 else 0
     if needs_grad(x, residual, weight, bias):
         return _AddLayerNorm.apply(x, residual, shape, weight, bias, eps, p, seed)
     return _forward(x, residual, shape, weight, bias, eps, p, seed)[:2]
 
 
-def _select(x: Tensor, p: float):
+def _select(x: Tensor, p: float) -> ModuleType:
     return registry.select("add_layer_norm", x.device.type, x.dtype, ("dropout",) if p > 0 else ())
 
 

@@ -8,6 +8,7 @@ backward recomputes the probabilities from it.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -159,8 +160,8 @@ def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _select(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None):
-    features = ("causal",) if causal else ()
+def _select(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -> ModuleType:
+    features: tuple[str, ...] = ("causal",) if causal else ()
     if key_padding_mask is not None:
         features += ("key_padding_mask",)
     if q.shape[1] != k.shape[1]:

@@ -7,6 +7,8 @@ the (rows, classes) table of log-probabilities that PyTorch keeps is never made.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -118,8 +120,8 @@ def _probabilities(input, target, weight, reduction, label_smoothing, class_dim)
     return loss.sum() / (input.numel() / classes) if reduction == "mean" else loss.sum()
 
 
-def _select(logits: Tensor, weight: Tensor | None, label_smoothing: float):
-    features = () if weight is None else ("weight",)
+def _select(logits: Tensor, weight: Tensor | None, label_smoothing: float) -> ModuleType:
+    features: tuple[str, ...] = () if weight is None else ("weight",)
     if label_smoothing > 0:
         features += ("label_smoothing",)
     return registry.select("cross_entropy", logits.device.type, logits.dtype, features)

@@ -82,7 +82,7 @@ class DecoderStep:
         eps: float,
         tanh: bool,
     ) -> None:
-        from .. import _C
+        from ..backends.cpu import decoder_step as kernel  # here, so that a machine without the kernels can import this
 
         tensors = [t for layer, cache in zip(layers, caches, strict=True) for t in (*layer.tensors(), *cache)]
         self._alive = [*tensors, wte, wpe, ln_f_weight, ln_f_bias, head_weight]
@@ -106,7 +106,7 @@ class DecoderStep:
         self._pointers = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
         self._scale = torch.tensor(list(attention_scale), dtype=torch.float64)
         self._sizes = (batch, len(layers), hidden, heads, layers[0].fc1_bias.shape[0], self.vocab_size, max_length)
-        self._workspace = torch.empty(_C.decoder_step_workspace(*self._sizes), dtype=torch.uint8)
+        self._workspace = torch.empty(kernel.workspace_size(*self._sizes), dtype=torch.uint8)
         self._constants = (eps, tanh)
         self._weights = (
             wte.data_ptr(),
@@ -117,7 +117,7 @@ class DecoderStep:
             ln_f_bias.data_ptr(),
             head_weight.data_ptr(),
         )
-        self._run = _C.decoder_step
+        self._run = kernel.run
 
     def __call__(self, tokens: Tensor, positions: Tensor, length: int, cache_start: Tensor | None = None) -> Tensor:
         """Appends ``tokens`` to the cache at index ``length`` and returns the logits for the next one.

@@ -7,7 +7,6 @@ in the same pass that produces the gradients, so the op moves two tensors forwar
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +38,7 @@ def layer_norm(
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
     """
-    shape = (int(normalized_shape),) if isinstance(normalized_shape, numbers.Integral) else tuple(normalized_shape)
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (int(normalized_shape),)
     _check(input, shape, weight, bias, eps)
     if through_operator(input, weight, bias):
         return operator("layer_norm", input, shape, weight, bias, eps)[0]

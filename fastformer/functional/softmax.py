@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import _get_softmax_dim
+from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
 from ..backends import registry
 from . import _checks

@@ -119,7 +119,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if not (fusible or need_weights):
                 report_unfused("attention", _unfused(attn_mask, key_padding_mask, dropout_p))
             if fusible:
-                out = functional.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+                attended = functional.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+                assert isinstance(attended, Tensor)  # not a pair: return_lse is off
+                out = attended
             else:
                 mask = _merged_mask(key_padding_mask, attn_mask, self.num_heads, q.dtype)
                 out, weights = _explicit_attention(q, k, v, mask, dropout_p)
