@@ -34,18 +34,19 @@ template <class T> static void forward_rows(const ff_cross_entropy_args* a) {
     A z = to_float(logits(r)[a->target[r]]);
     return std::isfinite(z) ? z : A(0);
   };
-  auto part = [&](int64_t r, int64_t begin, int64_t end) {
+  auto first = [&](int64_t r, int64_t begin, int64_t end, Summary<A>& part) {
+    find_max(logits(r) + begin, end - begin, A(1), part.exp);
+  };
+  auto second = [&](int64_t r, int64_t begin, int64_t end, Summary<A>& part) {
     const T* z = logits(r) + begin;
-    Summary<A> result;
-    result.exp = max_sum(z, end - begin, A(1));
+    add_exponentials(z, end - begin, A(1), part.exp);
     if (s > 0 && a->target[r] != a->ignore_index) {
       const A o = origin(r);
-      result.smooth = reduce_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
+      part.smooth = reduce_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
         vec_t<A> d = (k == vec<A>::W ? load(z + i) : load_partial(z + i, k, o)) - o;
         return weight ? d * load_n(weight + begin + i, k) : d;
       });
     }
-    return result;
   };
   auto finish = [&](int64_t r, int64_t begin, int64_t, const Summary<A>& row) {
     if (begin) return;
@@ -63,7 +64,7 @@ template <class T> static void forward_rows(const ff_cross_entropy_args* a) {
     }
     ((A*)a->loss)[r] = A(loss);
   };
-  reduce_rows<Summary<A>>(a->rows, a->cols, part, finish);
+  reduce_rows<Summary<A>>(a->rows, a->cols, first, second, finish);
 }
 
 int cross_entropy_forward(const ff_cross_entropy_args* a, void*) {
@@ -82,7 +83,8 @@ template <class T> static void backward_rows(const ff_cross_entropy_args* a) {
     if (target == a->ignore_index)
       return for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(d + i, vec_t<A>{}, k); });
     const double dloss = double(((const A*)a->dloss)[r * a->dloss_stride]);
-    const double one_hot = dloss * (1 - s) * (weight ? double(weight[target]) : 1.0), uniform = dloss * s / double(a->cols);
+    const double one_hot = dloss * (1 - s) * (weight ? double(weight[target]) : 1.0);
+    const double uniform = dloss * s / double(a->cols);
     const A of_p = A(one_hot + uniform * total_weight), of_w = A(uniform), lse = ((const A*)a->lse)[r];
     auto gradient = [&](int64_t i, int k) FF_LAMBDA {
       vec_t<A> g = vexp_nonpositive(load_n(z + i, k) - lse) * of_p;

@@ -22,34 +22,49 @@ template <class T> static void forward_rows(const ff_softmax_args* a) {
   auto x = [&](int64_t r) { return (const T*)a->x + r * a->x_stride; };
   auto out = [&](int64_t r) { return (T*)a->out + r * n; };
   if (keep)
-    return parallel_for(a->rows, n, [&](int64_t first, int64_t last, int) {
-      alignas(FF_VEC_BYTES) A e[kKeep + vec<A>::W];
-      for (int64_t r = first; r < last; r++) {
-        const T* from = x(r);
-        MaxSum<A> m;
-        m.max = row_max(from, n, scale);
-        const A shift = m.shift();
-        m.sum = reduce_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
-          vec_t<A> v = vexp_nonpositive(load_n(from + i, k) * scale - shift);
-          store(e + i, v);
-          return k == vec<A>::W ? v : keep_first(v, k, A(0));
-        });
-        const A inverse = m.sum == 0 ? A(0) : A(1 / m.sum);
-        T* to = out(r);
-        for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(to + i, load(e + i) * inverse, k); });
+    return parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int) {
+      constexpr int W = vec<A>::W;
+      const int64_t stride = (n + W - 1) / W * W, batch = std::max<int64_t>(1, std::min(kBatchRows, kKeep / stride));
+      alignas(FF_VEC_BYTES) A e[kKeep + W];
+      for (int64_t r = begin; r < end; r += batch) {
+        MaxSum<A> m[kBatchRows];
+        const int64_t count = std::min(batch, end - r);
+        for (int64_t j = 0; j < count; j++) m[j].max = row_max(x(r + j), n, scale);
+        for (int64_t j = 0; j < count; j++) {
+          const T* from = x(r + j);
+          A* to = e + j * stride;
+          const A shift = m[j].shift();
+          m[j].sum = reduce_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
+            vec_t<A> v = vexp_nonpositive(load_n(from + i, k) * scale - shift);
+            store(to + i, v);
+            return k == W ? v : keep_first(v, k, A(0));
+          });
+        }
+        for (int64_t j = 0; j < count; j++) {
+          const A inverse = m[j].sum == 0 ? A(0) : A(1 / m[j].sum);
+          const A* from = e + j * stride;
+          T* to = out(r + j);
+          for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(to + i, load(from + i) * inverse, k); });
+        }
       }
     });
-  auto part = [&](int64_t r, int64_t begin, int64_t end) { return max_sum(x(r) + begin, end - begin, scale); };
+  auto first = [&](int64_t r, int64_t begin, int64_t end, MaxSum<A>& m) {
+    find_max(x(r) + begin, end - begin, scale, m);
+  };
+  auto second = [&](int64_t r, int64_t begin, int64_t end, MaxSum<A>& m) {
+    add_exponentials(x(r) + begin, end - begin, scale, m);
+  };
   auto finish = [&](int64_t r, int64_t begin, int64_t end, const MaxSum<A>& m) {
     const T* from = x(r) + begin;
     T* to = out(r) + begin;
-    const A shift = m.shift(), inverse = m.sum == 0 ? A(0) : A(1 / m.sum), log_sum = m.sum == 0 ? A(0) : A(std::log(m.sum));
+    const A shift = m.shift(), inverse = m.sum == 0 ? A(0) : A(1 / m.sum);
+    const A log_sum = m.sum == 0 ? A(0) : A(std::log(m.sum));
     for_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
       vec_t<A> z = load_n(from + i, k) * scale - shift;
       store_n(to + i, a->log ? z - log_sum : vexp_nonpositive(z) * inverse, k);
     });
   };
-  reduce_rows<MaxSum<A>>(a->rows, n, part, finish);
+  reduce_rows<MaxSum<A>>(a->rows, n, first, second, finish);
 }
 
 int softmax_forward(const ff_softmax_args* a, void*) {
@@ -67,12 +82,12 @@ template <bool Log, class T> static void backward_rows(const ff_softmax_args* a)
   const A scale = A(a->scale);
   auto out = [&](int64_t r) { return (const T*)a->out + r * n; };
   auto dout = [&](int64_t r) { return (const T*)a->dout + r * a->dout_stride; };
-  auto part = [&](int64_t r, int64_t begin, int64_t end) {
+  auto first = [&](int64_t r, int64_t begin, int64_t end, Sum& sum) {
     const T *y = out(r) + begin, *dy = dout(r) + begin;
-    return Sum{reduce_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
+    sum.value = reduce_row<A>(end - begin, [&](int64_t i, int k) FF_LAMBDA {
       vec_t<A> d = load_n(dy + i, k);
       return Log ? d : d * load_n(y + i, k);
-    })};
+    });
   };
   auto finish = [&](int64_t r, int64_t begin, int64_t end, Sum sum) {
     const T *y = out(r) + begin, *dy = dout(r) + begin;
@@ -87,7 +102,7 @@ template <bool Log, class T> static void backward_rows(const ff_softmax_args* a)
       store_n(dx + i, d * scale, k);
     });
   };
-  reduce_rows<Sum>(a->rows, n, part, finish);
+  reduce_rows<Sum>(a->rows, n, first, [](int64_t, int64_t, int64_t, Sum&) {}, finish);
 }
 
 int softmax_backward(const ff_softmax_args* a, void*) {

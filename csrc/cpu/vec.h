@@ -288,7 +288,8 @@ FF_INLINE f32v exp_reduced(f32v c, f32v t) {
 }
 FF_INLINE f32v exp2_reduced(f32v f) {
   f32v f2 = f * f;
-  f32v p = (f2 * (f * 1.5326463e-4f + 1.3390806e-3f) + (f * 9.618506e-3f + 5.55036e-2f)) * f2 + (f * 0.24022648f + 0.6931472f);
+  f32v high = f2 * (f * 1.5326463e-4f + 1.3390806e-3f) + (f * 9.618506e-3f + 5.55036e-2f);
+  f32v p = high * f2 + (f * 0.24022648f + 0.6931472f);
   return p * f + 1.f;
 }
 // 2^n for n in [-127, 127] from t = n + kRound, whose own bits shift out; 0 for n = -127. NaN must not be the result of
