@@ -62,8 +62,8 @@ template <bool Tanh> FF_INLINE f32v gelu_slope(f32v x) {
   // s + x s (1 - s) (2u)'  with s = sigmoid(2u)
   e = exp_minus_2u(x, square);
   f32v r = 1.f / (1.f + e), s = x < 0 ? e * r : r;
-  f32v inner = x * (square * float(6 * kSqrt2OverPi * kCubic) + float(2 * kSqrt2OverPi));
-  return s + inner * (e * r * r);
+  f32v rate = square * float(6 * kSqrt2OverPi * kCubic) + float(2 * kSqrt2OverPi);
+  return s + x * (e * r * r) * rate;  // x * 0 first: no x is large enough for NaN
 }
 
 // double exists for gradient checks, not for speed.
