@@ -39,7 +39,7 @@ def assert_close_to_fp64(name: str, ours: Tensor, same_dtype: Tensor, exact: Ten
     ours, same_dtype, exact = (t.detach().double().cpu() for t in (ours, same_dtype, exact))
     finite = exact.isfinite()
     odd = ~finite
-    assert torch.equal(ours[odd].nan_to_num(nan=1.5), exact[odd].nan_to_num(nan=1.5)), f"{name}: other infinities or NaN"
+    assert torch.equal(ours[odd].nan_to_num(nan=1.5), exact[odd].nan_to_num(nan=1.5)), f"{name}: infinities or NaN"
     if not finite.any():
         return
     error, allowed = ((t - exact)[finite].abs().max().item() for t in (ours, same_dtype))

@@ -1,6 +1,6 @@
 """Every instruction set's kernels, on every length of row from one element to past two of the widest vectors.
 
-The AVX-512 kernels run as they are where the CPU can, and everywhere in ``fastformer._C_wide``, the same 64-byte vectors
+The AVX-512 kernels run as they are where the CPU can, and everywhere in ``fastformer._C_wide``, their 64-byte vectors
 compiled to AVX2 instructions. Length matters most: whole vectors, the unrolled loop, the tail and none of them.
 """
 

@@ -59,7 +59,7 @@ def test_softmax_of_large_offsets(backend):
 
 
 def test_cross_entropy_of_large_offsets(backend):
-    """The loss is a difference of logits: an offset they share costs it no digits (the kernel; lse - z would lose them)."""
+    """The loss is a difference of logits: an offset they share costs it no digits (lse - z would lose them)."""
     logits, target = torch.randn(6, 500) * 3 + 1e4, torch.arange(6) * 83
     for smoothing in (0.0, 0.3):
         ours, same, exact = (
@@ -155,7 +155,9 @@ def test_cross_entropy_gradient_rows_sum_to_zero(rows, cols, smoothing, weighted
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 300), st.floats(0.1, 20), st.sampled_from(["none", "tanh"]), st.integers(0, 2**31))
+@given(
+    st.integers(1, 5), st.integers(1, 300), st.floats(0.1, 20), st.sampled_from(["none", "tanh"]), st.integers(0, 2**31)
+)
 def test_gelu_is_x_minus_its_mirror_image(rows, cols, spread, approximate, seed):
     """gelu(x) - gelu(-x) = x, and the bias gradient is the column sum of the input gradient."""
     g = torch.Generator().manual_seed(seed)

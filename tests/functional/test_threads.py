@@ -67,7 +67,7 @@ def test_any_thread_count(shape, dtype, threads):
 
 @pytest.mark.parametrize("shape", [(2, 70001), (5, 4096), (4000, 24)], ids=str)
 def test_bias_gradients_of_any_split(shape, threads):
-    """Column sums: over few long rows each thread owns columns, over many short ones each has its own sums to add up."""
+    """Column sums: over few long rows each thread owns columns, over many short ones each has sums of its own."""
     g = torch.Generator().manual_seed(7)
     x, bias, w = torch.randn(shape, generator=g), torch.randn(shape[1], generator=g), torch.randn(shape[1], generator=g)
     upstream = torch.randn(shape, generator=g)

@@ -53,7 +53,7 @@ class Tiles(NamedTuple):
 # (sm_ family, bytes per element, head_dim rounded up to a power of two) -> tiles. The largest that stay in registers
 # (aot.py checks every line) and, in the sm_80 family, within the 99 KiB of shared memory of an sm_86 or sm_89.
 TILES: dict[tuple[int, int, int], Tiles] = {
-    (80, 2, 16): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
+    (80, 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
     (80, 2, 32): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     (80, 2, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
     (80, 2, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
