@@ -126,11 +126,8 @@ def _sizes_of_one(chosen: Iterable[Configuration]) -> Iterator[Configuration]:
         if variant in seen:
             continue
         seen.add(variant)
-        ones = {
-            name: 1
-            for name in kernel.arg_names
-            if name == "cols" or "_stride" in name or (name.startswith("HEAD_DIM") and name in configuration.constants)
-        }
+        kinds = configuration.signature()
+        ones = {p.name: 1 for p in kernel.params if kinds[p.name] == "i32" and not p.do_not_specialize}
         yield replace(
             configuration, label=f"{configuration.label} sizes of 1", constants={**configuration.constants, **ones}
         )

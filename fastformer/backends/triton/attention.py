@@ -53,26 +53,26 @@ class Tiles(NamedTuple):
 # (sm_ family, bytes per element, head_dim rounded up to a power of two) -> tiles. The largest that stay in registers
 # (aot.py checks every line) and, in the sm_80 family, within the 99 KiB of shared memory of an sm_86 or sm_89.
 TILES: dict[tuple[int, int, int], Tiles] = {
-    (80, 2, 16): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
+    (80, 2, 16): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
     (80, 2, 32): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     (80, 2, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
     (80, 2, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
     (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 64, 8, 1)),
-    (80, 4, 16): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
-    (80, 4, 32): Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2)),
-    (80, 4, 64): Tiles(Tile(64, 32, 8, 1), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-    (80, 4, 128): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
-    (80, 4, 256): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 32, 16, 1)),
-    (90, 2, 16): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
+    (80, 4, 16): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (80, 4, 32): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (80, 4, 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (80, 4, 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (80, 4, 256): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (90, 2, 16): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
     (90, 2, 32): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 8, 3)),
     (90, 2, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 128, 8, 3)),
     (90, 2, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     (90, 2, 256): Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 4, 16): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
-    (90, 4, 32): Tiles(Tile(64, 64, 8, 2), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2)),
-    (90, 4, 64): Tiles(Tile(64, 32, 8, 1), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-    (90, 4, 128): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
-    (90, 4, 256): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 32, 16, 1)),
+    (90, 4, 16): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (90, 4, 32): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (90, 4, 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (90, 4, 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (90, 4, 256): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
 }
 
 
