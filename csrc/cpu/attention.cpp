@@ -2,8 +2,8 @@
 //
 // Dao et al. 2022 (arXiv:2205.14135), algorithm 1. A thread takes a contiguous range of (batch, head, query block) with an
 // equal share of the visible scores, packs each key/value head it meets once (keys transposed into panels), and for every
-// block of keys runs  S = Q K^T,  P = 2^(S - max),  O = O 2^(old max - max) + P V  with the register tiles of tile.h.
-// log2(e) is folded into the scale of Q. Floor: 4 Sq Sk D flops per head (half when causal) at the matmul rate.
+// block of keys runs  S = Q K^T,  P = exp(scale S - max),  O = O exp(old max - max) + P V  with the register tiles of
+// tile.h. Floor: 4 Sq Sk D flops per head (half when causal) at the matmul rate.
 #include "attention.h"
 
 FF_DECLARE_IMPL(attention_forward)
@@ -33,10 +33,10 @@ template <class A> struct Softmax {
   A max[kQueries], sum[kQueries];
 };
 
-// Turns `n` scores of one row into 2^(s - max) in place, updating the running maximum and sum; returns the factor by
-// which the row's earlier output has to shrink. The tail up to `padded` is cleared.
+// Turns `n` scores of one row into exp(scale s - max) in place, updating the running maximum (of scale s) and sum; returns
+// the factor by which the row's earlier output has to shrink. The tail up to `padded` is cleared.
 template <class A>
-FF_INLINE A softmax_row(A* s, int64_t n, int64_t padded, const A* bias, A& running_max, A& running_sum) {
+FF_INLINE A softmax_row(A* s, A scale, int64_t n, int64_t padded, const A* bias, A& running_max, A& running_sum) {
   constexpr int W = vec<A>::W;
   constexpr A kInf = std::numeric_limits<A>::infinity();
   for (int64_t i = n; i < padded; i++) s[i] = -kInf;  // whole vectors from here on
@@ -44,21 +44,21 @@ FF_INLINE A softmax_row(A* s, int64_t n, int64_t padded, const A* bias, A& runni
   if (bias)
     for (int64_t i = 0; i < n; i += W) {
       vec_t<A> b = i + W <= n ? load(bias + i) : load_partial(bias + i, int(n - i));
-      vec_t<A> v = load(s + i) + b;
+      vec_t<A> v = load(s + i) + b;  // 0 or -inf: the same before and after the scale
       store(s + i, v);
       m = vmax(m, v);
     }
   else
     for (int64_t i = 0; i < n; i += W) m = vmax(m, load(s + i));
-  A top = std::max(running_max, hmax(m));
-  A shift = top == -kInf ? A(0) : top;  // a row that has seen no key yet: all terms 2^-inf = 0
+  A top = std::max(running_max, scale * hmax(m));
+  A shift = top == -kInf ? A(0) : top;  // a row that has seen no key yet: all terms exp(-inf) = 0
   vec_t<A> total{};
   for (int64_t i = 0; i < padded; i += W) {
-    vec_t<A> p = vexp2_nonpositive(load(s + i) - shift);
+    vec_t<A> p = vexp_below(load(s + i), scale, shift);
     store(s + i, p);
     total += p;
   }
-  A factor = running_max == -kInf ? A(0) : std::exp2(running_max - shift);
+  A factor = running_max == -kInf ? A(0) : std::exp(running_max - shift);
   running_sum = running_sum * factor + hsum(total);
   running_max = top;
   return factor;
@@ -71,8 +71,9 @@ template <class T> static void query_block(const ff_attention_args* a, int64_t b
   constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR, W = vec<A>::W;
   const int64_t D = a->head_dim, Dv = a->head_dim_v, Sk = a->seqlen_k, ldo = round_up(Dv, NR);
   const int64_t rows = std::min(kQueries, a->seqlen_q - first), strips = round_up(rows, MR);
+  const Scale scale(a->scale);
   pack_rows(at<T>(a->q, a->q_stride, b, h) + first * a->q_stride[2], a->q_stride[2], rows, D, q, D,
-            A(a->scale * kLog2e));
+            A(scale.sign));
   std::fill(q + rows * D, q + strips * D, A(0));
   std::fill(o, o + strips * ldo, A(0));
   Softmax<A> softmax;
@@ -93,7 +94,8 @@ template <class T> static void query_block(const ff_attention_args* a, int64_t b
       const int64_t padded = round_up(strip_keys, W);
       for (int64_t r = m; r < m + strip_rows; r++) {
         const int64_t n = std::max<int64_t>(0, std::min(keys, visible_keys(a, first + r) - j));
-        A factor = softmax_row(s + r * kKeys, n, padded, bias ? bias + j : nullptr, softmax.max[r], softmax.sum[r]);
+        A factor = softmax_row(s + r * kKeys, A(scale.size), n, padded, bias ? bias + j : nullptr, softmax.max[r],
+                               softmax.sum[r]);
         if (j > 0 && factor != 1)
           for (int64_t c = 0; c < ldo; c += W) store(o + r * ldo + c, load(o + r * ldo + c) * factor);
       }
@@ -116,7 +118,7 @@ template <class T> static void query_block(const ff_attention_args* a, int64_t b
     int64_t c = 0;
     for (; c + W <= Dv; c += W) store(to + c, load(from + c) * inverse);
     if (c < Dv) store_partial(to + c, load(from + c) * inverse, int(Dv - c));
-    lse[r] = sum > 0 ? A((double(softmax.max[r]) + std::log2(double(sum))) * kLn2) : -std::numeric_limits<A>::infinity();
+    lse[r] = sum > 0 ? A(double(softmax.max[r]) + std::log(double(sum))) : -std::numeric_limits<A>::infinity();
     if (std::isnan(sum)) {  // a NaN among the inputs stays visible
       for (int64_t i = 0; i < Dv; i++) to[i] = from_float<T>(sum);
       lse[r] = sum;

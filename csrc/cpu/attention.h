@@ -9,7 +9,13 @@
 namespace ff {
 namespace FF_ISA {
 
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// scale = sign * size. The sign (0 for scale 0) is packed into Q, exactly; the size multiplies whole scores, where it costs
+// one rounding and no instruction (the subtraction of the maximum becomes a multiply-add), and the larger score before it
+// is the larger one after it. Folded into Q whole, it would round every product.
+struct Scale {
+  double sign, size;
+  explicit Scale(double scale) : sign(scale == 0 ? 0 : scale < 0 ? -1 : 1), size(scale == 0 ? 1 : std::abs(scale)) {}
+};
 
 // Keys a query may see under the causal rule: [0, visible_keys).
 FF_INLINE int64_t visible_keys(const ff_attention_args* a, int64_t query) {

@@ -1,6 +1,6 @@
 // Attention backward on the CPU: dq, dk and dv from the saved log-sum-exp, recomputing the probabilities block by block.
 //
-//   P = 2^(scale log2e q k^T - lse log2e)      dV += P^T dO        dP = dO V^T
+//   P = exp(scale q k^T - lse)      dV += P^T dO        dP = dO V^T
 //   dS = P (dP - delta), delta = sum(dO O) - dlse      dK += scale dS^T Q      dQ += scale dS K
 // (Dao et al. 2022, appendix B.4.) Five tile products per pair of blocks, all operands packed once per head. A thread
 // works on whole key/value heads; when there are too few of them, a head is cut into interleaved key blocks ("parts"),
@@ -51,15 +51,16 @@ template <class A> struct BackwardPlan {
   }
 };
 
-// p -> 2^(s - lse), ds -> p (dp - delta) for the visible part of one row; the rest of the tile row is cleared.
+// p -> exp(scale s - lse), ds -> p (dp - delta) for the visible part of one row; the rest of the tile row is cleared.
+// lse stays in base e: turned to base 2 it would be rounded a second time, and that error is one of p.
 template <class A>
-FF_INLINE void gradient_row(A* s, A* dp, int64_t visible, int64_t padded, const A* bias, A lse, A delta) {
+FF_INLINE void gradient_row(A* s, A* dp, A scale, int64_t visible, int64_t padded, const A* bias, A lse, A delta) {
   constexpr int W = vec<A>::W;
   int64_t i = 0;
   for (; i < visible; i += W) {
     vec_t<A> z = load(s + i);
     if (bias) z += load(bias + i);
-    vec_t<A> p = vexp2_nonpositive(z - lse);
+    vec_t<A> p = vexp_below(z, scale, lse);
     store(s + i, p);
     store(dp + i, p * (load(dp + i) - delta));
   }
@@ -110,11 +111,11 @@ template <class T> struct Backward {
       for (int64_t j = part * kCols; j < Sk; j += parts * kCols) key_block(j, dq);
       if (parts == 1) write(dq, plan.ldq, a->seqlen_q, plan.D, at<T>(a->dq, a->dq_stride, b, h), a->dq_stride[2], A(a->scale));
     }
-    // q was packed with scale * log2e folded in; dk wants scale alone.
+    const A size = A(Scale(a->scale).size);  // its sign is in the packed q
     for (int64_t j = part * kCols; j < Sk; j += parts * kCols) {
       const int64_t n = std::min(kCols, Sk - j);
       write(dk + j * plan.ldq, plan.ldq, n, plan.D, at<T>(a->dk, a->dk_stride, b, kv) + j * a->dk_stride[2],
-            a->dk_stride[2], A(kLn2));
+            a->dk_stride[2], size);
       write(dv + j * plan.ldv, plan.ldv, n, plan.Dv, at<T>(a->dv, a->dv_stride, b, kv) + j * a->dv_stride[2],
             a->dv_stride[2], A(1));
     }
@@ -125,16 +126,17 @@ template <class T> struct Backward {
     const T* qp = at<T>(a->q, a->q_stride, b, h);
     const T* dop = at<T>(a->dout, a->dout_stride, b, h);
     const T* op = at<T>((const void*)a->out, a->out_stride, b, h);
-    pack_rows(qp, a->q_stride[2], Sq, plan.D, q, plan.D, A(a->scale * kLog2e));
+    const A sign = A(Scale(a->scale).sign);
+    pack_rows(qp, a->q_stride[2], Sq, plan.D, q, plan.D, sign);
     std::fill(q + Sq * plan.D, q + plan.rows * plan.D, A(0));
-    pack_panels(qp, a->q_stride[2], Sq, plan.D, q_panels, plan.rows, A(a->scale * kLog2e));
+    pack_panels(qp, a->q_stride[2], Sq, plan.D, q_panels, plan.rows, sign);
     pack_rows(dop, a->dout_stride[2], Sq, plan.Dv, dout, plan.Dv, A(1));
     std::fill(dout + Sq * plan.Dv, dout + plan.rows * plan.Dv, A(0));
     pack_panels(dop, a->dout_stride[2], Sq, plan.Dv, dout_panels, plan.rows, A(1));
     const int64_t row = (b * a->num_heads + h) * Sq;
     for (int64_t i = 0; i < Sq; i++) {
       const A l = ((const A*)a->lse)[row + i];
-      lse[i] = std::isinf(l) && l < 0 ? A(0) : A(double(l) * kLog2e);  // a row without keys: every score is -inf anyway
+      lse[i] = std::isinf(l) && l < 0 ? A(0) : l;  // a row without keys: every score is -inf anyway
       double sum = 0;
       const T* o = op + i * a->out_stride[2];
       vec_t<A> acc{};
@@ -161,7 +163,7 @@ template <class T> struct Backward {
       const int64_t wide = std::min<int64_t>(kCols, round_up(padded, MR));
       for (int64_t r = 0; r < rows; r++) {
         const int64_t visible = std::max<int64_t>(0, std::min(keys, visible_keys(a, i + r) - j));
-        gradient_row(s + r * kCols, dp + r * kCols, visible, wide, a->key_padding_mask ? bias + j : nullptr, lse[i + r],
+        gradient_row(s + r * kCols, dp + r * kCols, A(Scale(a->scale).size), visible, wide, a->key_padding_mask ? bias + j : nullptr, lse[i + r],
                      delta[i + r]);
       }
       for (int64_t r = rows; r < strips; r++) std::fill(dp + r * kCols, dp + r * kCols + wide, A(0));

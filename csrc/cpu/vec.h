@@ -317,8 +317,7 @@ FF_INLINE f32v vexp2_bounded(f32v x) {
   f32v t = x + kRound;
   return exp2_reduced(x - (t - kRound)) * exponent(t);
 }
-// The same for any x <= 0: attention folds log2(e) into the softmax scale, which leaves one multiplication less and an
-// exact range reduction.
+// The same for any x <= 0, with an exact range reduction.
 FF_INLINE f32v vexp2_nonpositive(f32v x) { return vexp2_bounded(vmax(splat(-127.f), x)); }
 // double exists for gradient checks, not for speed.
 FF_INLINE f64v vexp2_nonpositive(f64v x) {
@@ -330,6 +329,10 @@ FF_INLINE f64v vexp(f64v x) {
   return x;
 }
 FF_INLINE f64v vexp_nonpositive(f64v x) { return vexp(x); }
+// exp(scale z - shift) where shift is at least scale z, but for a rounding error: at |scale z| over 10^8 that is not small.
+template <class V, class A> FF_INLINE V vexp_below(V z, A scale, A shift) {
+  return vexp2_nonpositive(vmin(V{}, (z * scale - shift) * A(1.4426950408889634)));
+}
 
 // ---- dropout ---------------------------------------------------------------------------------------------------------
 #if defined(__AVX2__)

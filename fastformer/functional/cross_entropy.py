@@ -60,8 +60,7 @@ def cross_entropy(
     logits = input if input.dim() <= 2 else input.movedim(1, -1)
     logits = _checks.as_rows(logits, classes)
     flat = target.reshape(-1)
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-    class_weight = None if weight is None else weight.detach().to(acc).contiguous()
+    class_weight = None if weight is None else weight.detach().to(_acc_dtype(input.dtype)).contiguous()
     smoothing = float(label_smoothing)
     if through_operator(logits, flat, class_weight):
         loss = operator("cross_entropy", logits, flat, class_weight, ignore_index, smoothing)[0]
@@ -108,16 +107,22 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
 
 def _probabilities(input, target, weight, reduction, label_smoothing, class_dim):
     # Soft targets need every class of every row anyway; the gradient through log_softmax is already one fused pass.
-    classes = input.shape[class_dim]
+    # Half precision is widened first: rounding every log-probability would cost the loss and target's gradient digits.
+    classes, acc = input.shape[class_dim], _acc_dtype(input.dtype)
+    target = target.to(acc)
     if label_smoothing > 0:
         target = target * (1 - label_smoothing) + label_smoothing / classes
-    log_probability = log_softmax(input, class_dim)
+    log_probability = log_softmax(input, class_dim, dtype=acc)
     if weight is not None:
-        target = target * (weight if class_dim == 0 else weight.view(-1, *[1] * (input.dim() - 2)))
+        target = target * (weight.to(acc) if class_dim == 0 else weight.to(acc).view(-1, *[1] * (input.dim() - 2)))
     loss = -(log_probability * target).sum(class_dim)
-    if reduction == "none":
-        return loss
-    return loss.sum() / (input.numel() / classes) if reduction == "mean" else loss.sum()
+    if reduction != "none":
+        loss = loss.sum() / (input.numel() / classes if reduction == "mean" else 1)
+    return loss.to(input.dtype)
+
+
+def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _select(logits: Tensor, weight: Tensor | None, label_smoothing: float) -> ModuleType:
@@ -159,8 +164,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _fake(logits, target, weight, ignore_index, label_smoothing):
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    loss = logits.new_empty(target.shape, dtype=acc)
+    loss = logits.new_empty(target.shape, dtype=_acc_dtype(logits.dtype))
     return loss, torch.empty_like(loss)
 
 
