@@ -12,35 +12,59 @@ FF_DECLARE_IMPL(add_layer_norm_backward)
 namespace ff {
 namespace FF_ISA {
 
-// A thread's buffer for one row of dropout scales; grows once and is kept.
-static float* dropout_row(int64_t cols) {
+// A thread's buffer for one row of dropout scales.
+static float* keep_row(int64_t cols) {
   static thread_local std::vector<float> buffer;
   if (int64_t(buffer.size()) < cols + 64) buffer.resize(size_t(cols) + 64);
   return buffer.data();
+}
+
+// The dropout scales of a pair of elements from position i, in the order of T's pairs, or of the k elements from there.
+template <class T> FF_INLINE Pair<acc_t<T>> scales(const float* keep, int64_t i) {
+  using A = acc_t<T>;
+  constexpr int W = vec<A>::W;
+  Pair<A> s;
+  for (int j = 0; j < W; j++) {
+    s.first[j] = A(keep[i + (kInOrder<T> ? j : 2 * j)]);
+    s.second[j] = A(keep[i + (kInOrder<T> ? W + j : 2 * j + 1)]);
+  }
+  return s;
+}
+template <class T> FF_INLINE vec_t<acc_t<T>> scales(const float* keep, int64_t i, int) {
+  vec_t<acc_t<T>> s;
+  for (int j = 0; j < vec<acc_t<T>>::W; j++) s[j] = acc_t<T>(keep[i + j]);
+  return s;
 }
 
 template <class T, class P> static void forward_rows(const ff_add_layer_norm_args* a) {
   using A = acc_t<T>;
   const int64_t n = a->cols;
   parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int) {
-    float* keep = a->dropout_p > 0 ? dropout_row(n) : nullptr;
+    const Affine<T, P> affine(a->weight, a->bias, n, thread_buffer<A>(2 * n));
+    float* keep = a->dropout_p > 0 ? keep_row(n) : nullptr;
     for (int64_t r = begin; r < end; r++) {
       const T* x = (const T*)a->x + r * a->x_stride;
       const T* residual = (const T*)a->residual + r * a->residual_stride;
-      T* summed = (T*)a->summed + r * n;
+      T *summed = (T*)a->summed + r * n, *out = (T*)a->out + r * n;
       if (keep) {
         dropout_scales(keep, n, uint64_t(r), a->seed, a->dropout_p);
-        for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
-          vec_t<A> scale;
-          for (int j = 0; j < vec<A>::W; j++) scale[j] = A(keep[i + j]);
-          store_n(summed + i, load_n(residual + i, k) + load_n(x + i, k) * scale, k);
-        });
+        auto add = [&](int64_t i, auto... k) FF_LAMBDA {
+          store_n(summed + i, load_n(residual + i, k...) + load_n(x + i, k...) * scales<T>(keep, i, k...), k...);
+        };
+        for_row<A>(n, add, add);
       } else {
-        for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(summed + i, load_n(residual + i, k) + load_n(x + i, k), k); });
+        auto add = [&](int64_t i, auto... k) FF_LAMBDA {
+          store_n(summed + i, load_n(residual + i, k...) + load_n(x + i, k...), k...);
+        };
+        for_row<A>(n, add, add);
       }
       A mean, rstd;
-      row_statistics(summed, n, a->eps, mean, rstd);
-      normalize_row(summed, (const P*)a->weight, (const P*)a->bias, (T*)a->out + r * n, n, mean, rstd);
+      const bool more = r + 1 < end;
+      const T *next_x = x + (more ? a->x_stride : 0), *next_residual = residual + (more ? a->residual_stride : 0);
+      row_statistics(summed, n, a->eps, mean, rstd, [&](int64_t i) FF_LAMBDA {
+        if (sizeof(T) == 2) fetch(next_x + i), fetch(next_residual + i);
+      });
+      normalize_row(summed, affine, out, n, mean, rstd);
       ((A*)a->mean)[r] = mean;
       ((A*)a->rstd)[r] = rstd;
     }
@@ -69,7 +93,8 @@ int add_layer_norm_backward(const ff_add_layer_norm_args* a, void*) {
     parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int thread) {
       A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
       A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
-      float* keep = drop ? dropout_row(n) : nullptr;
+      float* keep = drop ? keep_row(n) : nullptr;
+      const Affine<T, P> affine(a->weight, nullptr, n, thread_buffer<A>(2 * n));
       auto block = [&](int64_t r, auto count) {
         constexpr int R = decltype(count)::value;
         const T *dout[R], *x[R];
@@ -77,29 +102,32 @@ int add_layer_norm_backward(const ff_add_layer_norm_args* a, void*) {
           dout[j] = (const T*)a->dout + (r + j) * a->dout_stride;
           x[j] = (const T*)a->summed + (r + j) * n;
         }
-        backward_rows<R>(dout, x, (const P*)a->weight, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true,
-                         [&](int j, int64_t i, vec_t<A> v, int k) FF_LAMBDA {
-                           if (a->dsummed) v += load_n((const T*)a->dsummed + (r + j) * a->dsummed_stride + i, k);
-                           store_n((T*)a->dresidual + (r + j) * n + i, v, k);
-                         });
+        auto finish = [&](int j, int64_t i, auto v, auto... k) FF_LAMBDA {
+          if (a->dsummed) v += load_n((const T*)a->dsummed + (r + j) * a->dsummed_stride + i, k...);
+          store_n((T*)a->dresidual + (r + j) * n + i, v, k...);
+        };
+        const int64_t next = r + 2 * R <= end ? R : 0, ahead[] = {next * a->dout_stride, next * n};
+        backward_rows<R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true, ahead, finish);
         if (a->dx)
           for (int j = 0; j < R; j++) {
             const T* from = (const T*)a->dresidual + (r + j) * n;
             T* to = (T*)a->dx + (r + j) * n;
-            if (keep) dropout_scales(keep, n, uint64_t(r + j), a->seed, a->dropout_p);
-            for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
-              vec_t<A> scale = splat<A>(1);
-              if (keep)
-                for (int l = 0; l < vec<A>::W; l++) scale[l] = A(keep[i + l]);
-              store_n(to + i, load_n(from + i, k) * scale, k);
-            });
+            if (!keep) {
+              memcpy((void*)to, from, size_t(n) * sizeof(T));
+              continue;
+            }
+            dropout_scales(keep, n, uint64_t(r + j), a->seed, a->dropout_p);
+            auto drop = [&](int64_t i, auto... k) FF_LAMBDA {
+              store_n(to + i, load_n(from + i, k...) * scales<T>(keep, i, k...), k...);
+            };
+            for_row<A>(n, drop, drop);
           }
       };
       int64_t r = begin;
       for (; r + kRows<T> <= end; r += kRows<T>) block(r, std::integral_constant<int, kRows<T>>{});
       for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
     });
-    if (partial) reduce_partials(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
+    if (partial) reduce_partials<T>(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
     return FF_OK;
   });
 }

@@ -72,8 +72,8 @@ static void norm(const Args* a, const float* x, const void* weight, const void* 
   const int64_t E = a->hidden_size;
   for (int64_t b = 0; b < a->batch; b++) {
     float mean, rstd;
-    row_statistics(x + b * E, E, a->eps, mean, rstd);
-    normalize_row(x + b * E, (const float*)weight, (const float*)bias, out + b * E, E, mean, rstd);
+    row_statistics(x + b * E, E, a->eps, mean, rstd, [](int64_t) {});
+    normalize_row(x + b * E, Affine<float, float>(weight, bias, E, nullptr), out + b * E, E, mean, rstd);
   }
 }
 

@@ -13,11 +13,13 @@ namespace FF_ISA {
 template <class T, class P> static void forward_rows(const ff_layer_norm_args* a) {
   using A = acc_t<T>;
   parallel_for(a->rows, a->cols, [&](int64_t begin, int64_t end, int) {
+    const Affine<T, P> affine(a->weight, a->bias, a->cols, thread_buffer<A>(2 * a->cols));
     for (int64_t r = begin; r < end; r++) {
-      const T* x = (const T*)a->x + r * a->x_stride;
+      const T *x = (const T*)a->x + r * a->x_stride, *next = r + 1 < end ? x + a->x_stride : x;
+      T* out = (T*)a->out + r * a->cols;
       A mean, rstd;
-      row_statistics(x, a->cols, a->eps, mean, rstd);
-      normalize_row(x, (const P*)a->weight, (const P*)a->bias, (T*)a->out + r * a->cols, a->cols, mean, rstd);
+      row_statistics(x, a->cols, a->eps, mean, rstd, [&](int64_t i) FF_LAMBDA { fetch(next + i), fetch_to_write(out + i); });
+      normalize_row(x, affine, out, a->cols, mean, rstd);
       ((A*)a->mean)[r] = mean;
       ((A*)a->rstd)[r] = rstd;
     }
@@ -46,6 +48,7 @@ int layer_norm_backward(const ff_layer_norm_args* a, void*) {
     parallel_for(a->rows, n, [&](int64_t begin, int64_t end, int thread) {
       A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
       A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
+      const Affine<T, P> affine(a->weight, nullptr, n, thread_buffer<A>(2 * n));
       auto block = [&](int64_t r, auto count) {
         constexpr int R = decltype(count)::value;
         const T *dout[R], *x[R];
@@ -53,15 +56,16 @@ int layer_norm_backward(const ff_layer_norm_args* a, void*) {
           dout[j] = (const T*)a->dout + (r + j) * a->dout_stride;
           x[j] = (const T*)a->x + (r + j) * a->x_stride;
         }
-        backward_rows<R>(dout, x, (const P*)a->weight, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n,
-                         dx != nullptr,
-                         [&](int j, int64_t i, vec_t<A> v, int k) FF_LAMBDA { store_n(dx + (r + j) * n + i, v, k); });
+        auto finish = [&](int j, int64_t i, auto v, auto... k) FF_LAMBDA { store_n(dx + (r + j) * n + i, v, k...); };
+        const int64_t next = r + 2 * R <= end ? R : 0, ahead[] = {next * a->dout_stride, next * a->x_stride};
+        backward_rows<R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, dx != nullptr, ahead,
+                         finish);
       };
       int64_t r = begin;
       for (; r + kRows<T> <= end; r += kRows<T>) block(r, std::integral_constant<int, kRows<T>>{});
       for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
     });
-    if (partial) reduce_partials(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
+    if (partial) reduce_partials<T>(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
     return FF_OK;
   });
 }

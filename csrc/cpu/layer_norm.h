@@ -8,33 +8,70 @@
 namespace ff {
 namespace FF_ISA {
 
-template <class T>
-FF_INLINE void row_statistics(const T* x, int64_t n, double eps, acc_t<T>& mean, acc_t<T>& rstd) {
+// Asks for the cache lines of the pair at p. The hardware's own prefetcher starts anew with every page, and a row often is
+// one, so kernels ask for the next rows while they work on these.
+template <class T> FF_INLINE void fetch(const T* p) { __builtin_prefetch(p); }
+// Likewise, to write there. Not worth an instruction where a pair is half a line.
+template <class T> FF_INLINE void fetch_to_write(const T* p) {
+  if (sizeof(T) >= 4) __builtin_prefetch(p, 1);
+}
+
+// fetch(i), called along the second pass, asks for what is needed next.
+template <class T, class Fetch>
+FF_NOINLINE void row_statistics(const T* x, int64_t n, double eps, acc_t<T>& mean, acc_t<T>& rstd, Fetch fetch) {
   using A = acc_t<T>;
-  A mu = A(reduce_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { return load_n(x + i, k); }) / double(n));
-  double m2 = reduce_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
-    vec_t<A> d = k == vec<A>::W ? load(x + i) - mu : load_partial(x + i, k, mu) - mu;
-    return d * d;
-  });
+  const double sum = reduce_row<A>(
+      n, [&](int64_t i) FF_LAMBDA { return load_pair(x + i); },
+      [&](int64_t i, int k) FF_LAMBDA { return load_n(x + i, k); });
+  const A mu = A(sum / double(n));
+  const double m2 = reduce_row<A>(
+      n,
+      [&](int64_t i) FF_LAMBDA {
+        fetch(i);
+        Pair<A> d = load_pair(x + i) - mu;
+        return d * d;
+      },
+      [&](int64_t i, int k) FF_LAMBDA {
+        vec_t<A> d = k == vec<A>::W ? load(x + i) - mu : load_partial(x + i, k, mu) - mu;
+        return d * d;
+      });
   mean = mu;
   rstd = A(1.0 / std::sqrt(m2 / double(n) + eps));
 }
 
-template <class T, class P>
-FF_INLINE void normalize_row(const T* x, const P* weight, const P* bias, T* out, int64_t n, acc_t<T> mean,
-                             acc_t<T> rstd) {
+// Weight and bias of a layer norm as its loops read them.
+template <class T, class P> struct Affine {
   using A = acc_t<T>;
-  if (weight && bias)
-    for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
-      store_n(out + i, (load_n(x + i, k) - mean) * rstd * load_n(weight + i, k) + load_n(bias + i, k), k);
-    });
-  else
-    for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
-      vec_t<A> y = (load_n(x + i, k) - mean) * rstd;
-      if (weight) y *= load_n(weight + i, k);
-      if (bias) y += load_n(bias + i, k);
-      store_n(out + i, y, k);
-    });
+  const P *weight, *bias;                  // as given: the tail's
+  const A *pairs_of_weight, *pairs_of_bias;  // in the order of T's pairs
+  // `buffer` has room for 2 n.
+  FF_INLINE Affine(const void* w, const void* b, int64_t n, A* buffer)
+      : weight((const P*)w), bias((const P*)b), pairs_of_weight(arranged<T>(weight, n, buffer)),
+        pairs_of_bias(arranged<T>(bias, n, buffer + n)) {}
+};
+
+template <class T, class P>
+FF_NOINLINE void normalize_row(const T* x, const Affine<T, P>& to, T* out, int64_t n, acc_t<T> mean, acc_t<T> rstd) {
+  using A = acc_t<T>;
+  const A shift = mean * rstd;
+  auto rows = [&](auto has_weight, auto has_bias) FF_LAMBDA {
+    for_row<A>(
+        n,
+        [&](int64_t i) FF_LAMBDA {
+          // Half precision cannot tell x - mean from its rounding to float: one multiply-add instead of two operations.
+          Pair<A> y = sizeof(T) == 2 ? load_pair(x + i) * rstd - shift : (load_pair(x + i) - mean) * rstd;
+          if (has_weight) y = y * load_pair(to.pairs_of_weight + i);
+          if (has_bias) y += load_pair(to.pairs_of_bias + i);
+          store_pair(out + i, y);
+        },
+        [&](int64_t i, int k) FF_LAMBDA {
+          vec_t<A> y = (load_n(x + i, k) - mean) * rstd;
+          if (has_weight) y *= load_n(to.weight + i, k);
+          if (has_bias) y += load_n(to.bias + i, k);
+          store_n(out + i, y, k);
+        });
+  };
+  for_bool(to.weight, [&](auto w) FF_LAMBDA { for_bool(to.bias, [&](auto b) FF_LAMBDA { rows(w, b); }); });
 }
 
 // How many rows to take at once. More share the loads and stores of the running sums, but rows 4096 bytes apart compete
@@ -43,47 +80,73 @@ template <class T> constexpr int kRows = sizeof(T) == 2 ? 4 : 2;
 
 // Gradients of R rows at once: the running dweight and dbias are loaded and stored once for all of them.
 //   g = dout * weight;  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) (+ dsummed);  dweight += dout * xhat
-// `finish(r, i, dx, k)` receives each vector of dx.
+// `ahead` is the distance from each of dout's and x's rows to the rows that follow.
+// `finish(r, i, dx)` receives each pair of dx, `finish(r, i, dx, k)` the vectors of the tail. dweight and dbias are in the
+// order of T's pairs (arranged_at).
 template <int R, class T, class P, class Finish>
-FF_INLINE void backward_rows(const T* const* dout, const T* const* x, const P* weight, const acc_t<T>* mean,
+FF_INLINE void backward_rows(const T* const* dout, const T* const* x, const Affine<T, P>& affine, const acc_t<T>* mean,
                              const acc_t<T>* rstd, acc_t<T>* dweight, acc_t<T>* dbias, int64_t n, bool need_dx,
-                             Finish finish) {
+                             const int64_t (&ahead)[2], Finish finish) {
   using A = acc_t<T>;
+  constexpr int W = vec<A>::W;
+  const bool weighted = affine.weight;
   A mean_g[R] = {}, mean_gx[R] = {};
   if (need_dx)
     for (int r = 0; r < R; r++) {
       // One pass over the row for both sums: chunks as in reduce_row.
       double sum_g = 0, sum_gx = 0;
       for (int64_t begin = 0; begin < n; begin += kChunk) {
-        vec_t<A> g0{}, g1{}, x0{}, x1{};
-        int64_t end = std::min(n, begin + kChunk), i = begin;
-        constexpr int W = vec<A>::W;
-        auto step = [&](int64_t j, int k, vec_t<A>& sg, vec_t<A>& sx) {
-          vec_t<A> g = load_n(dout[r] + j, k);
-          if (weight) g *= load_n(weight + j, k);
-          sg += g;
-          sx += g * (load_n(x[r] + j, k) - mean[r]);
-        };
-        for (; i + 2 * W <= end; i += 2 * W) step(i, W, g0, x0), step(i + W, W, g1, x1);
-        for (; i < end; i += W) step(i, int(std::min<int64_t>(W, end - i)), g0, x0);
-        sum_g += double(hsum(g0 + g1));
-        sum_gx += double(hsum(x0 + x1));
+        Pair<A> g_sum{}, gx_sum{};
+        const int64_t end = std::min(n, begin + kChunk);
+        int64_t i = begin;
+        for (; i + 2 * W <= end; i += 2 * W) {
+          if (sizeof(T) == 2) fetch(dout[r] + ahead[0] + i), fetch(x[r] + ahead[1] + i);
+          Pair<A> g = load_pair(dout[r] + i);
+          if (weighted) g = g * load_pair(affine.pairs_of_weight + i);
+          g_sum += g;
+          gx_sum += g * (load_pair(x[r] + i) - mean[r]);
+        }
+        for (; i < end; i += W) {
+          const int k = int(std::min<int64_t>(W, end - i));
+          vec_t<A> g = load_n(dout[r] + i, k);
+          if (weighted) g *= load_n(affine.weight + i, k);
+          g_sum.first += g;
+          gx_sum.first += g * (load_n(x[r] + i, k) - mean[r]);
+        }
+        sum_g += double(hsum(g_sum.first + g_sum.second));
+        sum_gx += double(hsum(gx_sum.first + gx_sum.second));
       }
       mean_g[r] = A(sum_g / double(n));
       mean_gx[r] = A(sum_gx * double(rstd[r]) / double(n));
     }
-  for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA {
-    vec_t<A> w = weight ? load_n(weight + i, k) : splat<A>(1);
-    vec_t<A> dw = dweight ? load_n(dweight + i, k) : vec_t<A>{}, db = dbias ? load_n(dbias + i, k) : vec_t<A>{};
-    for (int r = 0; r < R; r++) {
-      vec_t<A> dy = load_n(dout[r] + i, k), xhat = (load_n(x[r] + i, k) - mean[r]) * rstd[r];
-      dw += dy * xhat;
-      db += dy;
-      if (need_dx) finish(r, i, rstd[r] * (dy * w - mean_g[r] - xhat * mean_gx[r]), k);
-    }
-    if (dweight) store_n(dweight + i, dw, k);
-    if (dbias) store_n(dbias + i, db, k);
-  });
+  for_row<A>(
+      n,
+      [&](int64_t i) FF_LAMBDA {
+        Pair<A> w = weighted ? load_pair(affine.pairs_of_weight + i) : Pair<A>{splat<A>(1), splat<A>(1)};
+        Pair<A> dw{}, db{};
+        if (dweight) dw = load_pair(dweight + i);
+        if (dbias) db = load_pair(dbias + i);
+        for (int r = 0; r < R; r++) {
+          Pair<A> dy = load_pair(dout[r] + i), xhat = (load_pair(x[r] + i) - mean[r]) * rstd[r];
+          dw += dy * xhat;
+          db += dy;
+          if (need_dx) finish(r, i, (dy * w - mean_g[r] - xhat * mean_gx[r]) * rstd[r]);
+        }
+        if (dweight) store_pair(dweight + i, dw);
+        if (dbias) store_pair(dbias + i, db);
+      },
+      [&](int64_t i, int k) FF_LAMBDA {
+        vec_t<A> w = weighted ? load_n(affine.weight + i, k) : splat<A>(1);
+        vec_t<A> dw = dweight ? load_n(dweight + i, k) : vec_t<A>{}, db = dbias ? load_n(dbias + i, k) : vec_t<A>{};
+        for (int r = 0; r < R; r++) {
+          vec_t<A> dy = load_n(dout[r] + i, k), xhat = (load_n(x[r] + i, k) - mean[r]) * rstd[r];
+          dw += dy * xhat;
+          db += dy;
+          if (need_dx) finish(r, i, rstd[r] * (dy * w - mean_g[r] - xhat * mean_gx[r]), k);
+        }
+        if (dweight) store_n(dweight + i, dw, k);
+        if (dbias) store_n(dbias + i, db, k);
+      });
 }
 
 // Where a backward pass keeps each thread's running dweight and dbias: (threads, 2, cols) acc.
@@ -92,12 +155,14 @@ inline size_t backward_workspace(int64_t rows, int64_t cols, size_t acc_bytes) {
 }
 
 // Adds up the threads' partial sums, in thread order, into dweight and dbias.
-template <class A, class P>
-void reduce_partials(const A* partial, int threads, int64_t cols, P* dweight, P* dbias) {
+template <class T, class P>
+void reduce_partials(const acc_t<T>* partial, int threads, int64_t cols, P* dweight, P* dbias) {
+  using A = acc_t<T>;
   parallel_for(cols, 2 * threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t c = begin; c < end; c++) {
+      const A* sums = partial + arranged_at<T>(c, cols);
       A dw = 0, db = 0;
-      for (int t = 0; t < threads; t++) dw += partial[(2 * t) * cols + c], db += partial[(2 * t + 1) * cols + c];
+      for (int t = 0; t < threads; t++) dw += sums[(2 * t) * cols], db += sums[(2 * t + 1) * cols];
       if (dweight) dweight[c] = from_float<P>(acc_t<P>(dw));
       if (dbias) dbias[c] = from_float<P>(acc_t<P>(db));
     }

@@ -21,6 +21,8 @@
 #define FF_VEC_BYTES 16
 #endif
 #define FF_INLINE inline __attribute__((always_inline))
+// A function of its own: its loops then have the registers to themselves, which is worth a call per row.
+#define FF_NOINLINE __attribute__((noinline))
 // After a lambda's parameters: loop bodies that are called for whole vectors and for tails would otherwise become calls.
 #define FF_LAMBDA __attribute__((always_inline))
 
@@ -235,6 +237,38 @@ template <class T> FF_INLINE void store_partial(T* p, vec_t<acc_t<T>> v, int n) 
 #endif
   for (int i = 0; i < n; i++) p[i] = from_float<T>(v[i]);
 }
+
+// ---- pairs -----------------------------------------------------------------------------------------------------------
+// 2 W elements as two vectors, in an order of the storage type's own. bfloat16's are the even and the odd elements: a
+// shift and a mask take them apart, a shift and an or put them together, half the instructions of widening in order.
+template <class A> struct Pair { vec_t<A> first, second; };
+template <class T> constexpr bool kInOrder = !std::is_same<T, bf16>::value;
+
+template <class T> FF_INLINE Pair<acc_t<T>> load_pair(const T* p) {
+  if constexpr (kInOrder<T>) return {load(p), load(p + vec<acc_t<T>>::W)};
+  else {
+    u32v both;
+    memcpy(&both, p, sizeof both);
+    return {(f32v)(both << 16), (f32v)(both & 0xffff0000u)};
+  }
+}
+// Rounds to nearest even. A NaN of bfloat16's own, or one an operation made, stays NaN; one with all upper mantissa bits
+// set and more below, which only a float32 can hold, would not.
+template <class T> FF_INLINE void store_pair(T* p, Pair<acc_t<T>> v) {
+  if constexpr (kInOrder<T>) store(p, v.first), store(p + vec<acc_t<T>>::W, v.second);
+  else {
+    u32v even = (u32v)v.first, odd = (u32v)v.second;
+    even += ((even >> 16) & 1) + 0x7fff, odd += ((odd >> 16) & 1) + 0x7fff;
+    u32v both = (even >> 16) | (odd & 0xffff0000u);
+    memcpy(p, &both, sizeof both);
+  }
+}
+template <class A> FF_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) { return {x.first + y.first, x.second + y.second}; }
+template <class A> FF_INLINE Pair<A> operator-(Pair<A> x, Pair<A> y) { return {x.first - y.first, x.second - y.second}; }
+template <class A> FF_INLINE Pair<A> operator*(Pair<A> x, Pair<A> y) { return {x.first * y.first, x.second * y.second}; }
+template <class A> FF_INLINE Pair<A> operator-(Pair<A> x, A y) { return {x.first - y, x.second - y}; }
+template <class A> FF_INLINE Pair<A> operator*(Pair<A> x, A y) { return {x.first * y, x.second * y}; }
+template <class A> FF_INLINE Pair<A>& operator+=(Pair<A>& x, Pair<A> y) { return x = x + y; }
 
 // ---- arithmetic ------------------------------------------------------------------------------------------------------
 // a > b ? a : b: where either is NaN the result is b. GCC does not turn the expression into the one instruction it is.
