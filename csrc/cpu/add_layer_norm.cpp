@@ -65,8 +65,7 @@ template <class T, class P> static void forward_rows(const ff_add_layer_norm_arg
         if (sizeof(T) == 2) fetch(next_x + i), fetch(next_residual + i);
       });
       normalize_row(summed, affine, out, n, mean, rstd);
-      ((A*)a->mean)[r] = mean;
-      ((A*)a->rstd)[r] = rstd;
+      if (a->mean) ((A*)a->mean)[r] = mean, ((A*)a->rstd)[r] = rstd;
     }
   });
 }
@@ -141,19 +140,21 @@ static int check(const ff_add_layer_norm_args* a) {
   FF_REQUIRE(a->rows >= 0 && a->cols >= 1, "rows, cols: %lld x %lld", (long long)a->rows, (long long)a->cols);
   FF_REQUIRE(a->eps >= 0, "eps: %g is negative", a->eps);
   FF_REQUIRE(a->dropout_p >= 0 && a->dropout_p <= 1, "dropout_p: %g is not in [0, 1]", a->dropout_p);
-  FF_REQUIRE(a->rows == 0 || (a->summed && a->mean && a->rstd), "summed, mean, rstd: must not be NULL");
+  FF_REQUIRE(a->rows == 0 || a->summed, "summed: must not be NULL");
   return FF_OK;
 }
 
 extern "C" int ff_cpu_add_layer_norm_forward(const ff_add_layer_norm_args* a, void* stream) {
   if (int status = check(a)) return status;
   FF_REQUIRE(a->rows == 0 || (a->x && a->residual && a->out), "x, residual, out: must not be NULL");
+  FF_REQUIRE(!a->mean == !a->rstd, "mean, rstd: both or neither");
   return FF_DISPATCH(add_layer_norm_forward)(a, stream);
 }
 
 extern "C" int ff_cpu_add_layer_norm_backward(const ff_add_layer_norm_args* a, void* stream) {
   if (int status = check(a)) return status;
-  FF_REQUIRE(a->rows == 0 || (a->dout && a->dresidual), "dout, dresidual: must not be NULL");
+  FF_REQUIRE(a->rows == 0 || (a->dout && a->dresidual && a->mean && a->rstd),
+             "dout, dresidual, mean, rstd: must not be NULL");
   FF_REQUIRE(!(a->dweight || a->dbias) || a->workspace, "workspace: must not be NULL when dweight or dbias is asked for");
   return FF_DISPATCH(add_layer_norm_backward)(a, stream);
 }

@@ -157,21 +157,31 @@ template <class T> struct Backward {
       const int64_t seen = std::min(keys, visible_keys(a, i + rows - 1) - j);  // by the last query: the most
       if (seen <= 0) continue;
       const int64_t padded = round_up(seen, NR);
-      matmul<A, false>(strips, padded, plan.D, q + i * plan.D, plan.D, k_t + j * plan.D, NR * plan.D, s, kCols, false);
-      matmul<A, false>(strips, padded, plan.Dv, dout + i * plan.Dv, plan.Dv, v_t + j * plan.Dv, NR * plan.Dv, dp, kCols,
+      // On the causal diagonal about half of each product is known to vanish.
+      auto visible = [&](int64_t r) { return std::max<int64_t>(0, std::min(keys, visible_keys(a, i + r) - j)); };
+      Extent scores[kRows / MR], gradients[kRows / MR], of_keys[kCols / MR], to_q[kRows / MR];
+      for (int64_t m = 0; m < strips; m += MR) {
+        const int64_t n = visible(std::min(m + MR, rows) - 1);
+        scores[m / MR] = {n, 0, plan.D}, gradients[m / MR] = {n, 0, plan.Dv}, to_q[m / MR] = {plan.ldq, 0, n};
+      }
+      for (int64_t m = 0; m < seen; m += MR) {
+        const int64_t first = a->causal ? std::max<int64_t>(0, j + m - (a->seqlen_k - a->seqlen_q) - i) : 0;
+        of_keys[m / MR] = {std::max(plan.ldq, plan.ldv), first, rows};
+      }
+      matmul<A, false>(strips, padded, scores, q + i * plan.D, plan.D, k_t + j * plan.D, NR * plan.D, s, kCols, false);
+      matmul<A, false>(strips, padded, gradients, dout + i * plan.Dv, plan.Dv, v_t + j * plan.Dv, NR * plan.Dv, dp, kCols,
                        false);
       const int64_t wide = std::min<int64_t>(kCols, round_up(padded, MR));
       for (int64_t r = 0; r < rows; r++) {
-        const int64_t visible = std::max<int64_t>(0, std::min(keys, visible_keys(a, i + r) - j));
-        gradient_row(s + r * kCols, dp + r * kCols, A(Scale(a->scale).size), visible, wide, a->key_padding_mask ? bias + j : nullptr, lse[i + r],
+        gradient_row(s + r * kCols, dp + r * kCols, A(Scale(a->scale).size), visible(r), wide, a->key_padding_mask ? bias + j : nullptr, lse[i + r],
                      delta[i + r]);
       }
       for (int64_t r = rows; r < strips; r++) std::fill(dp + r * kCols, dp + r * kCols + wide, A(0));
-      matmul<A, true>(seen, plan.ldv, rows, s, kCols, dout_panels + i * NR, plan.rows * NR, dv + j * plan.ldv, plan.ldv,
+      matmul<A, true>(seen, plan.ldv, of_keys, s, kCols, dout_panels + i * NR, plan.rows * NR, dv + j * plan.ldv, plan.ldv,
                       true);
-      matmul<A, true>(seen, plan.ldq, rows, dp, kCols, q_panels + i * NR, plan.rows * NR, dk + j * plan.ldq, plan.ldq,
+      matmul<A, true>(seen, plan.ldq, of_keys, dp, kCols, q_panels + i * NR, plan.rows * NR, dk + j * plan.ldq, plan.ldq,
                       true);
-      matmul<A, false>(strips, plan.ldq, seen, dp, kCols, k + j * NR, plan.keys * NR, dq + i * plan.ldq, plan.ldq, true);
+      matmul<A, false>(strips, plan.ldq, to_q, dp, kCols, k + j * NR, plan.keys * NR, dq + i * plan.ldq, plan.ldq, true);
     }
   }
 

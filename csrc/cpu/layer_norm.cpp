@@ -20,8 +20,7 @@ template <class T, class P> static void forward_rows(const ff_layer_norm_args* a
       A mean, rstd;
       row_statistics(x, a->cols, a->eps, mean, rstd, [&](int64_t i) FF_LAMBDA { fetch(next + i), fetch_to_write(out + i); });
       normalize_row(x, affine, out, a->cols, mean, rstd);
-      ((A*)a->mean)[r] = mean;
-      ((A*)a->rstd)[r] = rstd;
+      if (a->mean) ((A*)a->mean)[r] = mean, ((A*)a->rstd)[r] = rstd;
     }
   });
 }
@@ -78,19 +77,20 @@ static int check(const ff_layer_norm_args* a) {
   FF_REQUIRE(a, "args: NULL");
   FF_REQUIRE(a->rows >= 0 && a->cols >= 1, "rows, cols: %lld x %lld", (long long)a->rows, (long long)a->cols);
   FF_REQUIRE(a->eps >= 0, "eps: %g is negative", a->eps);
-  FF_REQUIRE(a->rows == 0 || (a->x && a->mean && a->rstd), "x, mean, rstd: must not be NULL");
+  FF_REQUIRE(a->rows == 0 || a->x, "x: must not be NULL");
   return FF_OK;
 }
 
 extern "C" int ff_cpu_layer_norm_forward(const ff_layer_norm_args* a, void* stream) {
   if (int status = check(a)) return status;
   FF_REQUIRE(a->out || a->rows == 0, "out: must not be NULL");
+  FF_REQUIRE(!a->mean == !a->rstd, "mean, rstd: both or neither");
   return FF_DISPATCH(layer_norm_forward)(a, stream);
 }
 
 extern "C" int ff_cpu_layer_norm_backward(const ff_layer_norm_args* a, void* stream) {
   if (int status = check(a)) return status;
-  FF_REQUIRE(a->dout || a->rows == 0, "dout: must not be NULL");
+  FF_REQUIRE(a->rows == 0 || (a->dout && a->mean && a->rstd), "dout, mean, rstd: must not be NULL");
   FF_REQUIRE(!(a->dweight || a->dbias) || a->workspace, "workspace: must not be NULL when dweight or dbias is asked for");
   return FF_DISPATCH(layer_norm_backward)(a, stream);
 }

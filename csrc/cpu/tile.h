@@ -46,16 +46,25 @@ FF_INLINE void tile(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_
     for (int v = 0; v < NV; v++) store(c + i * ldc + v * W, acc[i][v]);
 }
 
+// What a strip of kMR rows of C needs of a product: its first `columns`, and the terms k in [first, last). The rest is
+// known to be zero, or is not read.
+struct Extent {
+  int64_t columns, first, last;
+};
+
 // C (M x N) (+)= A B, panels outermost so that each stays in L1 while every row strip passes it. `panel_stride` is the
-// distance between B's panels.
+// distance between B's panels; strips[i] belongs to the rows from i kMR on. What a strip does not need is not written.
 template <class A, bool AColumns>
-FF_INLINE void matmul(int64_t M, int64_t N, int64_t K, const A* a, int64_t lda, const A* b, int64_t panel_stride, A* c,
-                      int64_t ldc, bool accumulate) {
+FF_INLINE void matmul(int64_t M, int64_t N, const Extent* strips, const A* a, int64_t lda, const A* b,
+                      int64_t panel_stride, A* c, int64_t ldc, bool accumulate) {
   constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR;
   for (int64_t n = 0; n < N; n += NR)
-    for (int64_t m = 0; m < M; m += MR)
-      tile<A, MR, AColumns>(K, AColumns ? a + m : a + m * lda, lda, b + n / NR * panel_stride, c + m * ldc + n, ldc,
-                            accumulate);
+    for (int64_t m = 0; m < M; m += MR) {
+      const Extent need = strips[m / MR];
+      if (n >= need.columns || need.first >= need.last) continue;
+      tile<A, MR, AColumns>(need.last - need.first, a + (AColumns ? m + need.first * lda : m * lda + need.first), lda,
+                            b + n / NR * panel_stride + need.first * NR, c + m * ldc + n, ldc, accumulate);
+    }
 }
 
 // ---- packing: storage type -> acc, any row stride --------------------------------------------------------------------
@@ -89,17 +98,44 @@ void pack_panels(const T* from, int64_t stride, int64_t rows, int64_t cols, acc_
     }
 }
 
+// Transposes W vectors of W lanes by swapping ever larger off-diagonal blocks: log2(W) steps of W shuffles.
+template <class A> FF_INLINE void transpose(vec_t<A>* r) {
+  constexpr int W = vec<A>::W;
+  using index_t = typename std::conditional<sizeof(A) == 8, i64v, i32v>::type;
+#pragma GCC unroll 4
+  for (int s = 1; s < W; s *= 2) {
+    index_t low, high;  // lanes of (a, b), b's from W on
+#pragma GCC unroll 16
+    for (int l = 0; l < W; l++) low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & s)) {
+        const vec_t<A> a = r[i], b = r[i + s];
+        r[i] = __builtin_shuffle(a, b, low), r[i + s] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
 // (rows, cols) -> panels of its transpose [rows / NR][cols][NR], rows beyond `rows` zero: B of a product over columns.
 template <class T>
 void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t cols, acc_t<T>* to) {
   using A = acc_t<T>;
-  constexpr int NR = tile_shape<A>::kNR;
+  constexpr int NR = tile_shape<A>::kNR, W = vec<A>::W;
   for (int64_t r = 0; r < rows; r += NR) {
     A* panel = to + r * cols;
-    int64_t n = std::min<int64_t>(NR, rows - r);
+    int64_t n = std::min<int64_t>(NR, rows - r), whole = 0;
+    for (; n == NR && whole + W <= cols; whole += W)
+      for (int64_t j = 0; j < NR; j += W) {
+        vec_t<A> block[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) block[i] = load(from + (r + j + i) * stride + whole);
+        transpose<A>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) store(panel + (whole + i) * NR + j, block[i]);
+      }
     for (int64_t j = 0; j < n; j++) {
       const T* row = from + (r + j) * stride;
-      for (int64_t c = 0; c < cols; c++) panel[c * NR + j] = to_float(row[c]);
+      for (int64_t c = whole; c < cols; c++) panel[c * NR + j] = to_float(row[c]);
     }
     if (n < NR)
       for (int64_t c = 0; c < cols; c++)

@@ -68,7 +68,7 @@ typedef struct ff_layer_norm_args {
   const void* weight;      /* (cols) or NULL = 1 */
   const void* bias;        /* (cols) or NULL = 0 */
   void* out;               /* forward: (rows, cols) */
-  void* mean;              /* (rows) acc, written by forward, read by backward */
+  void* mean;              /* (rows) acc, written by forward (on the CPU NULL = not wanted), read by backward */
   void* rstd;              /* (rows) acc, likewise */
   const void* dout;        /* backward: (rows, cols) */
   void* dx;                /* backward: (rows, cols) or NULL */
@@ -99,7 +99,7 @@ typedef struct ff_add_layer_norm_args {
   const void* bias;        /* (cols) or NULL */
   void* out;               /* forward: (rows, cols) */
   void* summed;            /* (rows, cols), written by forward, read by backward */
-  void* mean;              /* (rows) acc */
+  void* mean;              /* (rows) acc, as in layer_norm */
   void* rstd;              /* (rows) acc */
   const void* dout;        /* backward: (rows, cols) */
   const void* dsummed;     /* backward: (rows, cols) or NULL = 0 */

@@ -61,6 +61,11 @@ def choice(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, accepted))}{hint}")
 
 
+def rowwise(x: Tensor, cols: int) -> Tensor:
+    """``x`` as kernels take it (backends/layout.py): itself if it is contiguous, in rows of ``cols``, else as rows."""
+    return x if x.is_contiguous() and x.dim() and x.shape[-1] == cols else as_rows(x, cols)
+
+
 def as_rows(x: Tensor, cols: int) -> Tensor:
     """``x`` as (rows, cols) with a contiguous last dimension; a view where its strides allow."""
     if x.dim() != 2 or x.shape[1] != cols:

@@ -61,29 +61,34 @@ def add_layer_norm(
         seed_tensor = new_seed() if p > 0 else None
         return operator("add_layer_norm", x, residual, shape, weight, bias, eps, p, seed_tensor)[:2]
     seed = int(new_seed()) if p > 0 else 0
+    kernels = _select(x, p)
     if needs_grad(x, residual, weight, bias):
-        return _AddLayerNorm.apply(x, residual, shape, weight, bias, eps, p, seed)
-    return _forward(x, residual, shape, weight, bias, eps, p, seed)[:2]
+        return _AddLayerNorm.apply(x, residual, weight, bias, shape, eps, p, seed, kernels)
+    return _forward(kernels, x, residual, shape, weight, bias, eps, p, seed, statistics=False)[:2]
 
 
 def _select(x: Tensor, p: float) -> ModuleType:
     return registry.select("add_layer_norm", x.device.type, x.dtype, ("dropout",) if p > 0 else ())
 
 
-def _forward(x, residual, shape, weight, bias, eps, p, seed):
+def _forward(kernels, x, residual, shape, weight, bias, eps, p, seed, statistics=True):
     cols = math.prod(shape)
-    out, summed, mean, rstd = _select(x, p).forward(
-        _checks.as_rows(x, cols), _checks.as_rows(residual, cols), _flat(weight), _flat(bias), eps, p, seed
-    )
-    return out.view(x.shape), summed.view(x.shape), mean, rstd
+    rows = _checks.rowwise(x, cols)
+    # as x, so that the outputs have one shape
+    residual_rows = _checks.rowwise(residual, cols) if rows is x else _checks.as_rows(residual, cols)
+    out, summed, mean, rstd = kernels.forward(rows, residual_rows, _flat(weight), _flat(bias), eps, p, seed, statistics)
+    if rows is not x:
+        out, summed = out.view(x.shape), summed.view(x.shape)
+    return out, summed, mean, rstd
 
 
-def _backward(dout, dsummed, summed, shape, weight, mean, rstd, p, seed, needs, param_dtype, kernels=None):
+def _backward(kernels, dout, dsummed, summed, shape, weight, mean, rstd, p, seed, needs, param_dtype):
     cols = math.prod(shape)
-    dx, dresidual, dweight, dbias = (kernels or _select(summed, p)).backward(
-        _checks.as_rows(dout, cols),
-        None if dsummed is None else _checks.as_rows(dsummed, cols),
-        summed.view(-1, cols) if summed.numel() else summed.view(0, cols),
+    rows = _checks.rowwise(summed, cols)
+    dx, dresidual, dweight, dbias = kernels.backward(
+        _checks.rowwise(dout, cols),
+        None if dsummed is None else _checks.rowwise(dsummed, cols),
+        rows,
         _flat(weight),
         mean,
         rstd,
@@ -92,9 +97,12 @@ def _backward(dout, dsummed, summed, shape, weight, mean, rstd, p, seed, needs, 
         *needs,
         param_dtype,
     )
-    dweight = None if dweight is None else dweight.view(shape)
-    dbias = None if dbias is None else dbias.view(shape)
-    return dx.view(summed.shape), dresidual.view(summed.shape), dweight, dbias
+    if rows is not summed:
+        dx, dresidual = dx.view(summed.shape), dresidual.view(summed.shape)
+    if len(shape) > 1:
+        dweight = None if dweight is None else dweight.view(shape)
+        dbias = None if dbias is None else dbias.view(shape)
+    return dx, dresidual, dweight, dbias
 
 
 def _param_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
@@ -103,10 +111,10 @@ def _param_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, shape, weight, bias, eps, p, seed):
-        out, summed, mean, rstd = _forward(x, residual, shape, weight, bias, eps, p, seed)
+    def forward(ctx, x, residual, weight, bias, shape, eps, p, seed, kernels):
+        out, summed, mean, rstd = _forward(kernels, x, residual, shape, weight, bias, eps, p, seed)
         ctx.save_for_backward(summed, weight, mean, rstd)
-        ctx.shape, ctx.p, ctx.seed, ctx.kernels = shape, p, seed, _select(x, p)
+        ctx.shape, ctx.p, ctx.seed, ctx.kernels = shape, p, seed, kernels
         ctx.param_dtype = _param_dtype(x, weight, bias)
         ctx.set_materialize_grads(False)
         return out, summed
@@ -117,18 +125,18 @@ class _AddLayerNorm(torch.autograd.Function):
         summed, weight, mean, rstd = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(summed)
-        needs = (ctx.needs_input_grad[3], ctx.needs_input_grad[4])
-        dx, dresidual, dweight, dbias = _backward(
-            dout, dsummed, summed, ctx.shape, weight, mean, rstd, ctx.p, ctx.seed, needs, ctx.param_dtype, ctx.kernels
+        needs, dtype = ctx.needs_input_grad[2:4], ctx.param_dtype
+        gradients = _backward(
+            ctx.kernels, dout, dsummed, summed, ctx.shape, weight, mean, rstd, ctx.p, ctx.seed, needs, dtype
         )
-        return dx, dresidual, None, dweight, dbias, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 # ---- the registered operator -----------------------------------------------------------------------------------------
 
 
 def _operator(x, residual, shape, weight, bias, eps, p, seed):
-    return _forward(x, residual, tuple(shape), weight, bias, eps, p, 0 if seed is None else int(seed))
+    return _forward(_select(x, p), x, residual, tuple(shape), weight, bias, eps, p, 0 if seed is None else int(seed))
 
 
 def _fake(x, residual, shape, weight, bias, eps, p, seed):
@@ -141,6 +149,7 @@ def _fake(x, residual, shape, weight, bias, eps, p, seed):
 
 def _operator_backward(dout, dsummed, summed, shape, weight, mean, rstd, p, seed, param_dtype):
     dx, dresidual, dweight, dbias = _backward(
+        _select(summed, p),
         dout,
         dsummed,
         summed,

@@ -75,15 +75,18 @@ def attention_qkvpacked(
     _checks.tensor("qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: shape {tuple(qkv.shape)} is not (B, S, 3, H, D)")
-    q, k, v = _unpack(qkv)
-    _check(q, k, v, key_padding_mask)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    batch, length, _, heads, head_dim = qkv.shape
+    if heads == 0:
+        raise ValueError("qkv: has no heads")
+    _check_head_dim("qkv", head_dim)
+    _check_padding(key_padding_mask, batch, length, "qkv", qkv)
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     if through_operator(qkv, key_padding_mask):
-        out = operator("attention", q, k, v, scale, causal, key_padding_mask)[0]
+        out = operator("attention", *_unpack(qkv), scale, causal, key_padding_mask)[0]
     elif needs_grad(qkv):
         return _AttentionPacked.apply(qkv, scale, causal, key_padding_mask)
     else:
-        out = _forward(q, k, v, scale, causal, key_padding_mask)[0]
+        out = _forward(*_unpack(qkv), scale, causal, key_padding_mask)[0]
     return out.transpose(1, 2)
 
 
@@ -132,8 +135,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> 
         _checks.tensor(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name}: shape {tuple(t.shape)} is not (B, H, S, D)")
-        if not 1 <= t.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}: head_dim {t.shape[3]} is not in [1, {MAX_HEAD_DIM}]")
+        _check_head_dim(name, t.shape[3])
     for name, t in (("k", k), ("v", v)):
         _checks.same_dtype(name, t, "q", q)
         _checks.same_device(name, t, "q", q)
@@ -145,19 +147,27 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> 
         raise ValueError(f"v: heads and length {tuple(v.shape[1:3])} are not k's {tuple(k.shape[1:3])}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: {k.shape[1]} heads do not divide q's {q.shape[1]}")
-    if key_padding_mask is not None:
-        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask: expected a bool tensor, got {getattr(key_padding_mask, 'dtype', None)}")
-        if key_padding_mask.shape != (k.shape[0], k.shape[2]):
-            raise ValueError(
-                f"key_padding_mask: shape {tuple(key_padding_mask.shape)} is not (B, Sk) = {(k.shape[0], k.shape[2])}"
-            )
-        _checks.same_device("key_padding_mask", key_padding_mask, "q", q)
+    _check_padding(key_padding_mask, k.shape[0], k.shape[2], "q", q)
 
 
-def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.unbind(2)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+def _check_head_dim(name: str, head_dim: int) -> None:
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: head_dim {head_dim} is not in [1, {MAX_HEAD_DIM}]")
+
+
+def _check_padding(mask: Tensor | None, batch: int, keys: int, name: str, like: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask: expected a bool tensor, got {getattr(mask, 'dtype', None)}")
+    if mask.shape != (batch, keys):
+        raise ValueError(f"key_padding_mask: shape {tuple(mask.shape)} is not (B, Sk) = {(batch, keys)}")
+    _checks.same_device("key_padding_mask", mask, name, like)
+
+
+def _unpack(qkv: Tensor) -> tuple[Tensor, ...]:
+    """(B, S, 3, H, D) -> q, k, v (B, H, S, D)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
 def _select(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -> ModuleType:

@@ -36,7 +36,7 @@ def feed_forward(
     _check(x, w1, b1, w2, b2, activation)
     tanh = activation == "gelu_tanh"
     if not through_operator(x, w1, b1, w2, b2) and not _autocast(x) and needs_grad(x, w1, b1, w2, b2):
-        return _FeedForward.apply(x, w1, b1, w2, b2, tanh)
+        return _FeedForward.apply(x, w1, b1, w2, b2, tanh, gelu.select(x, b1))
     hidden = torch.matmul(x, w1.t())
     hidden = gelu.bias_gelu(hidden, None if b1 is None else b1.to(hidden.dtype), "tanh" if tanh else "none")
     return torch.nn.functional.linear(hidden, w2, b2)
@@ -67,20 +67,20 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, tanh):
+    def forward(ctx, x, w1, b1, w2, b2, tanh, kernels):
         rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ w1.t()
-        activated = gelu.forward(hidden, b1, tanh)
-        out = activated @ w2.t() if b2 is None else torch.addmm(b2, activated, w2.t())
+        hidden = torch.mm(rows, w1.t())
+        activated = kernels.forward(hidden, b1, tanh)
+        out = torch.mm(activated, w2.t()) if b2 is None else torch.addmm(b2, activated, w2.t())
         ctx.save_for_backward(rows, w1, b1, w2, hidden, activated)
-        ctx.tanh, ctx.kernels = tanh, gelu.select(hidden, b1)
+        ctx.tanh, ctx.kernels = tanh, kernels
         return out.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         rows, w1, b1, w2, hidden, activated = ctx.saved_tensors
-        need_x, need_w1, need_b1, need_w2, need_b2, _ = ctx.needs_input_grad
+        need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
         dy = dout.reshape(-1, w2.shape[0])
         db2 = dy.sum(0) if need_b2 else None
         # The weight gradients are formed in the orientation the weights have in memory, so that an optimizer (and a
@@ -88,11 +88,11 @@ class _FeedForward(torch.autograd.Function):
         dw2 = _weight_grad(dy, activated, w2) if need_w2 else None
         dx = dw1 = db1 = None
         if need_x or need_w1 or need_b1:
-            dhidden, db1 = gelu.backward(dy @ w2, hidden, b1, ctx.tanh, need_b1, ctx.kernels)
+            dhidden, db1 = ctx.kernels.backward(torch.mm(dy, w2), hidden, b1, ctx.tanh, need_b1)
             dw1 = _weight_grad(dhidden, rows, w1) if need_w1 else None
-            dx = (dhidden @ w1).view(*dout.shape[:-1], w1.shape[1]) if need_x else None
-        return dx, dw1, db1, dw2, db2, None
+            dx = torch.mm(dhidden, w1).view(*dout.shape[:-1], w1.shape[1]) if need_x else None
+        return dx, dw1, db1, dw2, db2, None, None
 
 
 def _weight_grad(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    return dy.t() @ x if w.is_contiguous() else (x.t() @ dy).t()
+    return torch.mm(dy.t(), x) if w.is_contiguous() else torch.mm(x.t(), dy).t()

@@ -41,17 +41,10 @@ def bias_gelu(input: Tensor, bias: Tensor | None, approximate: str = "none") -> 
     tanh = approximate == "tanh"
     if through_operator(input, bias):
         return operator("gelu", input, bias, tanh)
+    kernels = select(input, bias)
     if needs_grad(input, bias):
-        return _Gelu.apply(input, bias, tanh)
-    return forward(input, bias, tanh)
-
-
-def _rows(x: Tensor, bias: Tensor | None) -> Tensor:
-    if not x.is_contiguous():
-        x = x.contiguous()
-    if bias is not None:
-        return _checks.as_rows(x, bias.numel())
-    return x if x.dim() == 2 else x.view(1, -1)
+        return _Gelu.apply(input, bias, tanh, kernels)
+    return kernels.forward(input.contiguous(), bias, tanh)
 
 
 def select(x: Tensor, bias: Tensor | None) -> ModuleType:
@@ -59,43 +52,33 @@ def select(x: Tensor, bias: Tensor | None) -> ModuleType:
     return registry.select("gelu", x.device.type, x.dtype, ("bias",) if bias is not None else ())
 
 
-def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    """gelu(x + bias) with no autograd; arguments already checked."""
-    return select(x, bias).forward(_rows(x, bias), bias, tanh).view(x.shape)
-
-
-def backward(
-    dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool, kernels: ModuleType | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """(dx, dbias) of :func:`forward`, by the backend it ran on."""
-    kernels = kernels or select(x, bias)
-    dx, dbias = kernels.backward(_rows(dout, bias), _rows(x, bias), bias, tanh, need_dbias)
-    return dx.view(x.shape), dbias
-
-
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, tanh):
+    def forward(ctx, x, bias, tanh, kernels):
+        x = x.contiguous()
         ctx.save_for_backward(x, bias)
-        ctx.tanh, ctx.kernels = tanh, select(x, bias)
-        return forward(x, bias, tanh)
+        ctx.tanh, ctx.kernels = tanh, kernels
+        return kernels.forward(x, bias, tanh)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, bias = ctx.saved_tensors
-        dx, dbias = backward(dout, x, bias, ctx.tanh, ctx.needs_input_grad[1], ctx.kernels)
-        return dx, dbias, None
+        return *ctx.kernels.backward(dout.contiguous(), x, bias, ctx.tanh, ctx.needs_input_grad[1]), None, None
+
+
+def _operator(x, bias, tanh):
+    return select(x, bias).forward(x.contiguous(), bias, tanh)
 
 
 def _operator_backward(dout, x, bias, tanh):
-    dx, dbias = backward(dout, x, bias, tanh, bias is not None)
+    dx, dbias = select(x, bias).backward(dout.contiguous(), x.contiguous(), bias, tanh, bias is not None)
     return dx, x.new_empty(0) if dbias is None else dbias
 
 
 register(
     "gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor",
-    forward,
+    _operator,
     lambda x, bias, tanh: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 register(

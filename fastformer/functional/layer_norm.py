@@ -42,9 +42,10 @@ def layer_norm(
     _check(input, shape, weight, bias, eps)
     if through_operator(input, weight, bias):
         return operator("layer_norm", input, shape, weight, bias, eps)[0]
+    kernels = registry.select("layer_norm", input.device.type, input.dtype)
     if needs_grad(input, weight, bias):
-        return _LayerNorm.apply(input, shape, weight, bias, eps)
-    return _forward(input, shape, weight, bias, eps)[0]
+        return _LayerNorm.apply(input, weight, bias, shape, eps, kernels)
+    return _forward(kernels, input, shape, weight, bias, eps, statistics=False)[0]
 
 
 def _check(input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -65,20 +66,20 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
     return parameter.reshape(-1).contiguous()
 
 
-def _forward(x, shape, weight, bias, eps):
-    kernels = registry.select("layer_norm", x.device.type, x.dtype)
-    rows = _checks.as_rows(x, shape[0] if len(shape) == 1 else math.prod(shape))
-    out, mean, rstd = kernels.forward(rows, _flat(weight), _flat(bias), eps)
-    return out if out.dim() == x.dim() else out.view(x.shape), mean, rstd
+def _forward(kernels, x, shape, weight, bias, eps, statistics=True):
+    rows = _checks.rowwise(x, math.prod(shape))
+    out, mean, rstd = kernels.forward(rows, _flat(weight), _flat(bias), eps, statistics)
+    return out if rows is x else out.view(x.shape), mean, rstd
 
 
-def _backward(dout, x, shape, weight, mean, rstd, needs, param_dtype, kernels=None):
-    kernels = kernels or registry.select("layer_norm", x.device.type, x.dtype)
+def _backward(kernels, dout, x, shape, weight, mean, rstd, needs, param_dtype):
     cols = math.prod(shape)
+    rows = _checks.rowwise(x, cols)
     dx, dweight, dbias = kernels.backward(
-        _checks.as_rows(dout, cols), _checks.as_rows(x, cols), _flat(weight), mean, rstd, *needs, param_dtype
+        _checks.rowwise(dout, cols), rows, _flat(weight), mean, rstd, *needs, param_dtype
     )
-    dx = None if dx is None else dx.view(x.shape)
+    if dx is not None and rows is not x:
+        dx = dx.view(x.shape)
     if len(shape) > 1:
         dweight = None if dweight is None else dweight.view(shape)
         dbias = None if dbias is None else dbias.view(shape)
@@ -87,13 +88,10 @@ def _backward(dout, x, shape, weight, mean, rstd, needs, param_dtype, kernels=No
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shape, weight, bias, eps):
-        out, mean, rstd = _forward(x, shape, weight, bias, eps)
+    def forward(ctx, x, weight, bias, shape, eps, kernels):
+        out, mean, rstd = _forward(kernels, x, shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.shape = shape
-        ctx.kernels = registry.select(
-            "layer_norm", x.device.type, x.dtype
-        )  # an override is not seen by autograd's threads
+        ctx.shape, ctx.kernels = shape, kernels  # kept: an override is not seen by autograd's threads
         ctx.param_dtype = weight.dtype if weight is not None else bias.dtype if bias is not None else x.dtype
         return out
 
@@ -101,12 +99,17 @@ class _LayerNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, weight, mean, rstd = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        dx, dweight, dbias = _backward(dout, x, ctx.shape, weight, mean, rstd, needs, ctx.param_dtype, ctx.kernels)
-        return dx, None, dweight, dbias, None
+        needs = ctx.needs_input_grad[:3]
+        gradients = _backward(ctx.kernels, dout, x, ctx.shape, weight, mean, rstd, needs, ctx.param_dtype)
+        return *gradients, None, None, None
 
 
 # ---- the registered operator -----------------------------------------------------------------------------------------
+
+
+def _operator(x, shape, weight, bias, eps):
+    kernels = registry.select("layer_norm", x.device.type, x.dtype)
+    return _forward(kernels, x, tuple(shape), weight, bias, eps)
 
 
 def _fake_forward(x, shape, weight, bias, eps):
@@ -117,8 +120,8 @@ def _fake_forward(x, shape, weight, bias, eps):
 
 
 def _operator_backward(dout, x, shape, weight, mean, rstd, param_dtype):
-    dx, dweight, dbias = _backward(dout, x, tuple(shape), weight, mean, rstd, (True, True, True), param_dtype)
-    return dx, dweight, dbias
+    kernels = registry.select("layer_norm", x.device.type, x.dtype)
+    return _backward(kernels, dout, x, tuple(shape), weight, mean, rstd, (True, True, True), param_dtype)
 
 
 def _fake_backward(dout, x, shape, weight, mean, rstd, param_dtype):
@@ -128,7 +131,7 @@ def _fake_backward(dout, x, shape, weight, mean, rstd, param_dtype):
 
 register(
     "layer_norm(Tensor x, int[] shape, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
-    lambda x, shape, weight, bias, eps: _forward(x, tuple(shape), weight, bias, eps),
+    _operator,
     _fake_forward,
 )
 register(

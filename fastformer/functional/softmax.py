@@ -6,6 +6,8 @@ The forward reads a row twice from cache and writes it once; the backward needs 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
@@ -53,48 +55,51 @@ def _softmax(name: str, x: Tensor, dim: int | None, stacklevel: int, dtype: torc
     if through_operator(rows):
         out = operator("softmax", rows, log)
     elif needs_grad(rows):
-        out = _Softmax.apply(rows, log)
+        out = _Softmax.apply(rows, log, _select(rows))
     else:
-        out = _forward(rows, log)
+        out = _forward(_select(rows), rows, log)
     if x.dim() == 0:
         return out[0]
     return out if last else out.movedim(-1, dim)
 
 
-def _forward(x, log):
-    out = registry.select("softmax", x.device.type, x.dtype).forward(_checks.as_rows(x, x.shape[-1]), 1.0, log)
-    return out.view(x.shape)
+def _select(x: Tensor) -> ModuleType:
+    return registry.select("softmax", x.device.type, x.dtype)
 
 
-def _backward(dout, out, log, kernels=None):
-    cols = out.shape[-1]
-    kernels = kernels or registry.select("softmax", out.device.type, out.dtype)
-    return kernels.backward(_checks.as_rows(dout, cols), _checks.as_rows(out, cols), 1.0, log).view(out.shape)
+def _forward(kernels, x, log):
+    rows = _checks.rowwise(x, x.shape[-1])
+    out = kernels.forward(rows, 1.0, log)
+    return out if rows is x else out.view(x.shape)
+
+
+def _backward(kernels, dout, out, log):
+    return kernels.backward(_checks.rowwise(dout, out.shape[-1]), out.contiguous(), 1.0, log)
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, log):
-        out = _forward(x, log)
+    def forward(ctx, x, log, kernels):
+        out = _forward(kernels, x, log)
         ctx.save_for_backward(out)
-        ctx.log, ctx.kernels = log, registry.select("softmax", x.device.type, x.dtype)
+        ctx.log, ctx.kernels = log, kernels
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         (out,) = ctx.saved_tensors
-        return _backward(dout, out, ctx.log, ctx.kernels), None
+        return _backward(ctx.kernels, dout, out, ctx.log), None, None
 
 
 register(
     "softmax(Tensor x, bool log) -> Tensor",
-    _forward,
+    lambda x, log: _forward(_select(x), x, log),
     lambda x, log: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 register(
     "softmax_backward(Tensor dout, Tensor out, bool log) -> Tensor",
-    _backward,
+    lambda dout, out, log: _backward(_select(out), dout, out, log),
     lambda dout, out, log: torch.empty_like(out, memory_format=torch.contiguous_format),
 )
 

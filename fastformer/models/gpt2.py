@@ -117,8 +117,7 @@ class Conv1D(torch_nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``(*, in_features)`` -> ``(*, out_features)``."""
-        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return rows.view(*x.shape[:-1], self.weight.shape[1])
+        return F.linear(x, self.weight.t(), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}"
@@ -159,7 +158,7 @@ class GPT2Attention(torch_nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
         """x ``(B, S, E)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored -> ``(B, S, E)``."""
-        qkv = self.c_attn(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        qkv = self.c_attn(x).view(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
         dropout_p = self.dropout_p if self.training else 0.0
         fused = dropout_p == 0 and self.head_dim <= MAX_HEAD_DIM
         if cache is None and fused:

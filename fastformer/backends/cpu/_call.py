@@ -26,11 +26,11 @@ def pointer(t: Tensor | None) -> int:
 _HUGE_BYTES = 4 << 20
 
 
-def empty(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (rows, cols), on huge pages where it is large: first touching small ones would cost more than
-    the kernel that fills it."""
-    out = torch.empty(rows, cols, dtype=dtype)
-    if rows * cols > _HUGE_BYTES // 2 and (size := out.nbytes) >= _HUGE_BYTES:
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of x's shape and dtype, on huge pages where it is large: first touching small
+    ones would cost more than the kernel that fills it."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() > _HUGE_BYTES // 2 and (size := out.nbytes) >= _HUGE_BYTES:
         _C.advise_huge_pages(out.data_ptr(), size)
     return out
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ._call import DTYPE, DTYPES, acc_dtype, empty, pointer, workspace
+from ..layout import row_layout
+from ._call import DTYPE, DTYPES, acc_dtype, empty_like, pointer, workspace
 
 FEATURES = frozenset({"dropout"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -20,13 +21,17 @@ def forward(
     eps: float,
     dropout_p: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual (rows, cols) -> out, summed (rows, cols), mean, rstd (rows)."""
-    rows, cols = x.shape
-    out = empty(rows, cols, x.dtype)
-    summed = empty(rows, cols, x.dtype)
-    mean = torch.empty(rows, dtype=acc_dtype(x.dtype))  # two allocations: an operator's outputs may not share memory
-    rstd = torch.empty_like(mean)
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x, residual (*, cols) -> out, summed (*, cols), mean, rstd (rows)."""
+    rows, cols, stride = row_layout(x)
+    out, summed = empty_like(x), empty_like(x)
+    mean = rstd = None
+    if statistics:
+        mean = torch.empty(
+            rows, dtype=acc_dtype(x.dtype)
+        )  # two allocations: an operator's outputs may not share memory
+        rstd = torch.empty(rows, dtype=acc_dtype(x.dtype))
     parameter = weight if weight is not None else bias
     code = DTYPE[x.dtype]
     _C.add_layer_norm_forward(
@@ -34,8 +39,8 @@ def forward(
         code if parameter is None else DTYPE[parameter.dtype],
         rows,
         cols,
-        x.stride(0),
-        residual.stride(0),
+        stride,
+        row_layout(residual)[2],
         eps,
         dropout_p,
         seed,
@@ -45,8 +50,8 @@ def forward(
         pointer(bias),
         out.data_ptr(),
         summed.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        pointer(mean),
+        pointer(rstd),
     )
     return out, summed, mean, rstd
 
@@ -65,10 +70,10 @@ def backward(
     param_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dx, dresidual, dweight, dbias). Without dropout dx and dresidual are the same tensor."""
-    rows, cols = summed.shape
+    rows, cols, _ = row_layout(summed)
     code = DTYPE[summed.dtype]
-    dresidual = empty(rows, cols, summed.dtype)
-    dx = empty(rows, cols, summed.dtype) if dropout_p > 0 else None
+    dresidual = empty_like(summed)
+    dx = empty_like(summed) if dropout_p > 0 else None
     dweight = torch.empty(cols, dtype=param_dtype) if need_dweight else None
     dbias = torch.empty(cols, dtype=param_dtype) if need_dbias else None
     scratch = None
@@ -79,8 +84,8 @@ def backward(
         DTYPE[param_dtype],
         rows,
         cols,
-        dout.stride(0),
-        0 if dsummed is None else dsummed.stride(0),
+        row_layout(dout)[2],
+        0 if dsummed is None else row_layout(dsummed)[2],
         dropout_p,
         seed,
         pointer(weight),

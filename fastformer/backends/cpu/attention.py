@@ -24,7 +24,7 @@ def forward(
     sizes = _sizes(q, k, v)
     batch, heads, _, seqlen_q, _, _, head_dim_v = sizes
     code = DTYPE[q.dtype]
-    out = torch.empty(batch, seqlen_q, heads, head_dim_v, dtype=q.dtype).transpose(1, 2)
+    out = _transposed(batch, heads, seqlen_q, head_dim_v, q.dtype)
     lse = torch.empty(batch, heads, seqlen_q, dtype=acc_dtype(q.dtype))
     mask = None if key_padding_mask is None else key_padding_mask.contiguous()
     scratch = workspace(_C.attention_forward_workspace(code, *sizes, causal, mask is not None))
@@ -104,7 +104,9 @@ def backward(
 
 def _like_input(t: Tensor) -> Tensor:
     # (B, S, H, D) in memory when the input is a transposed view of that: its gradient then needs no copy to reshape.
-    b, h, s, d = t.shape
-    if t.stride(1) < t.stride(2):
-        return torch.empty(b, s, h, d, dtype=t.dtype).transpose(1, 2)
-    return torch.empty(b, h, s, d, dtype=t.dtype)
+    return _transposed(*t.shape, t.dtype) if t.stride(1) < t.stride(2) else torch.empty(t.shape, dtype=t.dtype)
+
+
+def _transposed(b: int, h: int, s: int, d: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised (B, H, S, D) that is (B, S, H, D) in memory."""
+    return torch.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), dtype=dtype)

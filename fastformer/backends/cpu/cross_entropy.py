@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ._call import DTYPE, DTYPES, acc_dtype, empty, pointer
+from ._call import DTYPE, DTYPES, acc_dtype, empty_like, pointer
 
 FEATURES = frozenset({"weight", "label_smoothing"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -54,7 +54,7 @@ def backward(
     """dloss (rows) acc (an expanded scalar is fine) -> dlogits (rows, cols) in the dtype of logits."""
     rows, cols = logits.shape
     target = target.contiguous()
-    dlogits = empty(rows, cols, logits.dtype)
+    dlogits = empty_like(logits)
     _C.cross_entropy_backward(
         DTYPE[logits.dtype],
         rows,

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ._call import DTYPE, DTYPES, empty, pointer, workspace
+from ..layout import bias_layout
+from ._call import DTYPE, DTYPES, empty_like, pointer, workspace
 
 FEATURES = frozenset({"bias"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
 
 
 def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    """x (rows, cols), bias (cols) or None -> out (rows, cols)."""
-    x = x.contiguous()
-    rows, cols = x.shape
-    out = empty(rows, cols, x.dtype)
+    """x (*, cols) contiguous, bias (cols) or None -> out (*, cols)."""
+    rows, cols = bias_layout(x, bias)
+    out = empty_like(x)
     _C.gelu_forward(DTYPE[x.dtype], rows, cols, tanh, x.data_ptr(), pointer(_contiguous(bias)), out.data_ptr())
     return out
 
@@ -24,11 +24,11 @@ def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 def backward(
     dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """dout, x (rows, cols) -> dx (rows, cols), dbias (cols) or None."""
-    dout, x, bias = dout.contiguous(), x.contiguous(), _contiguous(bias)
-    rows, cols = x.shape
+    """dout, x (*, cols) contiguous -> dx (*, cols), dbias (cols) or None."""
+    bias = _contiguous(bias)
+    rows, cols = bias_layout(x, bias)
     code = DTYPE[x.dtype]
-    dx = empty(rows, cols, x.dtype)
+    dx = empty_like(x)
     dbias = torch.empty(cols, dtype=x.dtype) if need_dbias else None
     scratch = workspace(_C.gelu_backward_workspace(code, rows, cols)) if need_dbias else None
     _C.gelu_backward(

@@ -6,18 +6,25 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ._call import DTYPE, DTYPES, acc_dtype, empty, pointer, workspace
+from ..layout import row_layout
+from ._call import DTYPE, DTYPES, acc_dtype, empty_like, pointer, workspace
 
 FEATURES: frozenset[str] = frozenset()
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x (rows, cols), weight and bias (cols) or None -> out (rows, cols), mean (rows), rstd (rows)."""
-    rows, cols = x.shape
-    out = empty(rows, cols, x.dtype)
-    mean = torch.empty(rows, dtype=acc_dtype(x.dtype))  # two allocations: an operator's outputs may not share memory
-    rstd = torch.empty_like(mean)
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x (*, cols), weight and bias (cols) or None -> out (*, cols), mean (rows), rstd (rows)."""
+    rows, cols, stride = row_layout(x)
+    out = empty_like(x)
+    mean = rstd = None
+    if statistics:
+        mean = torch.empty(
+            rows, dtype=acc_dtype(x.dtype)
+        )  # two allocations: an operator's outputs may not share memory
+        rstd = torch.empty(rows, dtype=acc_dtype(x.dtype))
     parameter = weight if weight is not None else bias
     code = DTYPE[x.dtype]
     _C.layer_norm_forward(
@@ -25,14 +32,14 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
         code if parameter is None else DTYPE[parameter.dtype],
         rows,
         cols,
-        x.stride(0),
+        stride,
         eps,
         x.data_ptr(),
         pointer(weight),
         pointer(bias),
         out.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        pointer(mean),
+        pointer(rstd),
     )
     return out, mean, rstd
 
@@ -49,9 +56,9 @@ def backward(
     param_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx in x's dtype, dweight and dbias in ``param_dtype``), None for those not needed."""
-    rows, cols = x.shape
+    rows, cols, stride = row_layout(x)
     code = DTYPE[x.dtype]
-    dx = empty(rows, cols, x.dtype) if need_dx else None
+    dx = empty_like(x) if need_dx else None
     dweight = torch.empty(cols, dtype=param_dtype) if need_dweight else None
     dbias = torch.empty(cols, dtype=param_dtype) if need_dbias else None
     scratch = None
@@ -62,8 +69,8 @@ def backward(
         DTYPE[param_dtype],
         rows,
         cols,
-        x.stride(0),
-        dout.stride(0),
+        stride,
+        row_layout(dout)[2],
         x.data_ptr(),
         pointer(weight),
         mean.data_ptr(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import library
 
-__all__ = ["DTYPE", "DTYPES", "empty", "library", "on_device", "pointer", "stream"]
+__all__ = ["DTYPE", "DTYPES", "empty", "empty_like", "library", "on_device", "pointer", "stream"]
 
 # The values of ff_dtype in csrc/include/fastformer.h.
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -21,6 +21,11 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 def pointer(t: Tensor | None) -> int:
     """The address of a tensor's first element, 0 for None."""
     return 0 if t is None else t.data_ptr()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of x's shape, dtype and device."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._call import DTYPE, DTYPES, empty, library, on_device, pointer, stream
+from ..layout import row_layout
+from ._call import DTYPE, DTYPES, empty, empty_like, library, on_device, pointer, stream
 
 FEATURES = frozenset({"dropout"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -19,11 +20,12 @@ def forward(
     eps: float,
     dropout_p: float,
     seed: int,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual (rows, cols) -> out, summed (rows, cols), mean, rstd (rows)."""
-    rows, cols = x.shape
-    out, summed = empty(x, rows, cols), empty(x, rows, cols)
-    mean, rstd = empty(x, 2, rows, dtype=torch.float32).unbind()
+    """x, residual (*, cols) -> out, summed (*, cols), mean, rstd (rows)."""
+    rows, cols, stride = row_layout(x)
+    out, summed = empty_like(x), empty_like(x)
+    mean, rstd = empty(x, rows, dtype=torch.float32), empty(x, rows, dtype=torch.float32)
     parameter = weight if weight is not None else bias
     with on_device(x):
         library().add_layer_norm_forward(
@@ -31,8 +33,8 @@ def forward(
             DTYPE[x.dtype if parameter is None else parameter.dtype],
             rows,
             cols,
-            x.stride(0),
-            residual.stride(0),
+            stride,
+            row_layout(residual)[2],
             eps,
             dropout_p,
             seed,
@@ -63,10 +65,10 @@ def backward(
     param_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dx, dresidual, dweight, dbias). Without dropout dx and dresidual are the same tensor."""
-    rows, cols = summed.shape
+    rows, cols, _ = row_layout(summed)
     code, kernels = DTYPE[summed.dtype], library()
-    dresidual = empty(summed, rows, cols)
-    dx = empty(summed, rows, cols) if dropout_p > 0 else None
+    dresidual = empty_like(summed)
+    dx = empty_like(summed) if dropout_p > 0 else None
     dweight = empty(summed, cols, dtype=param_dtype) if need_dweight else None
     dbias = empty(summed, cols, dtype=param_dtype) if need_dbias else None
     with on_device(summed):
@@ -78,8 +80,8 @@ def backward(
             DTYPE[param_dtype],
             rows,
             cols,
-            dout.stride(0),
-            0 if dsummed is None else dsummed.stride(0),
+            row_layout(dout)[2],
+            0 if dsummed is None else row_layout(dsummed)[2],
             dropout_p,
             seed,
             pointer(weight),

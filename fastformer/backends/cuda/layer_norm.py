@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._call import DTYPE, DTYPES, empty, library, on_device, pointer, stream
+from ..layout import row_layout
+from ._call import DTYPE, DTYPES, empty, empty_like, library, on_device, pointer, stream
 
 FEATURES: frozenset[str] = frozenset()
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x (rows, cols), weight and bias (cols) or None -> out (rows, cols), mean (rows), rstd (rows)."""
-    rows, cols = x.shape
-    out = empty(x, rows, cols)
-    mean, rstd = empty(x, 2, rows, dtype=torch.float32).unbind()
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (*, cols), weight and bias (cols) or None -> out (*, cols), mean (rows), rstd (rows)."""
+    rows, cols, stride = row_layout(x)
+    out = empty_like(x)
+    mean, rstd = empty(x, rows, dtype=torch.float32), empty(x, rows, dtype=torch.float32)
     parameter = weight if weight is not None else bias
     with on_device(x):
         library().layer_norm_forward(
@@ -23,7 +26,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
             DTYPE[x.dtype if parameter is None else parameter.dtype],
             rows,
             cols,
-            x.stride(0),
+            stride,
             eps,
             x.data_ptr(),
             pointer(weight),
@@ -48,9 +51,9 @@ def backward(
     param_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx in x's dtype, dweight and dbias in ``param_dtype``), None for those not needed."""
-    rows, cols = x.shape
+    rows, cols, stride = row_layout(x)
     code, kernels = DTYPE[x.dtype], library()
-    dx = empty(x, rows, cols) if need_dx else None
+    dx = empty_like(x) if need_dx else None
     dweight = empty(x, cols, dtype=param_dtype) if need_dweight else None
     dbias = empty(x, cols, dtype=param_dtype) if need_dbias else None
     with on_device(x):
@@ -62,8 +65,8 @@ def backward(
             DTYPE[param_dtype],
             rows,
             cols,
-            x.stride(0),
-            dout.stride(0),
+            stride,
+            row_layout(dout)[2],
             x.data_ptr(),
             pointer(weight),
             mean.data_ptr(),

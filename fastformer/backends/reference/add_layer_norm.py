@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import as_matrix
 from . import layer_norm
 from .philox import dropout_scales
 
@@ -20,13 +21,14 @@ def forward(
     eps: float,
     dropout_p: float,
     seed: int,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual (rows, cols) -> out, summed (rows, cols), mean, rstd (rows)."""
+    """x, residual (*, cols) -> out, summed (*, cols), mean, rstd (rows). ``statistics`` as in layer_norm."""
     acc = layer_norm.acc_dtype(x.dtype)
-    xf = x.to(acc)
+    xf = as_matrix(x).to(acc)
     if dropout_p > 0:
-        xf = xf * dropout_scales(seed, *x.shape, dropout_p, x.device, acc)
-    summed = (residual.to(acc) + xf).to(x.dtype)
+        xf = xf * dropout_scales(seed, *xf.shape, dropout_p, x.device, acc)
+    summed = (as_matrix(residual).to(acc) + xf).to(x.dtype).view(x.shape)
     out, mean, rstd = layer_norm.forward(summed, weight, bias, eps)
     return out, summed, mean, rstd
 
@@ -46,14 +48,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dx, dresidual, dweight, dbias). Without dropout dx and dresidual are the same tensor."""
     acc = layer_norm.acc_dtype(summed.dtype)
+    rows = as_matrix(summed)
     d, dweight, dbias = layer_norm.backward(
-        dout.to(acc), summed.to(acc), weight, mean, rstd, True, need_dweight, need_dbias, param_dtype
+        dout.to(acc), rows.to(acc), weight, mean, rstd, True, need_dweight, need_dbias, param_dtype
     )
     assert d is not None
     if dsummed is not None:
-        d = d + dsummed.to(acc)
-    dresidual = d.to(summed.dtype)
+        d = d + as_matrix(dsummed).to(acc)
+    dresidual = d.to(summed.dtype).view(summed.shape)
     if dropout_p == 0:
         return dresidual, dresidual, dweight, dbias
-    dx = (d * dropout_scales(seed, *summed.shape, dropout_p, summed.device, acc)).to(summed.dtype)
-    return dx, dresidual, dweight, dbias
+    dx = d * dropout_scales(seed, *rows.shape, dropout_p, summed.device, acc)
+    return dx.to(summed.dtype).view(summed.shape), dresidual, dweight, dbias

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..layout import as_matrix
 from .layer_norm import acc_dtype
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -13,7 +14,7 @@ FEATURES = frozenset({"bias"})
 
 
 def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    """x (rows, cols), bias (cols) or None -> out (rows, cols)."""
+    """x (*, cols), bias (cols) or None -> out (*, cols)."""
     z = x.to(acc_dtype(x.dtype))
     if bias is not None:
         z = z + bias.to(z.dtype)
@@ -23,10 +24,10 @@ def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 def backward(
     dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """dout, x (rows, cols) -> dx (rows, cols), dbias (cols) or None."""
+    """dout, x (*, cols) -> dx (*, cols), dbias (cols) or None."""
     acc = acc_dtype(x.dtype)
     z = x.to(acc)
     if bias is not None:
         z = z + bias.to(acc)
     dz = torch.ops.aten.gelu_backward(dout.to(acc), z, approximate="tanh" if tanh else "none")
-    return dz.to(x.dtype), dz.sum(0).to(x.dtype) if need_dbias else None
+    return dz.to(x.dtype), as_matrix(dz).sum(0).to(x.dtype) if need_dbias else None

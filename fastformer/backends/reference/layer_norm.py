@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import as_matrix
+
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 FEATURES: frozenset[str] = frozenset()
 
@@ -14,10 +16,15 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x (rows, cols), weight and bias (cols) or None -> out (rows, cols), mean (rows), rstd (rows)."""
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (*, cols), weight and bias (cols) or None -> out (*, cols), mean (rows), rstd (rows).
+
+    Without ``statistics`` the caller does not want mean and rstd; a backend may return None for them.
+    """
     acc = acc_dtype(x.dtype)
-    xf = x.to(acc)
+    xf = as_matrix(x).to(acc)
     mean = xf.mean(1)
     centred = xf - mean[:, None]
     rstd = torch.rsqrt(centred.square().mean(1) + eps)
@@ -26,7 +33,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
         out = out * weight.to(acc)
     if bias is not None:
         out = out + bias.to(acc)
-    return out.to(x.dtype), mean, rstd
+    return out.to(x.dtype).view(x.shape), mean, rstd
 
 
 def backward(
@@ -42,13 +49,13 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx in x's dtype, dweight and dbias in ``param_dtype``), None for those not needed."""
     acc = acc_dtype(x.dtype)
-    dy = dout.to(acc)
-    xhat = (x.to(acc) - mean[:, None]) * rstd[:, None]
+    dy = as_matrix(dout).to(acc)
+    xhat = (as_matrix(x).to(acc) - mean[:, None]) * rstd[:, None]
     dweight = (dy * xhat).sum(0).to(param_dtype) if need_dweight else None
     dbias = dy.sum(0).to(param_dtype) if need_dbias else None
     dx = None
     if need_dx:
         g = dy if weight is None else dy * weight.to(acc)
         dx = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
-        dx = dx.to(x.dtype)
+        dx = dx.to(x.dtype).view(x.shape)
     return dx, dweight, dbias

@@ -12,22 +12,22 @@ FEATURES: frozenset[str] = frozenset()
 
 
 def forward(x: Tensor, scale: float, log: bool) -> Tensor:
-    """x (rows, cols) -> out (rows, cols)."""
+    """x (*, cols) -> out (*, cols)."""
     z = x.to(acc_dtype(x.dtype)) * scale
     if log:
-        out = torch.log_softmax(z, 1)
-        return torch.where(torch.isneginf(z).all(1, keepdim=True), float("-inf"), out).to(x.dtype)
-    out = torch.softmax(z, 1)
-    return torch.where(torch.isneginf(z).all(1, keepdim=True), 0.0, out).to(x.dtype)
+        out = torch.log_softmax(z, -1)
+        return torch.where(torch.isneginf(z).all(-1, keepdim=True), float("-inf"), out).to(x.dtype)
+    out = torch.softmax(z, -1)
+    return torch.where(torch.isneginf(z).all(-1, keepdim=True), 0.0, out).to(x.dtype)
 
 
 def backward(dout: Tensor, out: Tensor, scale: float, log: bool) -> Tensor:
-    """dout, out (rows, cols) -> dx (rows, cols)."""
+    """dout, out (*, cols) -> dx (*, cols)."""
     acc = acc_dtype(out.dtype)
     dy, y = dout.to(acc), out.to(acc)
     if log:
-        dx = dy - y.exp() * dy.sum(1, keepdim=True)
-        dx = torch.where(torch.isneginf(y).all(1, keepdim=True), 0.0, dx)
+        dx = dy - y.exp() * dy.sum(-1, keepdim=True)
+        dx = torch.where(torch.isneginf(y).all(-1, keepdim=True), 0.0, dx)
     else:
-        dx = y * (dy - (dy * y).sum(1, keepdim=True))
+        dx = y * (dy - (dy * y).sum(-1, keepdim=True))
     return (dx * scale).to(out.dtype)

@@ -27,8 +27,9 @@ def forward(
     eps: float,
     dropout_p: float,
     seed: int,
+    statistics: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual (rows, cols) -> out, summed (rows, cols), mean, rstd (rows)."""
+    """x, residual (*, cols) -> out, summed (*, cols), mean, rstd (rows)."""
     dropped = dropout(dropout_p, seed) if dropout_p > 0 else None
     out, summed, mean, rstd = layer_norm.run_forward(x, residual, weight, bias, eps, dropped)
     assert summed is not None

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import bias_layout
 from .column_sum import column_sum, partials
 from .launch import DTYPES as DTYPES
-from .launch import TYPES, UNBOUNDED, Configuration, RowTile, launch, program_limit, row_tile, unit_stride
+from .launch import TYPES, UNBOUNDED, Configuration, RowTile, launch, program_limit, row_tile
 
 FEATURES = frozenset({"bias"})
 
@@ -136,14 +137,13 @@ def _backward(
 
 
 def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    """x (rows, cols), bias (cols) or None -> out (rows, cols)."""
-    rows, cols = x.shape
-    x = unit_stride(x)
-    out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    """x (*, cols) contiguous, bias (cols) or None -> out (*, cols)."""
+    rows, cols = bias_layout(x, bias)
+    out = torch.empty_like(x)
     tile = row_tile(TILES, cols, x.element_size())
     launch(
         _forward, (triton.cdiv(rows, tile.block_rows) * triton.cdiv(cols, tile.block_cols),), x.device,
-        x, bias, out, rows, cols, x.stride(0),
+        x, bias, out, rows, cols, cols,
         BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, TANH=tanh, num_warps=tile.num_warps,
     )  # fmt: skip
     return out
@@ -152,10 +152,9 @@ def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 def backward(
     dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """dout, x (rows, cols) -> dx (rows, cols), dbias (cols) or None."""
-    rows, cols = x.shape
-    x, dout = unit_stride(x), unit_stride(dout)
-    dx = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    """dout, x (*, cols) contiguous -> dx (*, cols), dbias (cols) or None."""
+    rows, cols = bias_layout(x, bias)
+    dx = torch.empty_like(x)
     tile = row_tile(TILES, cols, x.element_size())
     blocks, strips = triton.cdiv(cols, tile.block_cols), triton.cdiv(rows, tile.block_rows)
     partial = None
@@ -165,7 +164,7 @@ def backward(
         partial = partials(1, strips, cols, x.device)
     launch(
         _backward, (strips * blocks,), x.device,
-        dout, x, bias, dx, None if partial is None else partial[0], rows, cols, strips, dout.stride(0), x.stride(0),
+        dout, x, bias, dx, None if partial is None else partial[0], rows, cols, strips, cols, cols,
         BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, TANH=tanh, num_warps=tile.num_warps,
     )  # fmt: skip
     if partial is None:

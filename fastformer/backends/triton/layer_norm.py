@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..layout import row_layout
 from .column_sum import column_sum, partials
 from .dropout import Dropout
 from .launch import DTYPES as DTYPES
@@ -63,19 +64,19 @@ def run_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dropped: Dropout | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(out, summed, mean, rstd) of layer_norm (``residual`` None, then summed too) or add_layer_norm."""
-    rows, cols = x.shape
     x = unit_stride(x)
-    out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
-    summed = None if residual is None else torch.empty_like(out)
     residual = None if residual is None else unit_stride(residual)
+    rows, cols, stride = row_layout(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = None if residual is None else torch.empty_like(out)
     mean = torch.empty((rows,), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     tile = row_tile(FORWARD_TILES, cols, x.element_size())
     kernel = forward_rows if cols <= tile.block_cols else forward_chunks
     launch(
         kernel, (triton.cdiv(rows, tile.block_rows),), x.device,
-        x, residual, weight, bias, out, summed, mean, rstd, rows, cols, x.stride(0),
-        0 if residual is None else residual.stride(0), eps, *(dropped or Dropout(0, 0, 1.0)),
+        x, residual, weight, bias, out, summed, mean, rstd, rows, cols, stride,
+        0 if residual is None else row_layout(residual)[2], eps, *(dropped or Dropout(0, 0, 1.0)),
         BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, DROPOUT=dropped is not None, num_warps=tile.num_warps,
     )  # fmt: skip
     return out, summed, mean, rstd
@@ -95,11 +96,12 @@ def run_backward(
     param_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(gradient of dropout's input or None, gradient of what was normalised or None, dweight, dbias)."""
-    rows, cols = x.shape
     device = x.device
     x, dout = unit_stride(x), unit_stride(dout)
     dsummed = None if dsummed is None else unit_stride(dsummed)
-    dx = torch.empty((rows, cols), dtype=x.dtype, device=device) if need_dx else None
+    rows, cols, x_stride = row_layout(x)
+    dout_stride, dsummed_stride = row_layout(dout)[2], 0 if dsummed is None else row_layout(dsummed)[2]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=device) if need_dx else None
     ddropped = torch.empty_like(dx) if need_dx and dropped is not None else None
     dweight = torch.empty((cols,), dtype=param_dtype, device=device) if need_dweight else None
     dbias = torch.empty((cols,), dtype=param_dtype, device=device) if need_dbias else None
@@ -117,7 +119,7 @@ def run_backward(
         dweight_partial = partial[0] if need_dweight else None
         dbias_partial = partial[-1] if need_dbias else None
 
-    strides = (dout.stride(0), 0 if dsummed is None else dsummed.stride(0), x.stride(0))
+    strides = (dout_stride, dsummed_stride, x_stride)
     blocks = {"BLOCK_ROWS": tile.block_rows, "BLOCK_COLS": tile.block_cols, "DROPOUT": dropped is not None}
     arguments = dropped or Dropout(0, 0, 1.0)
     if whole:
@@ -136,7 +138,7 @@ def run_backward(
         if outputs:
             launch(
                 backward_parameters, (triton.cdiv(cols, summing.block_cols), programs), device,
-                dout, x, mean, rstd, dweight_partial, dbias_partial, rows, cols, dout.stride(0), x.stride(0),
+                dout, x, mean, rstd, dweight_partial, dbias_partial, rows, cols, dout_stride, x_stride,
                 BLOCK_ROWS=summing.block_rows, BLOCK_COLS=summing.block_cols, num_warps=summing.num_warps,
             )  # fmt: skip
     if partial is not None:
@@ -145,8 +147,10 @@ def run_backward(
     return ddropped, dx, dweight, dbias
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x (rows, cols), weight and bias (cols) or None -> out (rows, cols), mean (rows), rstd (rows)."""
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (*, cols), weight and bias (cols) or None -> out (*, cols), mean (rows), rstd (rows)."""
     out, _, mean, rstd = run_forward(x, None, weight, bias, eps, None)
     return out, mean, rstd
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import row_layout
 from .launch import DTYPES as DTYPES
 from .launch import TYPES, UNBOUNDED, Configuration, RowTile, launch, row_tile, unit_stride
 
@@ -205,29 +206,29 @@ def _backward_chunks(
 
 
 def forward(x: Tensor, scale: float, log: bool) -> Tensor:
-    """x (rows, cols) -> out (rows, cols)."""
-    rows, cols = x.shape
+    """x (*, cols) -> out (*, cols)."""
     x = unit_stride(x)
-    out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    rows, cols, stride = row_layout(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = row_tile(FORWARD_TILES, cols, x.element_size())
     launch(
         _forward_rows if cols <= tile.block_cols else _forward_chunks, (triton.cdiv(rows, tile.block_rows),), x.device,
-        x, out, rows, cols, x.stride(0), float(scale),
+        x, out, rows, cols, stride, float(scale),
         BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, LOG=log, num_warps=tile.num_warps,
     )  # fmt: skip
     return out
 
 
 def backward(dout: Tensor, out: Tensor, scale: float, log: bool) -> Tensor:
-    """dout, out (rows, cols) -> dx (rows, cols)."""
-    rows, cols = out.shape
+    """dout, out (*, cols) -> dx (*, cols)."""
     dout, out = unit_stride(dout), unit_stride(out)
-    dx = torch.empty((rows, cols), dtype=out.dtype, device=out.device)
+    rows, cols, stride = row_layout(out)
+    dx = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     tile = row_tile(BACKWARD_TILES, cols, out.element_size())
     launch(
         _backward_rows if cols <= tile.block_cols else _backward_chunks,
         (triton.cdiv(rows, tile.block_rows),), out.device,
-        dout, out, dx, rows, cols, dout.stride(0), out.stride(0), float(scale),
+        dout, out, dx, rows, cols, row_layout(dout)[2], stride, float(scale),
         BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, LOG=log, num_warps=tile.num_warps,
     )  # fmt: skip
     return dx
