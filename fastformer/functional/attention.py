@@ -165,9 +165,10 @@ def _check_padding(mask: Tensor | None, batch: int, keys: int, name: str, like: 
     _checks.same_device("key_padding_mask", mask, name, like)
 
 
-def _unpack(qkv: Tensor) -> tuple[Tensor, ...]:
+def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, S, 3, H, D) -> q, k, v (B, H, S, D)."""
-    return qkv.permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def _select(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -> ModuleType:
