@@ -46,25 +46,33 @@ template <class T, class P> static void forward_rows(const ff_add_layer_norm_arg
       const T* x = (const T*)a->x + r * a->x_stride;
       const T* residual = (const T*)a->residual + r * a->residual_stride;
       T *summed = (T*)a->summed + r * n, *out = (T*)a->out + r * n;
+      auto add = [&](auto scaled) FF_LAMBDA {  // stores the sum, and adds it up as it is stored
+        return reduce_row<A>(
+            n,
+            [&](int64_t i) FF_LAMBDA {
+              const Pair<A> v = round_pair<T>(load_pair(residual + i) + scaled(load_pair(x + i), i));
+              store_rounded(summed + i, v);
+              return v;
+            },
+            [&](int64_t i, int k) FF_LAMBDA {
+              store_n(summed + i, load_n(residual + i, k) + scaled(load_n(x + i, k), i, k), k);
+              return load_n(summed + i, k);
+            });
+      };
+      double sum;
       if (keep) {
         dropout_scales(keep, n, uint64_t(r), a->seed, a->dropout_p);
-        auto add = [&](int64_t i, auto... k) FF_LAMBDA {
-          store_n(summed + i, load_n(residual + i, k...) + load_n(x + i, k...) * scales<T>(keep, i, k...), k...);
-        };
-        for_row<A>(n, add, add);
+        sum = add([&](auto v, int64_t i, auto... k) FF_LAMBDA { return v * scales<T>(keep, i, k...); });
       } else {
-        auto add = [&](int64_t i, auto... k) FF_LAMBDA {
-          store_n(summed + i, load_n(residual + i, k...) + load_n(x + i, k...), k...);
-        };
-        for_row<A>(n, add, add);
+        sum = add([](auto v, auto...) FF_LAMBDA { return v; });
       }
-      A mean, rstd;
+      const A mean = A(sum / double(n));
       const bool more = r + 1 < end;
       const T *next_x = x + (more ? a->x_stride : 0), *next_residual = residual + (more ? a->residual_stride : 0);
-      row_statistics(summed, n, a->eps, mean, rstd, [&](int64_t i) FF_LAMBDA {
+      const A rstd = row_rstd(summed, n, a->eps, mean, [&](int64_t i) FF_LAMBDA {
         if (sizeof(T) == 2) fetch(next_x + i), fetch(next_residual + i);
       });
-      normalize_row(summed, affine, out, n, mean, rstd);
+      normalize_row(summed, affine, out, n, mean, rstd, [](int64_t) {});
       if (a->mean) ((A*)a->mean)[r] = mean, ((A*)a->rstd)[r] = rstd;
     }
   });
@@ -105,8 +113,13 @@ int add_layer_norm_backward(const ff_add_layer_norm_args* a, void*) {
           if (a->dsummed) v += load_n((const T*)a->dsummed + (r + j) * a->dsummed_stride + i, k...);
           store_n((T*)a->dresidual + (r + j) * n + i, v, k...);
         };
-        const int64_t next = r + 2 * R <= end ? R : 0, ahead[] = {next * a->dout_stride, next * n};
-        backward_rows<R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true, ahead, finish);
+        const int64_t next = r + 2 * R <= end ? R : 0;
+        auto prefetch = [&](int j, int64_t i) FF_LAMBDA {
+          if (sizeof(T) > 2) return;
+          fetch(dout[j] + next * a->dout_stride + i), fetch(x[j] + next * n + i);
+          if (a->dsummed) fetch((const T*)a->dsummed + (r + j) * a->dsummed_stride + i);
+        };
+        backward_rows<R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true, prefetch, finish);
         if (a->dx)
           for (int j = 0; j < R; j++) {
             const T* from = (const T*)a->dresidual + (r + j) * n;

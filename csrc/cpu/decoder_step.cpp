@@ -71,9 +71,8 @@ static void project(int64_t batch, const float* x, const float* w, int64_t K, in
 static void norm(const Args* a, const float* x, const void* weight, const void* bias, float* out) {
   const int64_t E = a->hidden_size;
   for (int64_t b = 0; b < a->batch; b++) {
-    float mean, rstd;
-    row_statistics(x + b * E, E, a->eps, mean, rstd, [](int64_t) {});
-    normalize_row(x + b * E, Affine<float, float>(weight, bias, E, nullptr), out + b * E, E, mean, rstd);
+    const float mean = row_mean(x + b * E, E), rstd = row_rstd(x + b * E, E, a->eps, mean, [](int64_t) {});
+    normalize_row(x + b * E, Affine<float, float>(weight, bias, E, nullptr), out + b * E, E, mean, rstd, [](int64_t) {});
   }
 }
 

@@ -17,9 +17,15 @@ template <class T, class P> static void forward_rows(const ff_layer_norm_args* a
     for (int64_t r = begin; r < end; r++) {
       const T *x = (const T*)a->x + r * a->x_stride, *next = r + 1 < end ? x + a->x_stride : x;
       T* out = (T*)a->out + r * a->cols;
-      A mean, rstd;
-      row_statistics(x, a->cols, a->eps, mean, rstd, [&](int64_t i) FF_LAMBDA { fetch(next + i), fetch_to_write(out + i); });
-      normalize_row(x, affine, out, a->cols, mean, rstd);
+      const A mean = row_mean(x, a->cols);
+      // Where to fetch the next row was measured: half precision's conversions leave no room in the last pass.
+      const A rstd = row_rstd(x, a->cols, a->eps, mean, [&](int64_t i) FF_LAMBDA {
+        if (sizeof(T) == 2) fetch(next + i);
+        else fetch_to_write(out + i);
+      });
+      normalize_row(x, affine, out, a->cols, mean, rstd, [&](int64_t i) FF_LAMBDA {
+        if (sizeof(T) > 2) fetch(next + i);
+      });
       if (a->mean) ((A*)a->mean)[r] = mean, ((A*)a->rstd)[r] = rstd;
     }
   });
@@ -56,8 +62,11 @@ int layer_norm_backward(const ff_layer_norm_args* a, void*) {
           x[j] = (const T*)a->x + (r + j) * a->x_stride;
         }
         auto finish = [&](int j, int64_t i, auto v, auto... k) FF_LAMBDA { store_n(dx + (r + j) * n + i, v, k...); };
-        const int64_t next = r + 2 * R <= end ? R : 0, ahead[] = {next * a->dout_stride, next * a->x_stride};
-        backward_rows<R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, dx != nullptr, ahead,
+        const int64_t next = r + 2 * R <= end ? R : 0;
+        auto prefetch = [&](int j, int64_t i) FF_LAMBDA {
+          if (sizeof(T) == 2) fetch(dout[j] + next * a->dout_stride + i), fetch(x[j] + next * a->x_stride + i);
+        };
+        backward_rows<R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, dx != nullptr, prefetch,
                          finish);
       };
       int64_t r = begin;

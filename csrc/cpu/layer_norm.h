@@ -11,32 +11,33 @@ namespace FF_ISA {
 // Asks for the cache lines of the pair at p. The hardware's own prefetcher starts anew with every page, and a row often is
 // one, so kernels ask for the next rows while they work on these.
 template <class T> FF_INLINE void fetch(const T* p) { __builtin_prefetch(p); }
-// Likewise, to write there. Not worth an instruction where a pair is half a line.
-template <class T> FF_INLINE void fetch_to_write(const T* p) {
-  if (sizeof(T) >= 4) __builtin_prefetch(p, 1);
-}
+// Likewise, to write there.
+template <class T> FF_INLINE void fetch_to_write(const T* p) { __builtin_prefetch(p, 1); }
 
-// fetch(i), called along the second pass, asks for what is needed next.
-template <class T, class Fetch>
-FF_NOINLINE void row_statistics(const T* x, int64_t n, double eps, acc_t<T>& mean, acc_t<T>& rstd, Fetch fetch) {
+template <class T> FF_NOINLINE acc_t<T> row_mean(const T* x, int64_t n) {
   using A = acc_t<T>;
   const double sum = reduce_row<A>(
       n, [&](int64_t i) FF_LAMBDA { return load_pair(x + i); },
       [&](int64_t i, int k) FF_LAMBDA { return load_n(x + i, k); });
-  const A mu = A(sum / double(n));
+  return A(sum / double(n));
+}
+
+// 1 / sqrt(var + eps) of a row with that mean. fetch(i), called along the way, asks for what is needed next.
+template <class T, class Fetch>
+FF_NOINLINE acc_t<T> row_rstd(const T* x, int64_t n, double eps, acc_t<T> mean, Fetch fetch) {
+  using A = acc_t<T>;
   const double m2 = reduce_row<A>(
       n,
       [&](int64_t i) FF_LAMBDA {
         fetch(i);
-        Pair<A> d = load_pair(x + i) - mu;
+        Pair<A> d = load_pair(x + i) - mean;
         return d * d;
       },
       [&](int64_t i, int k) FF_LAMBDA {
-        vec_t<A> d = k == vec<A>::W ? load(x + i) - mu : load_partial(x + i, k, mu) - mu;
+        vec_t<A> d = k == vec<A>::W ? load(x + i) - mean : load_partial(x + i, k, mean) - mean;
         return d * d;
       });
-  mean = mu;
-  rstd = A(1.0 / std::sqrt(m2 / double(n) + eps));
+  return A(1.0 / std::sqrt(m2 / double(n) + eps));
 }
 
 // Weight and bias of a layer norm as its loops read them.
@@ -50,14 +51,16 @@ template <class T, class P> struct Affine {
         pairs_of_bias(arranged<T>(bias, n, buffer + n)) {}
 };
 
-template <class T, class P>
-FF_NOINLINE void normalize_row(const T* x, const Affine<T, P>& to, T* out, int64_t n, acc_t<T> mean, acc_t<T> rstd) {
+template <class T, class P, class Fetch>
+FF_NOINLINE void normalize_row(const T* x, const Affine<T, P>& to, T* out, int64_t n, acc_t<T> mean, acc_t<T> rstd,
+                               Fetch fetch) {
   using A = acc_t<T>;
   const A shift = mean * rstd;
   auto rows = [&](auto has_weight, auto has_bias) FF_LAMBDA {
     for_row<A>(
         n,
         [&](int64_t i) FF_LAMBDA {
+          fetch(i);
           // Half precision cannot tell x - mean from its rounding to float: one multiply-add instead of two operations.
           Pair<A> y = sizeof(T) == 2 ? load_pair(x + i) * rstd - shift : (load_pair(x + i) - mean) * rstd;
           if (has_weight) y = y * load_pair(to.pairs_of_weight + i);
@@ -80,13 +83,13 @@ template <class T> constexpr int kRows = sizeof(T) == 2 ? 4 : 2;
 
 // Gradients of R rows at once: the running dweight and dbias are loaded and stored once for all of them.
 //   g = dout * weight;  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) (+ dsummed);  dweight += dout * xhat
-// `ahead` is the distance from each of dout's and x's rows to the rows that follow.
+// prefetch(r, i), called along the first pass, asks for what is needed next.
 // `finish(r, i, dx)` receives each pair of dx, `finish(r, i, dx, k)` the vectors of the tail. dweight and dbias are in the
 // order of T's pairs (arranged_at).
-template <int R, class T, class P, class Finish>
+template <int R, class T, class P, class Prefetch, class Finish>
 FF_INLINE void backward_rows(const T* const* dout, const T* const* x, const Affine<T, P>& affine, const acc_t<T>* mean,
                              const acc_t<T>* rstd, acc_t<T>* dweight, acc_t<T>* dbias, int64_t n, bool need_dx,
-                             const int64_t (&ahead)[2], Finish finish) {
+                             Prefetch prefetch, Finish finish) {
   using A = acc_t<T>;
   constexpr int W = vec<A>::W;
   const bool weighted = affine.weight;
@@ -100,7 +103,7 @@ FF_INLINE void backward_rows(const T* const* dout, const T* const* x, const Affi
         const int64_t end = std::min(n, begin + kChunk);
         int64_t i = begin;
         for (; i + 2 * W <= end; i += 2 * W) {
-          if (sizeof(T) == 2) fetch(dout[r] + ahead[0] + i), fetch(x[r] + ahead[1] + i);
+          prefetch(r, i);
           Pair<A> g = load_pair(dout[r] + i);
           if (weighted) g = g * load_pair(affine.pairs_of_weight + i);
           g_sum += g;

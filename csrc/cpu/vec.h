@@ -252,16 +252,30 @@ template <class T> FF_INLINE Pair<acc_t<T>> load_pair(const T* p) {
     return {(f32v)(both << 16), (f32v)(both & 0xffff0000u)};
   }
 }
-// Rounds to nearest even. A NaN of bfloat16's own, or one an operation made, stays NaN; one with all upper mantissa bits
-// set and more below, which only a float32 can hold, would not.
-template <class T> FF_INLINE void store_pair(T* p, Pair<acc_t<T>> v) {
-  if constexpr (kInOrder<T>) store(p, v.first), store(p + vec<acc_t<T>>::W, v.second);
-  else {
+// The values a T holds after rounding to nearest even. A NaN of bfloat16's own, or one an operation made, stays NaN; one
+// with all upper mantissa bits set and more below, which only a float32 can hold, would not.
+template <class T> FF_INLINE Pair<acc_t<T>> round_pair(Pair<acc_t<T>> v) {
+  if constexpr (std::is_same<T, bf16>::value) {
     u32v even = (u32v)v.first, odd = (u32v)v.second;
     even += ((even >> 16) & 1) + 0x7fff, odd += ((odd >> 16) & 1) + 0x7fff;
-    u32v both = (even >> 16) | (odd & 0xffff0000u);
+    return {(f32v)(even & 0xffff0000u), (f32v)(odd & 0xffff0000u)};
+  } else if constexpr (std::is_same<T, fp16>::value) {
+    T both[2 * vec<acc_t<T>>::W];
+    store(both, v.first), store(both + vec<acc_t<T>>::W, v.second);
+    return load_pair(both);
+  } else return v;
+}
+// Stores values that are rounded already.
+template <class T> FF_INLINE void store_rounded(T* p, Pair<acc_t<T>> v) {
+  if constexpr (kInOrder<T>) store(p, v.first), store(p + vec<acc_t<T>>::W, v.second);
+  else {
+    u32v both = ((u32v)v.first >> 16) | (u32v)v.second;
     memcpy(p, &both, sizeof both);
   }
+}
+template <class T> FF_INLINE void store_pair(T* p, Pair<acc_t<T>> v) {
+  if constexpr (kInOrder<T>) store_rounded(p, v);
+  else store_rounded(p, round_pair<T>(v));
 }
 template <class A> FF_INLINE Pair<A> operator+(Pair<A> x, Pair<A> y) { return {x.first + y.first, x.second + y.second}; }
 template <class A> FF_INLINE Pair<A> operator-(Pair<A> x, Pair<A> y) { return {x.first - y.first, x.second - y.second}; }
