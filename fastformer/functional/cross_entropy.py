@@ -64,18 +64,27 @@ def cross_entropy(
     smoothing = float(label_smoothing)
     if through_operator(logits, flat, class_weight):
         loss = operator("cross_entropy", logits, flat, class_weight, ignore_index, smoothing)[0]
+        loss, _ = _reduced(loss, flat, class_weight, ignore_index, reduction)
     elif needs_grad(logits):
-        loss = _CrossEntropy.apply(logits, flat, class_weight, ignore_index, smoothing)
+        kernels = _select(logits, class_weight, smoothing)
+        loss = _CrossEntropy.apply(logits, flat, class_weight, ignore_index, smoothing, reduction, kernels)
     else:
         loss = _forward(logits, flat, class_weight, ignore_index, smoothing)[0]
+        loss, _ = _reduced(loss, flat, class_weight, ignore_index, reduction)
+    return (loss.view(target.shape) if reduction == "none" else loss).to(input.dtype)
+
+
+def _reduced(
+    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each row as ``reduction`` wants it, and what it was divided by."""
     if reduction == "none":
-        return loss.view(target.shape).to(input.dtype)
-    loss = loss.sum()
-    if reduction == "mean":
-        counted = flat != ignore_index
-        total = counted.sum() if class_weight is None else (class_weight[flat.where(counted, 0)] * counted).sum()
-        loss = loss / total
-    return loss.to(input.dtype)
+        return loss, None
+    if reduction == "sum":
+        return loss.sum(), None
+    counted = target != ignore_index
+    total = counted.sum() if weight is None else (weight[target.where(counted, 0)] * counted).sum()
+    return loss.sum() / total, total
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
@@ -137,27 +146,31 @@ def _forward(logits, target, weight, ignore_index, label_smoothing):
     return kernels.forward(_checks.as_rows(logits, logits.shape[-1]), target, weight, ignore_index, label_smoothing)
 
 
-def _backward(dloss, logits, target, weight, lse, ignore_index, label_smoothing, kernels=None):
-    kernels = kernels or _select(logits, weight, label_smoothing)
+def _backward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):
+    kernels = _select(logits, weight, label_smoothing)
     rows = _checks.as_rows(logits, logits.shape[-1])
     return kernels.backward(dloss, rows, target, weight, lse, ignore_index, label_smoothing)
 
 
 class _CrossEntropy(torch.autograd.Function):
+    # Reduced in here, where autograd records nothing: for small batches its nodes took longer than the kernels.
     @staticmethod
-    def forward(ctx, logits, target, weight, ignore_index, label_smoothing):
-        loss, lse = _forward(logits, target, weight, ignore_index, label_smoothing)
-        ctx.save_for_backward(logits, target, weight, lse)
-        ctx.ignore_index, ctx.label_smoothing = ignore_index, label_smoothing
-        ctx.kernels = _select(logits, weight, label_smoothing)
+    def forward(ctx, logits, target, weight, ignore_index, label_smoothing, reduction, kernels):
+        logits = _checks.as_rows(logits, logits.shape[-1])
+        loss, lse = kernels.forward(logits, target, weight, ignore_index, label_smoothing)
+        loss, total = _reduced(loss, target, weight, ignore_index, reduction)
+        ctx.save_for_backward(logits, target, weight, lse, total)
+        ctx.options, ctx.kernels = (ignore_index, label_smoothing), kernels
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        logits, target, weight, lse = ctx.saved_tensors
-        dlogits = _backward(dloss, logits, target, weight, lse, ctx.ignore_index, ctx.label_smoothing, ctx.kernels)
-        return dlogits, None, None, None, None
+        logits, target, weight, lse, total = ctx.saved_tensors
+        if total is not None:
+            dloss = dloss / total
+        dlogits = ctx.kernels.backward(dloss.expand(len(logits)), logits, target, weight, lse, *ctx.options)
+        return dlogits, None, None, None, None, None, None
 
 
 # ---- the registered operator -----------------------------------------------------------------------------------------
