@@ -98,8 +98,13 @@ if ! message=$(pip download -q --no-deps --retries 1 --timeout 20 -d "$probe" -c
 fi
 rm -rf "$probe"
 
-say "Installing PyTorch, NumPy and the build tools into .venv (the longest step: a CUDA build of PyTorch is several GB)"
-install setuptools pybind11 ninja torch numpy safetensors || die "pip could not install PyTorch; its message is above." \
+install setuptools pybind11 ninja || die "pip could not install the build tools; its message is above."
+# The kernels compile while pip downloads. make runs the same build afterwards, which waits for this one (setup.py takes a
+# lock), shows its errors, and mostly finds the work done.
+nice .venv/bin/python setup.py -q build_ext --inplace >/dev/null 2>&1 &
+
+say "Installing PyTorch and NumPy into .venv (the longest step: a CUDA build of PyTorch is several GB)"
+install torch numpy safetensors || die "pip could not install PyTorch; its message is above." \
   "A Python too new or too old for PyTorch's packages: make demo PYTHON=python3.12" \
   "For a machine without a GPU, PyTorch's CPU index is smaller: make demo PIP_ARGS='--extra-index-url <index>'"
 say "Installing what trains, plots and tests"
