@@ -186,7 +186,9 @@ class Ninja:
     def compile(self, rule, source, variant, flags):
         out = self.object(source, variant)
         if source.parent.name == "python":
-            flags += " -O1 " + self.python_flags  # they pass arguments on; at -O3 they are the longest step of the build
+            flags += (
+                " -O1 " + self.python_flags
+            )  # they pass arguments on; at -O3 they are the longest step of the build
         self.lines.append(f"build {out}: {rule} {self.escape(source)}\n  flags = {flags}")
         return out
 

@@ -75,6 +75,10 @@ class Results:
             draw(merged, folder / CHART)
 
 
+# One colour per provider, in every chart.
+COLORS = {"ours": "#c0392b", "compile": "C0", "clone": "C2", "matmuls": "C2", "bare": "C2", "transformers": "C1"}
+
+
 def key(row: Mapping[str, Any], runs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two rows the same measurement."""
     run = runs[row["run"]]
@@ -280,7 +284,7 @@ def draw(stored: Mapping[str, Any], path: Path) -> bool:
             present = [n for n in providers if n in by_provider]
             for j, name in enumerate(present):
                 speed = eager / by_provider[name]["median_s"]
-                color = "#c0392b" if name == "ours" else f"C{providers.index(name)}"
+                color = COLORS.get(name, "C4")
                 height = 0.8 / len(present)
                 label = name if not any(name in list(cases.values())[k] for k in range(i)) else None
                 y = i - 0.4 + (j + 0.5) * height
