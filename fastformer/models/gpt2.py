@@ -24,6 +24,7 @@ from ..backends.registry import report_unfused
 from ..functional.attention import MAX_HEAD_DIM
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .cache import KVCache
+from .conv1d import Conv1D
 from .gpt2_decoder import FusedDecoder, fused_decoder
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedConfig, PreTrainedModel
@@ -105,22 +106,6 @@ class GPT2Config(PreTrainedConfig):
     def intermediate_size(self) -> int:
         """Width of the feed-forward's hidden layer."""
         return self.n_inner or 4 * self.n_embd
-
-
-class Conv1D(torch_nn.Module):
-    """A linear layer with its weight as ``(in_features, out_features)``, the layout of GPT-2's checkpoints."""
-
-    def __init__(self, out_features: int, in_features: int) -> None:
-        super().__init__()
-        self.weight = torch_nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = torch_nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``(*, in_features)`` -> ``(*, out_features)``."""
-        return F.linear(x, self.weight.t(), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}"
 
 
 def attention_in_torch(

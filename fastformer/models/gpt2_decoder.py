@@ -13,6 +13,7 @@ from ..backends.registry import overridden
 from ..functional.decoder_step import DecoderLayer, DecoderStep, supported
 from .activations import FUSED_ACTIVATIONS
 from .cache import KVCache
+from .conv1d import Conv1D
 
 if TYPE_CHECKING:
     from .gpt2 import GPT2LMHeadModel
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 def fused_decoder(model: GPT2LMHeadModel, batch_size: int, max_length: int) -> FusedDecoder | None:
     """A :class:`FusedDecoder`, or None where the kernel does not cover the model as it is."""
-    from .gpt2 import Conv1D
-
     if overridden() not in (None, "cpu"):
         return None
     if torch.is_autocast_enabled("cpu") or model.config.activation_function not in FUSED_ACTIVATIONS:
