@@ -64,30 +64,6 @@ FF_INLINE A softmax_row(A* s, A scale, int64_t n, int64_t padded, const A* bias,
   return factor;
 }
 
-// out = o / sum and the log-sum-exp, of `rows` queries from `first` on.
-template <class T>
-static void write_rows(const ff_attention_args* a, int64_t b, int64_t h, int64_t first, int64_t rows, const acc_t<T>* o,
-                       int64_t ldo, const acc_t<T>* max, const acc_t<T>* sums) {
-  using A = acc_t<T>;
-  constexpr int W = vec<A>::W;
-  const int64_t Dv = a->head_dim_v;
-  T* out = at<T>(a->out, a->out_stride, b, h) + first * a->out_stride[2];
-  A* lse = (A*)a->lse + (b * a->num_heads + h) * a->seqlen_q + first;
-  for (int64_t r = 0; r < rows; r++) {
-    const A sum = sums[r], inverse = sum > 0 ? 1 / sum : A(0);
-    T* to = out + r * a->out_stride[2];
-    const A* from = o + r * ldo;
-    int64_t c = 0;
-    for (; c + W <= Dv; c += W) store(to + c, load(from + c) * inverse);
-    if (c < Dv) store_partial(to + c, load(from + c) * inverse, int(Dv - c));
-    lse[r] = sum > 0 ? A(double(max[r]) + std::log(double(sum))) : -std::numeric_limits<A>::infinity();
-    if (std::isnan(sum)) {  // a NaN among the inputs stays visible
-      for (int64_t i = 0; i < Dv; i++) to[i] = from_float<T>(sum);
-      lse[r] = sum;
-    }
-  }
-}
-
 template <class T> static void query_block(const ff_attention_args* a, int64_t b, int64_t h, int64_t first, const acc_t<T>* k_t,
                                            const acc_t<T>* v, acc_t<T>* q, acc_t<T>* s, acc_t<T>* o,
                                            const acc_t<T>* bias) {
@@ -133,94 +109,21 @@ template <class T> static void query_block(const ff_attention_args* a, int64_t b
       }
   }
 
-  write_rows<T>(a, b, h, first, rows, o, ldo, softmax.max, softmax.sum);
-}
-
-// ---- few queries: one step of generation -----------------------------------------------------------------------------
-// Packing would read and write every key and value once more than the work needs, so rows of K and V are used as they
-// lie. All query rows that read one key/value head are taken together; a block of its keys stays in L2 for them.
-// Floor: K and V read once.
-constexpr int64_t kFewQueries = 4;
-
-static bool few_queries(const ff_attention_args* a) {
-  return a->seqlen_q <= kFewQueries && a->seqlen_q * (a->num_heads / a->num_kv_heads) <= kQueries;
-}
-
-// s[j] = q . k_j, four keys at a time for as many independent chains of additions.
-template <class T>
-FF_INLINE void dot_rows(const acc_t<T>* q, const T* k, int64_t stride, int64_t n, int64_t D, acc_t<T>* s) {
-  using A = acc_t<T>;
-  constexpr int W = vec<A>::W;
-  auto dot = [&](int64_t j, auto count) FF_LAMBDA {
-    constexpr int R = decltype(count)::value;
-    vec_t<A> sum[R] = {};
+  T* out = at<T>(a->out, a->out_stride, b, h) + first * a->out_stride[2];
+  A* lse = (A*)a->lse + (b * a->num_heads + h) * a->seqlen_q + first;
+  for (int64_t r = 0; r < rows; r++) {
+    const A sum = softmax.sum[r], inverse = sum > 0 ? 1 / sum : A(0);
+    T* to = out + r * a->out_stride[2];
+    const A* from = o + r * ldo;
     int64_t c = 0;
-    for (; c + W <= D; c += W)
-      for (int r = 0; r < R; r++) sum[r] += load(q + c) * load(k + (j + r) * stride + c);
-    if (c < D)
-      for (int r = 0; r < R; r++)
-        sum[r] += load_partial(q + c, int(D - c)) * load_partial(k + (j + r) * stride + c, int(D - c));
-    for (int r = 0; r < R; r++) s[j + r] = hsum(sum[r]);
-  };
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) dot(j, std::integral_constant<int, 4>{});
-  for (; j < n; j++) dot(j, std::integral_constant<int, 1>{});
-}
-
-// o += sum_j p[j] v_j; o has room for whole vectors.
-template <class T>
-FF_INLINE void add_rows(const acc_t<T>* p, const T* v, int64_t stride, int64_t n, int64_t Dv, acc_t<T>* o) {
-  using A = acc_t<T>;
-  constexpr int W = vec<A>::W;
-  auto add = [&](int64_t j, auto count) FF_LAMBDA {
-    constexpr int R = decltype(count)::value;
-    int64_t c = 0;
-    for (; c + W <= Dv; c += W) {
-      vec_t<A> sum = load(o + c);
-      for (int r = 0; r < R; r++) sum += p[j + r] * load(v + (j + r) * stride + c);
-      store(o + c, sum);
+    for (; c + W <= Dv; c += W) store(to + c, load(from + c) * inverse);
+    if (c < Dv) store_partial(to + c, load(from + c) * inverse, int(Dv - c));
+    lse[r] = sum > 0 ? A(double(softmax.max[r]) + std::log(double(sum))) : -std::numeric_limits<A>::infinity();
+    if (std::isnan(sum)) {  // a NaN among the inputs stays visible
+      for (int64_t i = 0; i < Dv; i++) to[i] = from_float<T>(sum);
+      lse[r] = sum;
     }
-    if (c < Dv) {
-      vec_t<A> sum = load(o + c);
-      for (int r = 0; r < R; r++) sum += p[j + r] * load_partial(v + (j + r) * stride + c, int(Dv - c));
-      store(o + c, sum);
-    }
-  };
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) add(j, std::integral_constant<int, 4>{});
-  for (; j < n; j++) add(j, std::integral_constant<int, 1>{});
-}
-
-// All queries that read key/value head `kv`; q, s, o and bias are the thread's buffers.
-template <class T>
-static void few_queries_head(const ff_attention_args* a, int64_t b, int64_t kv, acc_t<T>* q, acc_t<T>* s, acc_t<T>* o,
-                             const acc_t<T>* bias) {
-  using A = acc_t<T>;
-  constexpr int W = vec<A>::W;
-  const int64_t D = a->head_dim, Dv = a->head_dim_v, Sq = a->seqlen_q, groups = a->num_heads / a->num_kv_heads;
-  const int64_t rows = groups * Sq, ldo = round_up(Dv, tile_shape<A>::kNR);
-  const Scale scale(a->scale);
-  const T* k = at<T>(a->k, a->k_stride, b, kv);
-  const T* v = at<T>(a->v, a->v_stride, b, kv);
-  for (int64_t g = 0; g < groups; g++)
-    pack_rows(at<T>(a->q, a->q_stride, b, kv * groups + g), a->q_stride[2], Sq, D, q + g * Sq * D, D, A(scale.sign));
-  std::fill(o, o + rows * ldo, A(0));
-  Softmax<A> softmax;
-  std::fill(softmax.max, softmax.max + rows, -std::numeric_limits<A>::infinity());
-  std::fill(softmax.sum, softmax.sum + rows, A(0));
-  for (int64_t j = 0; j < a->seqlen_k; j += kKeys)
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t n = std::min(kKeys, visible_keys(a, r % Sq) - j);
-      if (n <= 0) continue;
-      dot_rows(q + r * D, k + j * a->k_stride[2], a->k_stride[2], n, D, s);
-      const A factor = softmax_row(s, A(scale.size), n, round_up(n, W), bias ? bias + j : nullptr, softmax.max[r],
-                                   softmax.sum[r]);
-      if (j > 0 && factor != 1)
-        for (int64_t c = 0; c < ldo; c += W) store(o + r * ldo + c, load(o + r * ldo + c) * factor);
-      add_rows(s, v + j * a->v_stride[2], a->v_stride[2], n, Dv, o + r * ldo);
-    }
-  for (int64_t g = 0; g < groups; g++)
-    write_rows<T>(a, b, kv * groups + g, 0, Sq, o + g * Sq * ldo, ldo, softmax.max + g * Sq, softmax.sum + g * Sq);
+  }
 }
 
 static int forward_threads(const ff_attention_args* a) {
@@ -245,16 +148,6 @@ template <class T> static void forward(const ff_attention_args* a) {
     A* k_t = (A*)round_up(int64_t(memory), 64);
     A *v = k_t + round_up(plan.k_t, 64), *q = v + round_up(plan.v, 64), *s = q + round_up(plan.q, 64);
     A *o = s + plan.scores, *bias = o + plan.out;
-    if (few_queries(a)) {
-      const int64_t tasks = a->batch * a->num_kv_heads;
-      int64_t biased = -1;
-      for (int64_t t = tasks * thread / count; t < tasks * (thread + 1) / count; t++) {
-        const int64_t b = t / a->num_kv_heads;
-        if (a->key_padding_mask && biased != b) padding_bias(a, biased = b, bias);
-        few_queries_head<T>(a, b, t % a->num_kv_heads, q, s, o, a->key_padding_mask ? bias : nullptr);
-      }
-      return;
-    }
     const int64_t begin = total * thread / count, end = total * (thread + 1) / count;
     int64_t packed = -1, packed_batch = -1;
     for (int64_t head = begin / before[blocks]; head < heads && head * before[blocks] < end; head++) {

@@ -23,8 +23,6 @@ SHAPES = {
     "more queries than keys: some see nothing when causal": (1, 3, 3, 200, 100, 16, 72),
     "multi-query, largest head": (1, 3, 1, 50, 49, 256, 256),
     "one head, so two threads share it": (1, 1, 1, 500, 500, 64, 64),
-    "one new token": (3, 4, 4, 1, 300, 64, 64),
-    "a few new tokens, grouped heads, tails": (2, 8, 2, 3, 131, 41, 23),
 }
 
 
