@@ -94,11 +94,14 @@ GOALS: tuple[Goal, ...] = (
     Goal("gelu", "eager", speedup=1.0),
     Goal("cross_entropy", "eager", speedup=2.0, where={"shape": (1024, 50257), "backward": True}),
     Goal("cross_entropy", "eager", speedup=1.0, where={"shape": lambda shape: shape != (1024, 50257)}),
-    # Attention: the main shape.
-    Goal("attention", "eager", speedup=1.2, where={"variant": "causal", "dtype": "float32", "backward": False}),
-    Goal("attention", "eager", speedup=1.5, where={"variant": "causal", "dtype": "bfloat16", "backward": False}),
-    Goal("attention", "eager", speedup=1.0, where={"variant": "causal", "backward": True}),
-    Goal("attention", "eager", speedup=1.0, where={"variant": lambda text: text != "causal"}),
+    # Attention: the main shape, biases with their gradients; and never slower at any shape.
+    Goal("attention", "eager", speedup=1.4, where={"variant": "causal", "dtype": "float32", "backward": False}),
+    Goal("attention", "eager", speedup=2.0, where={"variant": "causal", "dtype": "bfloat16", "backward": False}),
+    Goal("attention", "eager", speedup=1.6, where={"variant": "causal", "dtype": "float32", "backward": True}),
+    Goal("attention", "eager", speedup=3.0, where={"variant": "causal", "dtype": "bfloat16", "backward": True}),
+    Goal("attention", "eager", speedup=4.0, where={"variant": lambda text: text.endswith(" bias")}),
+    Goal("attention", "eager", speedup=1.0, where={"variant": lambda text: text != "causal" and "bias" not in text}),
+    Goal("decode_attention", "eager", speedup=1.0),
     Goal("feed_forward", "matmuls", speedup=1 / 1.08),
     Goal("feed_forward", "eager", speedup=1.0),
     # Whole jobs.

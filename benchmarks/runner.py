@@ -35,6 +35,7 @@ OPS = (
     "gelu",
     "cross_entropy",
     "attention",
+    "decode_attention",
     "feed_forward",
     "training_step",
     "generation",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .backends import registry
+from .backends.attention_options import Options
 
 
 def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
@@ -28,15 +31,29 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
     if op == "add_layer_norm" and float(kwargs.get("dropout_p", 0.0)) > 0 and kwargs.get("training", True):  # type: ignore[arg-type]
         features += ("dropout",)
     if op == "attention":
-        if kwargs.get("causal"):
-            features += ("causal",)
-        if kwargs.get("key_padding_mask") is not None:
-            features += ("key_padding_mask",)
-        if len(tensors) > 1 and tensors[0].shape[1] != tensors[1].shape[1]:
-            features += ("grouped_heads",)
+        features += _attention_features(*args, **kwargs)
     if op == "cross_entropy":
         if kwargs.get("weight") is not None or len(tensors) > 2:
             features += ("weight",)
         if float(kwargs.get("label_smoothing", 0.0)) > 0:  # type: ignore[arg-type]
             features += ("label_smoothing",)
     return registry.explain(op, tensors[0].device.type, tensors[0].dtype, features)
+
+
+def _attention_features(q: Tensor, k: Tensor, v: Tensor | None = None, **kwargs: Any) -> tuple[str, ...]:
+    """The optional parts of ``functional.attention(q, k, v, **kwargs)``."""
+    left, right = kwargs.get("window", (-1, -1))
+    used = Options(
+        1.0,
+        kwargs.get("causal", False),
+        kwargs.get("key_padding_mask"),
+        kwargs.get("attn_mask"),
+        kwargs.get("bias"),
+        kwargs["relative_bias"][0] if kwargs.get("relative_bias") is not None else None,
+        kwargs.get("alibi_slopes"),
+        window_left=left,
+        window_right=right,
+        softcap=kwargs.get("softcap", 0.0),
+        dropout_p=kwargs.get("dropout_p", 0.0),
+    )
+    return used.features(q, k, k if v is None else v)

@@ -72,6 +72,7 @@ def test_environment_variable(name, expected):
 
 
 def test_features_decide():
-    assert registry.refusal("cpu", "attention", "cpu", torch.float32, ("bias",)) == "does not implement bias"
+    assert registry.refusal("cpu", "attention", "cpu", torch.float32, ("bias",)) is None
+    assert registry.refusal("cpu", "attention", "cpu", torch.float32, ("bias", "x")) == "does not implement x"
     assert "dtype int8" in registry.refusal("cpu", "gelu", "cpu", torch.int8, ())
     assert registry.refusal("reference", "gelu", "cpu", torch.float32, ()) is None

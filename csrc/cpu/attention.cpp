@@ -15,8 +15,9 @@ constexpr int64_t kQueries = 48;  // per block: 8 (AVX2) or 4 (AVX-512) row stri
 constexpr int64_t kKeys = 128;    // per block: a 24 KB score tile
 
 // Sizes in elements of one thread's buffers, in the order they lie in the workspace.
-template <class A> struct ForwardPlan {
-  int64_t k_t, v, q, scores, out, bias, total;
+template <class T> struct ForwardPlan {
+  using A = acc_t<T>;
+  int64_t k_t, v, q, scores, out, line, padding, keep, total;
   explicit ForwardPlan(const ff_attention_args* a) {
     constexpr int NR = tile_shape<A>::kNR;
     k_t = round_up(a->seqlen_k, NR) * a->head_dim;
@@ -24,36 +25,36 @@ template <class A> struct ForwardPlan {
     q = kQueries * a->head_dim;
     scores = kQueries * kKeys;
     out = kQueries * round_up(a->head_dim_v, NR);
-    bias = a->key_padding_mask ? a->seqlen_k : 0;
-    total = round_up(k_t, 64) + round_up(v, 64) + round_up(q, 64) + scores + out + round_up(bias, 64) + 64;
+    line = Additions<T>::line_size(a), padding = Additions<T>::padding_size(a);
+    keep = a->dropout_p > 0 ? kKeys : 0;
+    total = 64;
+    for (int64_t n : {k_t, v, q, scores, out, line, padding, keep}) total += round_up(n, 64);
   }
 };
 
-template <class A> struct Softmax {
-  A max[kQueries], sum[kQueries];
-};
-
-// Turns `n` scores of one row into exp(scale s - max) in place, updating the running maximum (of scale s) and sum; returns
-// the factor by which the row's earlier output has to shrink. The tail up to `padded` is cleared.
+// Turns the scores [begin, end) of one row into exp(scale s - max) in place, updating the running maximum (of scale s) and
+// sum; returns the factor by which the row's earlier output has to shrink. begin and end are whole vectors; of them
+// [visible.begin, visible.end) count, the others become 0.
 template <class A>
-FF_INLINE A softmax_row(A* s, A scale, int64_t n, int64_t padded, const A* bias, A& running_max, A& running_sum) {
+FF_INLINE A softmax_row(A* s, A scale, int64_t begin, int64_t end, Range visible, const A* padding, A& running_max,
+                        A& running_sum) {
   constexpr int W = vec<A>::W;
   constexpr A kInf = std::numeric_limits<A>::infinity();
-  for (int64_t i = n; i < padded; i++) s[i] = -kInf;  // whole vectors from here on
+  std::fill(s + begin, s + std::max(visible.begin, begin), -kInf);
+  std::fill(s + visible.end, s + end, -kInf);
   vec_t<A> m = splat(-kInf);
-  if (bias)
-    for (int64_t i = 0; i < n; i += W) {
-      vec_t<A> b = i + W <= n ? load(bias + i) : load_partial(bias + i, int(n - i));
-      vec_t<A> v = load(s + i) + b;  // 0 or -inf: the same before and after the scale
+  if (padding)
+    for (int64_t i = begin; i < end; i += W) {
+      vec_t<A> v = load(s + i) + load(padding + i);  // 0 or -inf: the same before and after the scale
       store(s + i, v);
       m = vmax(m, v);
     }
   else
-    for (int64_t i = 0; i < n; i += W) m = vmax(m, load(s + i));
+    for (int64_t i = begin; i < end; i += W) m = vmax(m, load(s + i));
   A top = std::max(running_max, scale * hmax(m));
   A shift = top == -kInf ? A(0) : top;  // a row that has seen no key yet: all terms exp(-inf) = 0
   vec_t<A> total{};
-  for (int64_t i = 0; i < padded; i += W) {
+  for (int64_t i = begin; i < end; i += W) {
     vec_t<A> p = vexp_below(load(s + i), scale, shift);
     store(s + i, p);
     total += p;
@@ -64,108 +65,155 @@ FF_INLINE A softmax_row(A* s, A scale, int64_t n, int64_t padded, const A* bias,
   return factor;
 }
 
-template <class T> static void query_block(const ff_attention_args* a, int64_t b, int64_t h, int64_t first, const acc_t<T>* k_t,
-                                           const acc_t<T>* v, acc_t<T>* q, acc_t<T>* s, acc_t<T>* o,
-                                           const acc_t<T>* bias) {
+// Asks for the part-th of `parts` equal parts of the n elements that the next panel has: keys and values of a long sequence
+// lie in the outer caches, and every strip that passes a panel has time to bring some of the next.
+template <class A> FF_INLINE void prefetch_share(const A* next, int64_t n, int64_t part, int64_t parts) {
+  const char* base = (const char*)next;
+  const int64_t lines = n * int64_t(sizeof(A)) / 64;
+  for (int64_t l = lines * part / parts; l < lines * (part + 1) / parts; l++) __builtin_prefetch(base + l * 64);
+}
+
+// One thread's buffers, and what they hold at the moment.
+template <class T> struct Forward {
   using A = acc_t<T>;
-  constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR, W = vec<A>::W;
-  const int64_t D = a->head_dim, Dv = a->head_dim_v, Sk = a->seqlen_k, ldo = round_up(Dv, NR);
-  const int64_t rows = std::min(kQueries, a->seqlen_q - first), strips = round_up(rows, MR);
-  const Scale scale(a->scale);
-  pack_rows(at<T>(a->q, a->q_stride, b, h) + first * a->q_stride[2], a->q_stride[2], rows, D, q, D,
-            A(scale.sign));
-  std::fill(q + rows * D, q + strips * D, A(0));
-  std::fill(o, o + strips * ldo, A(0));
-  Softmax<A> softmax;
-  std::fill(softmax.max, softmax.max + kQueries, -std::numeric_limits<A>::infinity());
-  std::fill(softmax.sum, softmax.sum + kQueries, A(0));
+  static constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR, W = vec<A>::W;
+  static_assert(kQueries % MR == 0 && kKeys % NR == 0 && kKeys % 64 == 0, "whole tiles, whole steps of dropout_scales");
+  const ff_attention_args* a;
+  Additions<T> additions;
+  A *k_t, *v, *q, *s, *o;
+  float* keep;
+  int64_t packed_batch = -1, packed_head = -1;
+  A max[kQueries], sum[kQueries];
 
-  const int64_t last_key = visible_keys(a, first + rows - 1);
-  for (int64_t j = 0; j < last_key; j += kKeys) {
-    const int64_t keys = std::min(kKeys, last_key - j);
-    for (int64_t n = 0; n < keys; n += NR)  // panels outermost: 4 KB of keys stay in L1 for all strips
-      for (int64_t m = 0; m < strips; m += MR)
-        if (visible_keys(a, first + std::min(m + MR, rows) - 1) > j + n)
-          tile<A, MR, false>(D, q + m * D, D, k_t + (j + n) * D, s + m * kKeys + n, kKeys, false);
-    for (int64_t m = 0; m < strips; m += MR) {
-      const int64_t strip_rows = std::min<int64_t>(MR, rows - m);
-      const int64_t strip_keys = std::min(keys, visible_keys(a, first + m + strip_rows - 1) - j);
-      if (strip_keys <= 0) continue;
-      const int64_t padded = round_up(strip_keys, W);
-      for (int64_t r = m; r < m + strip_rows; r++) {
-        const int64_t n = std::max<int64_t>(0, std::min(keys, visible_keys(a, first + r) - j));
-        A factor = softmax_row(s + r * kKeys, A(scale.size), n, padded, bias ? bias + j : nullptr, softmax.max[r],
-                               softmax.sum[r]);
-        if (j > 0 && factor != 1)
-          for (int64_t c = 0; c < ldo; c += W) store(o + r * ldo + c, load(o + r * ldo + c) * factor);
-      }
-      for (int64_t r = m + strip_rows; r < m + MR; r++) std::fill(s + r * kKeys, s + r * kKeys + padded, A(0));
-    }
-    for (int64_t n = 0; n < ldo; n += NR)
+  Forward(const ff_attention_args* args, int thread) : a(args), additions{args} {
+    const ForwardPlan<T> plan(a);
+    A* p = (A*)round_up(int64_t((A*)a->workspace + thread * plan.total), 64);
+    auto take = [&](int64_t n) {
+      A* here = p;
+      p += round_up(n, 64);
+      return here;
+    };
+    k_t = take(plan.k_t), v = take(plan.v), q = take(plan.q), s = take(plan.scores), o = take(plan.out);
+    additions.line = take(plan.line), additions.padding = take(plan.padding);
+    keep = (float*)take(plan.keep);
+  }
+
+  void start_head(const Sequence& sequence, int64_t h) {
+    additions.start(sequence, h);
+    const int64_t kv = h / (a->num_heads / a->num_kv_heads), b = sequence.index;
+    if (packed_batch == b && packed_head == kv) return;
+    packed_batch = b, packed_head = kv;
+    pack_transposed(at<const T>(a, a->k, a->k_stride, sequence, kv, sequence.first_k), a->k_stride[2], sequence.seqlen_k,
+                    a->head_dim, k_t);
+    pack_panels(at<const T>(a, a->v, a->v_stride, sequence, kv, sequence.first_k), a->v_stride[2], sequence.seqlen_k,
+                a->head_dim_v, v, sequence.seqlen_k, A(1));
+  }
+
+  void query_block(const Sequence& sequence, int64_t h, int64_t first) {
+    const int64_t D = a->head_dim, ldo = round_up(a->head_dim_v, NR), Sk = sequence.seqlen_k;
+    const int64_t rows = std::min(kQueries, sequence.seqlen_q - first), strips = round_up(rows, MR);
+    const Scale scale(a->scale);
+    pack_rows(at<const T>(a, a->q, a->q_stride, sequence, h, sequence.first_q + first), a->q_stride[2], rows, D, q, D,
+              A(scale.sign));
+    std::fill(q + rows * D, q + strips * D, A(0));
+    std::fill(o, o + strips * ldo, A(0));
+    std::fill(max, max + kQueries, -std::numeric_limits<A>::infinity());
+    std::fill(sum, sum + kQueries, A(0));
+
+    const int64_t row = sequence.row(a, h) + first;
+    const bool added = additions.any(a);
+    const int64_t last_key = sequence.visible(a, first + rows - 1).end;
+    const int64_t first_key = sequence.visible(a, first).begin / kKeys * kKeys;
+    for (int64_t j = first_key; j < last_key; j += kKeys) {
+      const int64_t keys = std::min(kKeys, last_key - j);
+      // Keys of this block, from 0, that a row sees; of a strip, that any of its rows sees, in whole vectors.
+      auto seen = [&](int64_t r) {
+        const Range all = sequence.visible(a, first + r);
+        const int64_t begin = std::min(keys, std::max<int64_t>(0, all.begin - j));
+        return Range{begin, std::max(begin, std::min(keys, all.end - j))};
+      };
+      Range strip[kQueries / MR];
       for (int64_t m = 0; m < strips; m += MR) {
-        const int64_t strip_keys = std::min(keys, visible_keys(a, first + std::min(m + MR, rows) - 1) - j);
-        if (strip_keys > 0)
-          tile<A, MR, false>(strip_keys, s + m * kKeys, kKeys, v + n * Sk + j * NR, o + m * ldo + n, ldo, true);
+        const int64_t begin = seen(m).begin / W * W, end = seen(std::min(m + MR, rows) - 1).end;
+        strip[m / MR] = {begin, end > begin ? end : begin};
       }
+      for (int64_t n = 0; n < keys; n += NR)  // panels outermost: 4 KB of keys stay in L1 for all strips
+        for (int64_t m = 0; m < strips; m += MR)
+          if (strip[m / MR].end > n && strip[m / MR].begin < n + NR) {
+            prefetch_share(k_t + (j + n + NR) * D, NR * D, m / MR, strips / MR);
+            tile<A, MR, false>(D, q + m * D, D, k_t + (j + n) * D, s + m * kKeys + n, kKeys, false);
+          }
+      for (int64_t m = 0; m < strips; m += MR) {
+        const int64_t begin = strip[m / MR].begin, end = round_up(strip[m / MR].end, W);
+        if (begin == strip[m / MR].end) continue;
+        const int64_t last_row = std::min(m + MR, rows);
+        for (int64_t r = m; r < last_row; r++) {
+          A* scores = s + r * kKeys;
+          const Range visible = seen(r);
+          if (added) additions.add(scores + begin, A(scale.size), first + r, j + begin, std::max(begin, visible.end) - begin, nullptr);
+          const A factor = softmax_row(scores, added ? A(1) : A(scale.size), begin, end, visible,
+                                       a->key_padding_mask && !added ? additions.padding + j : nullptr, max[r], sum[r]);
+          if (j > first_key && factor != 1)
+            for (int64_t c = 0; c < ldo; c += W) store(o + r * ldo + c, load(o + r * ldo + c) * factor);
+          if (a->dropout_p > 0) {
+            dropout_scales(keep, keys, uint64_t(row + r), a->seed, a->dropout_p, j);
+            for (int64_t c = begin; c < strip[m / MR].end; c++) scores[c] *= keep[c];
+          }
+        }
+        for (int64_t r = last_row; r < m + MR; r++) std::fill(s + r * kKeys + begin, s + r * kKeys + end, A(0));
+      }
+      for (int64_t n = 0; n < ldo; n += NR)
+        for (int64_t m = 0; m < strips; m += MR) {
+          const Range terms = strip[m / MR];
+          if (terms.begin < terms.end) {
+            prefetch_share(v + (n + NR) * Sk + j * NR, keys * NR, m / MR, strips / MR);
+            tile<A, MR, false>(terms.end - terms.begin, s + m * kKeys + terms.begin, kKeys, v + n * Sk + (j + terms.begin) * NR,
+                               o + m * ldo + n, ldo, true);
+          }
+        }
+    }
+    write(sequence, h, first, rows, a->lse ? (A*)a->lse + row : nullptr);
   }
 
-  T* out = at<T>(a->out, a->out_stride, b, h) + first * a->out_stride[2];
-  A* lse = (A*)a->lse + (b * a->num_heads + h) * a->seqlen_q + first;
-  for (int64_t r = 0; r < rows; r++) {
-    const A sum = softmax.sum[r], inverse = sum > 0 ? 1 / sum : A(0);
-    T* to = out + r * a->out_stride[2];
-    const A* from = o + r * ldo;
-    int64_t c = 0;
-    for (; c + W <= Dv; c += W) store(to + c, load(from + c) * inverse);
-    if (c < Dv) store_partial(to + c, load(from + c) * inverse, int(Dv - c));
-    lse[r] = sum > 0 ? A(double(softmax.max[r]) + std::log(double(sum))) : -std::numeric_limits<A>::infinity();
-    if (std::isnan(sum)) {  // a NaN among the inputs stays visible
-      for (int64_t i = 0; i < Dv; i++) to[i] = from_float<T>(sum);
-      lse[r] = sum;
+  void write(const Sequence& sequence, int64_t h, int64_t first, int64_t rows, A* lse) {
+    const int64_t Dv = a->head_dim_v, ldo = round_up(Dv, NR);
+    T* out = at<T>(a, a->out, a->out_stride, sequence, h, sequence.first_q + first);
+    for (int64_t r = 0; r < rows; r++) {
+      const A inverse = sum[r] > 0 ? 1 / sum[r] : A(0);
+      T* to = out + r * a->out_stride[2];
+      const A* from = o + r * ldo;
+      int64_t c = 0;
+      for (; c + W <= Dv; c += W) store(to + c, load(from + c) * inverse);
+      if (c < Dv) store_partial(to + c, load(from + c) * inverse, int(Dv - c));
+      if (std::isnan(sum[r]))  // a NaN among the inputs stays visible
+        for (int64_t i = 0; i < Dv; i++) to[i] = from_float<T>(sum[r]);
+      if (!lse) continue;
+      if (std::isnan(sum[r])) lse[r] = sum[r];
+      else lse[r] = sum[r] > 0 ? A(double(max[r]) + std::log(double(sum[r]))) : -std::numeric_limits<A>::infinity();
     }
   }
-}
+};
 
-static int forward_threads(const ff_attention_args* a) {
-  return num_threads(a->batch * a->num_heads * a->seqlen_q * (a->seqlen_k + 1) / (a->causal ? 2 : 1));
-}
+static int forward_threads(const ff_attention_args* a) { return num_threads(score_count(a)); }
 
 template <class T> static void forward(const ff_attention_args* a) {
-  using A = acc_t<T>;
-  constexpr int NR = tile_shape<A>::kNR;
-  const int64_t blocks = (a->seqlen_q + kQueries - 1) / kQueries, heads = a->batch * a->num_heads;
-  const int64_t groups = a->num_heads / a->num_kv_heads;
-  // Work of a query block: its visible keys, plus a constant for what every block costs.
-  std::vector<int64_t> before(size_t(blocks) + 1, 0);
-  for (int64_t i = 0; i < blocks; i++)
-    before[i + 1] = before[i] + 16 + visible_keys(a, std::min((i + 1) * kQueries, a->seqlen_q) - 1);
-  const int64_t total = before[blocks] * heads;
-  const ForwardPlan<A> plan(a);
-  const int threads = forward_threads(a);
-
+  const Shares shares{a, kQueries, a->num_heads};
+  const int64_t total = shares.total();
   auto run = [&](int thread, int count) {
-    A* memory = (A*)a->workspace + int64_t(thread) * plan.total;
-    A* k_t = (A*)round_up(int64_t(memory), 64);
-    A *v = k_t + round_up(plan.k_t, 64), *q = v + round_up(plan.v, 64), *s = q + round_up(plan.q, 64);
-    A *o = s + plan.scores, *bias = o + plan.out;
+    Forward<T> worker(a, thread);
     const int64_t begin = total * thread / count, end = total * (thread + 1) / count;
-    int64_t packed = -1, packed_batch = -1;
-    for (int64_t head = begin / before[blocks]; head < heads && head * before[blocks] < end; head++) {
-      const int64_t b = head / a->num_heads, h = head % a->num_heads, kv = h / groups;
-      for (int64_t i = 0; i < blocks; i++) {
-        const int64_t start = head * before[blocks] + before[i];
-        if (start < begin || start >= end) continue;  // a block belongs to the thread its start falls to
-        if (packed != b * a->num_kv_heads + kv) {
-          packed = b * a->num_kv_heads + kv;
-          pack_transposed(at<T>(a->k, a->k_stride, b, kv), a->k_stride[2], a->seqlen_k, a->head_dim, k_t);
-          pack_panels(at<T>(a->v, a->v_stride, b, kv), a->v_stride[2], a->seqlen_k, a->head_dim_v, v, a->seqlen_k, A(1));
+    shares.heads_in(begin, end, [&](const Sequence& s, int64_t h, int64_t start) {
+      for (int64_t i = 0; i < s.seqlen_q && start < end; i += kQueries) {
+        const int64_t weight = shares.block(s, i);
+        if (start >= begin) {  // a block belongs to the thread its start falls to
+          worker.start_head(s, h);
+          worker.query_block(s, h, i);
         }
-        if (a->key_padding_mask && packed_batch != b) padding_bias(a, packed_batch = b, bias);
-        query_block<T>(a, b, h, i * kQueries, k_t, v, q, s, o, a->key_padding_mask ? bias : nullptr);
+        start += weight;
       }
-    }
+    });
   };
-  static_assert(kQueries % tile_shape<A>::kMR == 0 && kKeys % NR == 0, "whole tiles");
+  const int threads = forward_threads(a);
   if (threads == 1) return run(0, 1);
 #pragma omp parallel num_threads(threads)
   run(omp_get_thread_num(), omp_get_num_threads());
@@ -173,14 +221,18 @@ template <class T> static void forward(const ff_attention_args* a) {
 
 int attention_forward(const ff_attention_args* a, void*) {
   return for_dtype(a->dtype, [&](auto t) -> int {
-    if (a->batch * a->num_heads * a->seqlen_q > 0) forward<decltype(t)>(a);
+    if (a->batch > 0 && a->seqlen_q > 0) forward<decltype(t)>(a);
     return FF_OK;
   });
 }
 
 size_t attention_forward_workspace(const ff_attention_args* a) {
-  const int64_t threads = forward_threads(a);
-  return a->dtype == FF_FLOAT64 ? threads * ForwardPlan<double>(a).total * 8 : threads * ForwardPlan<float>(a).total * 4;
+  size_t bytes = 0;
+  for_dtype(a->dtype, [&](auto t) -> int {
+    bytes = size_t(forward_threads(a)) * size_t(ForwardPlan<decltype(t)>(a).total) * sizeof(acc_t<decltype(t)>);
+    return FF_OK;
+  });
+  return bytes;
 }
 
 }  // namespace FF_ISA
@@ -202,7 +254,7 @@ static int check(const ff_attention_args* a) {
 
 extern "C" int ff_cpu_attention_forward(const ff_attention_args* a, void* stream) {
   if (int status = check(a)) return status;
-  FF_REQUIRE(a->batch * a->seqlen_q == 0 || (a->q && a->out && a->lse), "q, out, lse: must not be NULL");
+  FF_REQUIRE(a->batch * a->seqlen_q == 0 || (a->q && a->out), "q, out: must not be NULL");
   FF_REQUIRE(a->batch * a->seqlen_k == 0 || (a->k && a->v), "k, v: must not be NULL");
   return FF_DISPATCH(attention_forward)(a, stream);
 }

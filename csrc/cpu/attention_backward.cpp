@@ -1,10 +1,15 @@
-// Attention backward on the CPU: dq, dk and dv from the saved log-sum-exp, recomputing the probabilities block by block.
+// Attention backward on the CPU: the gradients of q, k, v and of what is added to the scores, from the saved log-sum-exp,
+// recomputing the probabilities block by block.
 //
-//   P = exp(scale q k^T - lse)      dV += P^T dO        dP = dO V^T
-//   dS = P (dP - delta), delta = sum(dO O) - dlse      dK += scale dS^T Q      dQ += scale dS K
+//   P = exp(scale q k^T + bias - lse)    dP = keep (dO V^T)             dV += (keep P)^T dO
+//   dZ = P (dP - delta)                  delta = sum(dO O) - dlse       dbias += dZ
+//   dS = dZ (1 - tanh^2) with a softcap  dK += scale dS^T Q             dQ += scale dS K
 // (Dao et al. 2022, appendix B.4.) Five tile products per pair of blocks, all operands packed once per head. A thread
 // works on whole key/value heads; when there are too few of them, a head is cut into interleaved key blocks ("parts"),
-// each with its own dQ, added up in part order afterwards: no atomics, so results repeat bit for bit.
+// each with its own dQ, added up in part order afterwards: no atomics, so results repeat bit for bit. A bias that several
+// heads or sequences share gets its gradient from one thread per key block, which adds them up in their order.
+#include <utility>
+
 #include "attention.h"
 
 FF_DECLARE_IMPL(attention_backward)
@@ -18,21 +23,29 @@ constexpr int64_t kCols = 96;  // keys per block: whole tiles both as columns (k
 
 struct BackwardSplit {
   int threads, parts;
+  bool by_part;  // thread t takes part t of every head, because the heads' gradients of the bias share memory
 };
 static BackwardSplit split(const ff_attention_args* a) {
-  int threads = num_threads(a->batch * a->num_heads * a->seqlen_q * (a->seqlen_k + 1) / (a->causal ? 1 : 2));
+  const int threads = num_threads(2 * score_count(a));
   const int64_t heads = a->batch * a->num_kv_heads, blocks = (a->seqlen_k + kCols - 1) / kCols;
-  if (heads >= 4 * threads || heads % threads == 0) return {threads, 1};
-  return {threads, int(std::max<int64_t>(1, std::min<int64_t>(threads, blocks)))};
+  const int parts = int(std::max<int64_t>(1, std::min<int64_t>(threads, blocks)));
+  const bool shared_bias =
+      a->dbias && ((a->batch > 1 && a->dbias_stride[0] == 0) || (a->num_heads > 1 && a->dbias_stride[1] == 0));
+  if (shared_bias) return {parts, parts, true};
+  if (heads >= 4 * threads || heads % threads == 0) return {threads, 1, false};
+  return {threads, parts, false};
 }
 
 // Sizes in elements of one thread's buffers, in the order they lie in its share of the workspace.
-template <class A> struct BackwardPlan {
+template <class T> struct BackwardPlan {
+  using A = acc_t<T>;
   int64_t D, Dv, ldq, ldv, rows, keys;  // padded: ldq, ldv to whole panels, rows and keys to whole tiles
-  int64_t k_t, v_t, k, dk, dv, q, q_panels, dout, dout_panels, dq, statistics, tiles, bias, total;
-  int64_t shared_dq;  // all parts together, one (B, Hq, Sq, ldq) each; after the threads' buffers
-  explicit BackwardPlan(const ff_attention_args* a, int parts) {
-    constexpr int NR = tile_shape<A>::kNR;
+  int64_t k_t, v_t, k, dk, dv, q, q_panels, dout, dout_panels, dq, statistics, tiles, line, padding, dline, keep, total;
+  int64_t ddistance;              // one thread's, in double; after the threads' buffers
+  int64_t all_rows;               // of dQ, of one head of all sequences, each rounded up to whole blocks
+  int64_t shared_dq;              // all parts together, (parts, Hq, all_rows, ldq); after that
+  BackwardPlan(const ff_attention_args* a, int parts) {
+    constexpr int NR = tile_shape<A>::kNR, W = vec<A>::W;
     D = a->head_dim, Dv = a->head_dim_v;
     ldq = round_up(D, NR), ldv = round_up(Dv, NR);
     rows = round_up(a->seqlen_q, kRows), keys = round_up(a->seqlen_k, kCols);
@@ -41,102 +54,110 @@ template <class A> struct BackwardPlan {
     q = rows * D, q_panels = rows * ldq, dout = rows * Dv, dout_panels = rows * ldv;
     dq = parts == 1 ? rows * ldq : 0;
     statistics = 2 * rows;
-    tiles = 2 * kRows * kCols;
-    bias = a->key_padding_mask ? keys : 0;
-    total = 0;
-    for (int64_t n : {k_t, v_t, k, dk, dv, q, q_panels, dout, dout_panels, dq, statistics, tiles, bias})
+    tiles = (2 + (a->softcap > 0) + (a->dropout_p > 0)) * kRows * kCols;
+    line = Additions<T>::line_size(a), padding = Additions<T>::padding_size(a);
+    dline = a->ddistance_bias ? a->seqlen_q + a->seqlen_k + 2 * W : 0;
+    keep = a->dropout_p > 0 ? 128 : 0;
+    total = 64;
+    for (int64_t n : {k_t, v_t, k, dk, dv, q, q_panels, dout, dout_panels, dq, statistics, tiles, line, padding, dline, keep})
       total += round_up(n, 64);
-    total += 64;
-    shared_dq = parts == 1 ? 0 : parts * a->batch * a->num_heads * rows * ldq;
+    ddistance = a->ddistance_bias ? a->num_heads * (2 * a->max_distance + 1) : 0;
+    all_rows = a->cu_seqlens_q ? (a->total_q / kRows + a->batch + 1) * kRows : a->batch * rows;
+    shared_dq = parts == 1 ? 0 : parts * a->num_heads * all_rows * ldq;
+  }
+  // Where a sequence's rows begin among all_rows.
+  int64_t first_row(const ff_attention_args* a, const Sequence& s) const {
+    return a->cu_seqlens_q ? (s.first_q / kRows + s.index) * kRows : s.index * rows;
   }
 };
-
-// p -> exp(scale s - lse), ds -> p (dp - delta) for the visible part of one row; the rest of the tile row is cleared.
-// lse stays in base e: turned to base 2 it would be rounded a second time, and that error is one of p.
-template <class A>
-FF_INLINE void gradient_row(A* s, A* dp, A scale, int64_t visible, int64_t padded, const A* bias, A lse, A delta) {
-  constexpr int W = vec<A>::W;
-  int64_t i = 0;
-  for (; i < visible; i += W) {
-    vec_t<A> z = load(s + i);
-    if (bias) z += load(bias + i);
-    vec_t<A> p = vexp_below(z, scale, lse);
-    store(s + i, p);
-    store(dp + i, p * (load(dp + i) - delta));
-  }
-  for (i = visible; i < padded; i++) s[i] = dp[i] = 0;
-}
 
 template <class T> struct Backward {
   using A = acc_t<T>;
   static constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR, W = vec<A>::W;
-  static_assert(kRows % MR == 0 && kCols % MR == 0 && kCols % NR == 0, "whole tiles");
+  static_assert(kRows % MR == 0 && kCols % MR == 0 && kCols % NR == 0 && kCols % 32 == 0, "whole tiles");
   const ff_attention_args* a;
-  BackwardPlan<A> plan;
+  BackwardPlan<T> plan;
   int parts;
-  A *k_t, *v_t, *k, *dk, *dv, *q, *q_panels, *dout, *dout_panels, *own_dq, *lse, *delta, *s, *dp, *bias;
+  Additions<T> additions;
+  A *k_t, *v_t, *k, *dk, *dv, *q, *q_panels, *dout, *dout_panels, *own_dq, *lse, *delta, *p, *ds, *tanh, *dropped, *dline;
+  float* keep;
+  double* ddistance;
+  A dbias_of_block[kCols];
 
-  Backward(const ff_attention_args* args, int parts, int thread) : a(args), plan(args, parts), parts(parts) {
-    A* p = (A*)round_up(int64_t((A*)a->workspace + thread * plan.total), 64);
+  Backward(const ff_attention_args* args, const BackwardSplit& how, int thread)
+      : a(args), plan(args, how.parts), parts(how.parts), additions{args} {
+    A* here = (A*)round_up(int64_t((A*)a->workspace + thread * plan.total), 64);
     auto take = [&](int64_t n) {
-      A* here = p;
-      p += round_up(n, 64);
-      return here;
+      A* taken = here;
+      here += round_up(n, 64);
+      return taken;
     };
     k_t = take(plan.k_t), v_t = take(plan.v_t), k = take(plan.k), dk = take(plan.dk), dv = take(plan.dv);
     q = take(plan.q), q_panels = take(plan.q_panels), dout = take(plan.dout), dout_panels = take(plan.dout_panels);
     own_dq = take(plan.dq), lse = take(plan.statistics), delta = lse + plan.rows;
-    s = take(plan.tiles), dp = s + kRows * kCols, bias = take(plan.bias);
+    p = take(plan.tiles), ds = p + kRows * kCols;
+    dropped = a->dropout_p > 0 ? ds + kRows * kCols : p;
+    tanh = a->softcap > 0 ? ds + (1 + (a->dropout_p > 0)) * kRows * kCols : nullptr;
+    additions.line = take(plan.line), additions.padding = take(plan.padding);
+    dline = take(plan.dline), keep = (float*)take(plan.keep);
+    ddistance = distance_gradients(a, plan, how) + thread * plan.ddistance;
+    std::fill(ddistance, ddistance + plan.ddistance, 0.0);
+  }
+  static double* distance_gradients(const ff_attention_args* a, const BackwardPlan<T>& plan, const BackwardSplit& how) {
+    return (double*)round_up(int64_t((A*)a->workspace + how.threads * plan.total), 64);
+  }
+  static A* shared_dq(const ff_attention_args* a, const BackwardPlan<T>& plan, const BackwardSplit& how) {
+    return (A*)round_up(int64_t(distance_gradients(a, plan, how) + how.threads * plan.ddistance), 64);
   }
 
-  // One key/value head (one part of its key blocks), all query heads that read it.
-  void head(int64_t b, int64_t kv, int part, A* shared_dq) {
-    const int64_t Sk = a->seqlen_k, groups = a->num_heads / a->num_kv_heads;
-    const T* kp = at<T>(a->k, a->k_stride, b, kv);
-    const T* vp = at<T>(a->v, a->v_stride, b, kv);
+  // One key/value head (one part of its key blocks), all query heads that read it. `shared`: dQ of all parts.
+  void head(const Sequence& s, int64_t kv, int part, A* shared) {
+    const int64_t Sk = s.seqlen_k, groups = a->num_heads / a->num_kv_heads;
+    const T* kp = at<const T>(a, a->k, a->k_stride, s, kv, s.first_k);
+    const T* vp = at<const T>(a, a->v, a->v_stride, s, kv, s.first_k);
     pack_transposed(kp, a->k_stride[2], Sk, plan.D, k_t);
     pack_transposed(vp, a->v_stride[2], Sk, plan.Dv, v_t);
     pack_panels(kp, a->k_stride[2], Sk, plan.D, k, plan.keys, A(1));
-    std::fill(dk, dk + plan.dk, A(0));
-    std::fill(dv, dv + plan.dv, A(0));
-    if (a->key_padding_mask) {
-      padding_bias(a, b, bias);
-      std::fill(bias + Sk, bias + plan.keys, -std::numeric_limits<A>::infinity());
-    }
+    std::fill(dk, dk + round_up(Sk, kCols) * plan.ldq, A(0));
+    std::fill(dv, dv + round_up(Sk, kCols) * plan.ldv, A(0));
     for (int64_t h = kv * groups; h < (kv + 1) * groups; h++) {
-      A* dq = parts == 1 ? own_dq
-                         : shared_dq + ((int64_t(part) * a->batch + b) * a->num_heads + h) * plan.rows * plan.ldq;
-      std::fill(dq, dq + plan.rows * plan.ldq, A(0));
-      pack_queries(b, h);
-      for (int64_t j = part * kCols; j < Sk; j += parts * kCols) key_block(j, dq);
-      if (parts == 1) write(dq, plan.ldq, a->seqlen_q, plan.D, at<T>(a->dq, a->dq_stride, b, h), a->dq_stride[2], A(a->scale));
+      A* dq = own_dq;
+      if (parts > 1) dq = shared + ((part * a->num_heads + h) * plan.all_rows + plan.first_row(a, s)) * plan.ldq;
+      std::fill(dq, dq + round_up(s.seqlen_q, kRows) * plan.ldq, A(0));
+      additions.start(s, h);
+      if (a->ddistance_bias) std::fill(dline, dline + plan.dline, A(0));
+      pack_queries(s, h);
+      for (int64_t j = part * kCols; j < Sk; j += parts * kCols) key_block(s, h, j, dq);
+      if (a->ddistance_bias) add_distances(s, h);
+      if (parts == 1)
+        write(dq, plan.ldq, s.seqlen_q, plan.D, at<T>(a, a->dq, a->dq_stride, s, h, s.first_q), a->dq_stride[2], A(a->scale));
     }
     const A size = A(Scale(a->scale).size);  // its sign is in the packed q
     for (int64_t j = part * kCols; j < Sk; j += parts * kCols) {
       const int64_t n = std::min(kCols, Sk - j);
-      write(dk + j * plan.ldq, plan.ldq, n, plan.D, at<T>(a->dk, a->dk_stride, b, kv) + j * a->dk_stride[2],
-            a->dk_stride[2], size);
-      write(dv + j * plan.ldv, plan.ldv, n, plan.Dv, at<T>(a->dv, a->dv_stride, b, kv) + j * a->dv_stride[2],
-            a->dv_stride[2], A(1));
+      write(dk + j * plan.ldq, plan.ldq, n, plan.D, at<T>(a, a->dk, a->dk_stride, s, kv, s.first_k + j), a->dk_stride[2], size);
+      write(dv + j * plan.ldv, plan.ldv, n, plan.Dv, at<T>(a, a->dv, a->dv_stride, s, kv, s.first_k + j), a->dv_stride[2], A(1));
     }
   }
 
-  void pack_queries(int64_t b, int64_t h) {
-    const int64_t Sq = a->seqlen_q;
-    const T* qp = at<T>(a->q, a->q_stride, b, h);
-    const T* dop = at<T>(a->dout, a->dout_stride, b, h);
-    const T* op = at<T>((const void*)a->out, a->out_stride, b, h);
+  void pack_queries(const Sequence& s, int64_t h) {
+    const int64_t Sq = s.seqlen_q, padded = round_up(Sq, kRows);
+    const T* qp = at<const T>(a, a->q, a->q_stride, s, h, s.first_q);
+    const T* dop = at<const T>(a, a->dout, a->dout_stride, s, h, s.first_q);
+    const T* op = at<const T>(a, a->out, a->out_stride, s, h, s.first_q);
     const A sign = A(Scale(a->scale).sign);
     pack_rows(qp, a->q_stride[2], Sq, plan.D, q, plan.D, sign);
-    std::fill(q + Sq * plan.D, q + plan.rows * plan.D, A(0));
+    std::fill(q + Sq * plan.D, q + padded * plan.D, A(0));
     pack_panels(qp, a->q_stride[2], Sq, plan.D, q_panels, plan.rows, sign);
     pack_rows(dop, a->dout_stride[2], Sq, plan.Dv, dout, plan.Dv, A(1));
-    std::fill(dout + Sq * plan.Dv, dout + plan.rows * plan.Dv, A(0));
+    std::fill(dout + Sq * plan.Dv, dout + padded * plan.Dv, A(0));
     pack_panels(dop, a->dout_stride[2], Sq, plan.Dv, dout_panels, plan.rows, A(1));
-    const int64_t row = (b * a->num_heads + h) * Sq;
+    const int64_t row = s.row(a, h);
     for (int64_t i = 0; i < Sq; i++) {
       const A l = ((const A*)a->lse)[row + i];
       lse[i] = std::isinf(l) && l < 0 ? A(0) : l;  // a row without keys: every score is -inf anyway
+      delta[i] = a->dlse ? -((const A*)a->dlse)[row + i] : A(0);
+      if (s.seqlen_k <= kCols) continue;  // gradient_row has all it needs for the rest
       double sum = 0;
       const T* o = op + i * a->out_stride[2];
       vec_t<A> acc{};
@@ -144,45 +165,145 @@ template <class T> struct Backward {
       for (; c + W <= plan.Dv; c += W) acc += load(o + c) * load(dout + i * plan.Dv + c);
       sum = double(hsum(acc));
       for (; c < plan.Dv; c++) sum += double(to_float(o[c])) * double(dout[i * plan.Dv + c]);
-      delta[i] = A(sum) - (a->dlse ? ((const A*)a->dlse)[row + i] : A(0));
+      delta[i] += A(sum);
     }
   }
 
-  void key_block(int64_t j, A* dq) {
-    const int64_t keys = std::min(kCols, a->seqlen_k - j);
-    // The first query that sees this block, rounded down to a whole block.
-    int64_t first = a->causal ? std::max<int64_t>(0, j - (a->seqlen_k - a->seqlen_q)) / kRows * kRows : 0;
-    for (int64_t i = first; i < a->seqlen_q; i += kRows) {
-      const int64_t rows = std::min(kRows, a->seqlen_q - i), strips = round_up(rows, MR);
-      const int64_t seen = std::min(keys, visible_keys(a, i + rows - 1) - j);  // by the last query: the most
-      if (seen <= 0) continue;
-      const int64_t padded = round_up(seen, NR);
-      // On the causal diagonal about half of each product is known to vanish.
-      auto visible = [&](int64_t r) { return std::max<int64_t>(0, std::min(keys, visible_keys(a, i + r) - j)); };
+  // Keys [j, j + kCols) and every block of queries that sees some of them.
+  void key_block(const Sequence& s, int64_t h, int64_t j, A* dq) {
+    const int64_t keys = std::min(kCols, s.seqlen_k - j);
+    // The first query that sees this block under the causal rule, rounded down to a whole block.
+    const int64_t begin = a->causal ? std::max<int64_t>(0, j - s.offset) / kRows * kRows : 0;
+    for (int64_t i = begin; i < s.seqlen_q; i += kRows) {
+      const int64_t rows = std::min(kRows, s.seqlen_q - i), strips = round_up(rows, MR);
+      Range seen[kRows];  // by each query, from 0
+      int64_t last = 0;
+      for (int64_t r = 0; r < rows; r++) {
+        const Range all = s.visible(a, i + r);
+        seen[r].begin = std::min(keys, std::max<int64_t>(0, all.begin - j));
+        seen[r].end = std::max(seen[r].begin, std::min(keys, all.end - j));
+        if (seen[r].end > seen[r].begin) last = std::max(last, seen[r].end);
+      }
+      if (last == 0) {
+        if (s.visible(a, i).begin >= j + keys) break;  // the window has passed these keys
+        continue;
+      }
+      // On the edges of what is visible about half of each product is known to vanish.
       Extent scores[kRows / MR], gradients[kRows / MR], of_keys[kCols / MR], to_q[kRows / MR];
       for (int64_t m = 0; m < strips; m += MR) {
-        const int64_t n = visible(std::min(m + MR, rows) - 1);
-        scores[m / MR] = {n, 0, plan.D}, gradients[m / MR] = {n, 0, plan.Dv}, to_q[m / MR] = {plan.ldq, 0, n};
+        const int64_t n = std::min(last, seen[std::min(m + MR, rows) - 1].end);
+        scores[m / MR] = {n, 0, plan.D}, gradients[m / MR] = {n, 0, plan.Dv}, to_q[m / MR] = {plan.ldq, seen[m].begin, n};
       }
-      for (int64_t m = 0; m < seen; m += MR) {
-        const int64_t first = a->causal ? std::max<int64_t>(0, j + m - (a->seqlen_k - a->seqlen_q) - i) : 0;
-        of_keys[m / MR] = {std::max(plan.ldq, plan.ldv), first, rows};
+      for (int64_t m = 0; m < last; m += MR) {
+        int64_t first = 0, end = rows;
+        while (first < rows && seen[first].end <= m) first++;
+        while (end > first && seen[end - 1].begin >= m + MR) end--;
+        of_keys[m / MR] = {std::max(plan.ldq, plan.ldv), first, end};
       }
-      matmul<A, false>(strips, padded, scores, q + i * plan.D, plan.D, k_t + j * plan.D, NR * plan.D, s, kCols, false);
-      matmul<A, false>(strips, padded, gradients, dout + i * plan.Dv, plan.Dv, v_t + j * plan.Dv, NR * plan.Dv, dp, kCols,
+      const int64_t padded = round_up(last, NR), wide = std::min<int64_t>(kCols, round_up(padded, MR));
+      matmul<A, false>(strips, padded, scores, q + i * plan.D, plan.D, k_t + j * plan.D, NR * plan.D, p, kCols, false);
+      matmul<A, false>(strips, padded, gradients, dout + i * plan.Dv, plan.Dv, v_t + j * plan.Dv, NR * plan.Dv, ds, kCols,
                        false);
-      const int64_t wide = std::min<int64_t>(kCols, round_up(padded, MR));
-      for (int64_t r = 0; r < rows; r++) {
-        gradient_row(s + r * kCols, dp + r * kCols, A(Scale(a->scale).size), visible(r), wide, a->key_padding_mask ? bias + j : nullptr, lse[i + r],
-                     delta[i + r]);
-      }
-      for (int64_t r = rows; r < strips; r++) std::fill(dp + r * kCols, dp + r * kCols + wide, A(0));
-      matmul<A, true>(seen, plan.ldv, of_keys, s, kCols, dout_panels + i * NR, plan.rows * NR, dv + j * plan.ldv, plan.ldv,
+      const bool rowless = a->dbias && a->dbias_stride[2] == 0;  // one row for all queries: summed by block first
+      if (rowless) std::fill(dbias_of_block, dbias_of_block + kCols, A(0));
+      if (additions.any(a) || a->dropout_p > 0)
+        for (int64_t r = 0; r < rows; r++) gradient_row<false>(s, h, i, r, j, seen[r], wide);
+      else
+        for (int64_t r = 0; r < rows; r++) gradient_row<true>(s, h, i, r, j, seen[r], wide);
+      if (rowless) add_row(dbias_of_block, dbias(s, h, 0, j), {0, keys});
+      for (int64_t r = rows; r < strips; r++) std::fill(ds + r * kCols, ds + r * kCols + wide, A(0));
+      matmul<A, true>(last, plan.ldv, of_keys, dropped, kCols, dout_panels + i * NR, plan.rows * NR, dv + j * plan.ldv,
+                      plan.ldv, true);
+      matmul<A, true>(last, plan.ldq, of_keys, ds, kCols, q_panels + i * NR, plan.rows * NR, dk + j * plan.ldq, plan.ldq,
                       true);
-      matmul<A, true>(seen, plan.ldq, of_keys, dp, kCols, q_panels + i * NR, plan.rows * NR, dk + j * plan.ldq, plan.ldq,
-                      true);
-      matmul<A, false>(strips, plan.ldq, to_q, dp, kCols, k + j * NR, plan.keys * NR, dq + i * plan.ldq, plan.ldq, true);
+      matmul<A, false>(strips, plan.ldq, to_q, ds, kCols, k + j * NR, plan.keys * NR, dq + i * plan.ldq, plan.ldq, true);
     }
+  }
+
+  // In row r of the block: scores -> probabilities, dP -> dS, where the keys [seen.begin, seen.end) count; the other
+  // elements up to `padded` become 0. Adds dZ to the gradients of what was added to the scores. Plain: nothing was, and
+  // nothing dropped.
+  template <bool Plain>
+  FF_INLINE void gradient_row(const Sequence& s, int64_t h, int64_t i, int64_t r, int64_t j, Range seen, int64_t padded) {
+    A *const pr = p + r * kCols, *const dr = ds + r * kCols, *const out = Plain ? pr : dropped + r * kCols;
+    A* const t = Plain || !tanh ? nullptr : tanh + r * kCols;
+    const int64_t begin = seen.begin / W * W, end = round_up(seen.end, W);
+    const bool drops = !Plain && a->dropout_p > 0;
+    const A* padding = a->key_padding_mask ? additions.padding + j : nullptr;
+    A scale = A(Scale(a->scale).size);
+    if (!Plain && additions.any(a)) {
+      additions.add(pr + begin, scale, i + r, j + begin, seen.end - begin, t ? t + begin : nullptr);
+      scale = 1, padding = nullptr;
+    }
+    if (drops && seen.begin < seen.end)
+      dropout_scales(keep, seen.end, uint64_t(s.row(a, h) + i + r), a->seed, a->dropout_p, j);
+    auto probability = [&](int64_t c) FF_LAMBDA {
+      vec_t<A> z = load(pr + c);
+      if (padding) z += load(padding + c);
+      // lse stays in base e: turned to base 2 it would be rounded a second time, and that error is one of p.
+      return vexp_below(z, scale, lse[i + r]);
+    };
+    // dP, from what dropout left of it.
+    auto gradient = [&](int64_t c) FF_LAMBDA { return drops ? load(dr + c) * kept(c) : load(dr + c); };
+    auto finish = [&](int64_t c, vec_t<A> of_p, A d) FF_LAMBDA {
+      store(dr + c, of_p * (gradient(c) - d));
+      store(out + c, drops ? of_p * kept(c) : of_p);
+    };
+    if (s.seqlen_k <= kCols) {
+      // The whole row is here: its sum corrects the rounding of lse, and delta is exact, not a sum over the rounded output.
+      for (auto [row, nothing] : {std::pair{pr, -std::numeric_limits<A>::infinity()}, std::pair{dr, A(0)}}) {
+        std::fill(row + begin, row + seen.begin, nothing);
+        std::fill(row + seen.end, row + end, nothing);
+      }
+      vec_t<A> total{}, weighted{};
+      for (int64_t c = begin; c < end; c += W) {
+        const vec_t<A> e = probability(c);
+        store(pr + c, e);
+        total += e, weighted += e * gradient(c);
+      }
+      const A sum = hsum(total), inverse = sum == 0 ? A(0) : 1 / sum, d = hsum(weighted) * inverse + delta[i + r];
+      for (int64_t c = begin; c < end; c += W) finish(c, load(pr + c) * inverse, d);
+    } else {
+      const A d = delta[i + r];
+      for (int64_t c = begin; c < end; c += W) finish(c, probability(c), d);
+    }
+    auto clear = [&](A* row) {
+      std::fill(row, row + seen.begin, A(0));
+      std::fill(row + seen.end, row + padded, A(0));
+    };
+    clear(out), clear(dr);
+    if (Plain) return;
+    if (a->dbias) add_row(dr, a->dbias_stride[2] ? dbias(s, h, i + r, j) : dbias_of_block, seen);
+    if (a->ddistance_bias) add_row(dr, dline + additions.zero() - (i + r + s.offset) + j, seen);
+    if (t) {
+      for (int64_t c = begin; c < seen.end; c += W) store(dr + c, load(dr + c) * (A(1) - load(t + c) * load(t + c)));
+      clear(dr);  // where the keys are hidden, so is whatever the cap's tanh was
+    }
+  }
+
+  // The dropout scales of W keys of the row at hand.
+  FF_INLINE vec_t<A> kept(int64_t c) const {
+    if constexpr (sizeof(A) == 4) return load(keep + c);
+    vec_t<A> v;
+    for (int x = 0; x < W; x++) v[x] = keep[c + x];
+    return v;
+  }
+
+  FF_INLINE A* dbias(const Sequence& s, int64_t h, int64_t i, int64_t j) const {
+    return (A*)a->dbias + s.index * a->dbias_stride[0] + h * a->dbias_stride[1] + i * a->dbias_stride[2] + j;
+  }
+
+  FF_INLINE static void add_row(const A* from, A* to, Range which) {
+    int64_t c = which.begin;
+    for (; c + W <= which.end; c += W) store(to + c, load(to + c) + load(from + c));
+    for (; c < which.end; c++) to[c] += from[c];
+  }
+
+  // dline, a sum per distance, to the sums per clamped distance.
+  void add_distances(const Sequence& s, int64_t h) {
+    const int64_t M = a->max_distance, zero = additions.zero();
+    double* to = ddistance + h * (2 * M + 1) + M;
+    for (int64_t i = 0; i < s.seqlen_q + s.seqlen_k; i++) to[std::max(-M, std::min(i - zero, M))] += double(dline[i]);
   }
 
   static void write(const A* from, int64_t ld, int64_t rows, int64_t cols, T* to, int64_t stride, A scale) {
@@ -197,64 +318,71 @@ template <class T> struct Backward {
 template <class T> static void backward(const ff_attention_args* a) {
   using A = acc_t<T>;
   const BackwardSplit how = split(a);
-  const BackwardPlan<A> plan(a, how.parts);
-  const int64_t tasks = a->batch * a->num_kv_heads * how.parts;
-  A* shared_dq = (A*)round_up(int64_t((A*)a->workspace + how.threads * plan.total), 64);
+  const BackwardPlan<T> plan(a, how.parts);
+  A* shared = Backward<T>::shared_dq(a, plan, how);
+  const Shares shares{a, kRows, a->num_kv_heads};
+  const int64_t total = shares.total();
+  int team = 1;
   auto run = [&](int thread, int count) {
-    Backward<T> worker(a, how.parts, thread);
-    for (int64_t t = tasks * thread / count; t < tasks * (thread + 1) / count; t++) {
-      const int64_t head = t / how.parts;
-      worker.head(head / a->num_kv_heads, head % a->num_kv_heads, int(t % how.parts), shared_dq);
-    }
+    Backward<T> worker(a, how, thread);
+    if (thread == 0) team = count;
+    const int64_t begin = how.by_part ? 0 : total * thread / count, end = how.by_part ? total : total * (thread + 1) / count;
+    shares.heads_in(begin, end, [&](const Sequence& s, int64_t kv, int64_t start) {
+      const int64_t weight = shares.head(s);
+      for (int part = 0; part < how.parts; part++) {
+        const int64_t at = start + weight * part / how.parts;
+        if (how.by_part ? part % count == thread : at >= begin && at < end) worker.head(s, kv, part, shared);
+      }
+    });
   };
   if (how.threads == 1) run(0, 1);
   else {
 #pragma omp parallel num_threads(how.threads)
     run(omp_get_thread_num(), omp_get_num_threads());
   }
-  if (how.parts == 1) return;
-  const int64_t size = a->batch * a->num_heads * plan.rows * plan.ldq;
-  parallel_for(a->batch * a->num_heads * a->seqlen_q, plan.D * how.parts, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; r++) {
-      const int64_t head = r / a->seqlen_q, i = r % a->seqlen_q;
-      A* row = shared_dq + (head * plan.rows + i) * plan.ldq;
-      for (int p = 1; p < how.parts; p++)
-        for (int64_t c = 0; c < plan.D; c++) row[c] += row[p * size + c];
-      T* to = at<T>(a->dq, a->dq_stride, head / a->num_heads, head % a->num_heads) + i * a->dq_stride[2];
-      Backward<T>::write(row, plan.ldq, 1, plan.D, to, a->dq_stride[2], A(a->scale));
+  if (a->ddistance_bias) {
+    const double* sums = Backward<T>::distance_gradients(a, plan, how);
+    for (int64_t i = 0; i < plan.ddistance; i++) {
+      double sum = 0;
+      for (int t = 0; t < team; t++) sum += sums[t * plan.ddistance + i];
+      ((A*)a->ddistance_bias)[i] = A(sum);
     }
-  });
-}
-
-// Gradients of tensors that no query or no key ever touched.
-template <class T> static void clear(const ff_attention_args* a) {
-  auto zero = [](void* base, const int64_t (&stride)[3], int64_t B, int64_t H, int64_t S, int64_t D) {
-    for (int64_t b = 0; b < B; b++)
-      for (int64_t h = 0; h < H; h++)
-        for (int64_t i = 0; i < S; i++) memset((void*)(at<T>(base, stride, b, h) + i * stride[2]), 0, size_t(D) * sizeof(T));
-  };
-  zero(a->dq, a->dq_stride, a->batch, a->num_heads, a->seqlen_q, a->head_dim);
-  zero(a->dk, a->dk_stride, a->batch, a->num_kv_heads, a->seqlen_k, a->head_dim);
-  zero(a->dv, a->dv_stride, a->batch, a->num_kv_heads, a->seqlen_k, a->head_dim_v);
+  }
+  if (how.parts == 1) return;
+  for (int64_t b = 0; b < a->batch; b++) {
+    const Sequence s(a, b);
+    parallel_for(a->num_heads * s.seqlen_q, plan.D * how.parts, [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; r++) {
+        const int64_t h = r / s.seqlen_q, i = r % s.seqlen_q;
+        A* row = shared + (h * plan.all_rows + plan.first_row(a, s) + i) * plan.ldq;
+        for (int part = 1; part < how.parts; part++) {
+          const A* other = row + part * a->num_heads * plan.all_rows * plan.ldq;
+          for (int64_t c = 0; c < plan.D; c++) row[c] += other[c];
+        }
+        Backward<T>::write(row, plan.ldq, 1, plan.D, at<T>(a, a->dq, a->dq_stride, s, h, s.first_q + i), a->dq_stride[2],
+                           A(a->scale));
+      }
+    });
+  }
 }
 
 int attention_backward(const ff_attention_args* a, void*) {
   return for_dtype(a->dtype, [&](auto t) -> int {
-    using T = decltype(t);
-    if (a->batch * a->seqlen_q * a->seqlen_k == 0) clear<T>(a);
-    else backward<T>(a);
+    if (a->batch > 0) backward<decltype(t)>(a);
     return FF_OK;
   });
 }
 
 size_t attention_backward_workspace(const ff_attention_args* a) {
   const BackwardSplit how = split(a);
-  auto bytes = [&](auto acc) {
-    using A = decltype(acc);
-    const BackwardPlan<A> plan(a, how.parts);
-    return size_t(how.threads * plan.total + plan.shared_dq + 64) * sizeof(A);
-  };
-  return a->dtype == FF_FLOAT64 ? bytes(double{}) : bytes(float{});
+  size_t bytes = 0;
+  for_dtype(a->dtype, [&](auto t) -> int {
+    const BackwardPlan<decltype(t)> plan(a, how.parts);
+    bytes = size_t(how.threads * plan.total + plan.shared_dq + 64) * sizeof(acc_t<decltype(t)>) +
+            size_t(how.threads * plan.ddistance) * sizeof(double) + 128;
+    return FF_OK;
+  });
+  return bytes;
 }
 
 }  // namespace FF_ISA

@@ -47,6 +47,8 @@ typedef uint32_t u32v __attribute__((vector_size(FF_VEC_BYTES)));
 typedef int32_t i32v __attribute__((vector_size(FF_VEC_BYTES)));
 typedef int64_t i64v __attribute__((vector_size(FF_VEC_BYTES)));
 typedef uint16_t u16v __attribute__((vector_size(FF_VEC_BYTES / 2)));
+typedef uint8_t bytes_of_f32v __attribute__((vector_size(FF_VEC_BYTES / 4)));
+typedef uint8_t bytes_of_f64v __attribute__((vector_size(FF_VEC_BYTES / 8)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
 typedef int64_t i64x2 __attribute__((vector_size(16)));
 using f32v = vec_t<float>;
@@ -382,6 +384,31 @@ template <class V, class A> FF_INLINE V vexp_below(V z, A scale, A shift) {
   return vexp2_nonpositive(vmin(V{}, (z * scale - shift) * A(1.4426950408889634)));
 }
 
+// tanh to about 2 ulp. Near 0 a polynomial, because 1 - 2 / (e^2x + 1) cancels there.
+FF_INLINE f32v vtanh(f32v x) {
+  const f32v magnitude = (f32v)((u32v)x & 0x7fffffffu), z = x * x;
+  const f32v near = ((((z * -5.70498872745e-3f + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z -
+                     3.33332819422e-1f) * z * x + x;
+  const f32v far = 1.f - 2.f / (vexp(magnitude * 2.f) + 1.f);
+  const f32v signed_far = (f32v)((u32v)far | ((u32v)x & 0x80000000u));
+  return magnitude < 0.625f ? near : signed_far;
+}
+FF_INLINE f64v vtanh(f64v x) {
+  for (int i = 0; i < vec<double>::W; i++) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+// z where the byte is not 0, -inf where it is, and beyond the first n.
+template <class A> FF_INLINE vec_t<A> hide_unless(vec_t<A> z, const uint8_t* bytes, int n) {
+  using bytes_t = typename std::conditional<sizeof(A) == 8, bytes_of_f64v, bytes_of_f32v>::type;
+  using index_t = typename std::conditional<sizeof(A) == 8, i64v, i32v>::type;
+  bytes_t b{};
+  if (n == vec<A>::W) memcpy(&b, bytes, sizeof b);
+  else
+    for (int i = 0; i < n; i++) b[i] = bytes[i];
+  return __builtin_convertvector(b, index_t) != 0 ? z : splat(-std::numeric_limits<A>::infinity());
+}
+
 // ---- dropout ---------------------------------------------------------------------------------------------------------
 #if defined(__AVX2__)
 FF_INLINE void mulhilo(u32v a, uint32_t b, u32v& hi, u32v& lo) {
@@ -425,9 +452,9 @@ FF_INLINE void philox(u32v c0, uint64_t row, uint64_t seed, u32v r[4]) {
   r[0] = c0, r[1] = c1, r[2] = c2, r[3] = c3;
 }
 
-// Fills keep[0 .. cols) with 1 / (1 - p) where the element survives dropout and 0 where it does not (see fastformer.h).
-// keep needs room for cols rounded up to 64.
-inline void dropout_scales(float* keep, int64_t cols, uint64_t row, uint64_t seed, double p) {
+// Fills keep[0 .. cols) with 1 / (1 - p) where the element survives dropout and 0 where it does not (see fastformer.h), for
+// the columns from `first` on, a multiple of 32. keep needs room for cols rounded up to 64.
+inline void dropout_scales(float* keep, int64_t cols, uint64_t row, uint64_t seed, double p, int64_t first = 0) {
   const uint32_t threshold = uint32_t(std::min(p * 4294967296.0, 4294967295.0));
   const float scale = p < 1 ? float(1.0 / (1.0 - p)) : 0.f;
   u32v lane;
@@ -435,7 +462,7 @@ inline void dropout_scales(float* keep, int64_t cols, uint64_t row, uint64_t see
   if constexpr (kW >= 8) {
     for (int64_t c = 0; c < cols; c += 4 * kW) {  // kW counters, 4 * kW columns
       u32v r[4];
-      philox(lane + uint32_t(c / 4), row, seed, r);
+      philox(lane + uint32_t((first + c) / 4), row, seed, r);
       for (int w = 0; w < 4; w++) {
         f32v s = r[w] >= threshold ? splat(scale) : f32v{};
         for (int b = 0; b < kW / 8; b++) memcpy(keep + c + b * 32 + w * 8, (const float*)&s + b * 8, 32);
@@ -445,7 +472,7 @@ inline void dropout_scales(float* keep, int64_t cols, uint64_t row, uint64_t see
     for (int64_t c = 0; c < cols; c += 32)
       for (int h = 0; h < 8; h += kW) {
         u32v r[4];
-        philox(lane + uint32_t(c / 4 + h), row, seed, r);
+        philox(lane + uint32_t((first + c) / 4 + h), row, seed, r);
         for (int w = 0; w < 4; w++)
           for (int i = 0; i < kW; i++) keep[c + w * 8 + h + i] = r[w][i] >= threshold ? scale : 0.f;
       }

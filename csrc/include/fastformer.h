@@ -174,9 +174,24 @@ FF_KERNEL(cpu, cross_entropy_forward, ff_cross_entropy_args);
 FF_KERNEL(cpu, cross_entropy_backward, ff_cross_entropy_args);
 
 /* ---- attention -------------------------------------------------------------------------------------------------------
- * out = softmax(scale * q k^T + mask) v per batch and head, never holding the (Sq, Sk) matrix. Query head h reads
- * key/value head h / (num_heads / num_kv_heads). Causal is aligned at the bottom right: query i sees keys j with
- * j <= i + Sk - Sq. A query that sees no key gives zeros (lse = -inf). Strides are (batch, head, position). */
+ * out = dropout(softmax(cap(scale * q k^T) + bias + mask)) v per batch and head, never holding the (Sq, Sk) matrix, with
+ * cap(s) = softcap * tanh(s / softcap). Query head h reads key/value head h / (num_heads / num_kv_heads). Strides are
+ * (batch, head, position), and (batch, head, query, key) for mask and bias; the last dimension is contiguous everywhere.
+ *
+ * Query i sits at position p(i) = i + Sk - Sq (the ends are aligned), or at i with top_left. It sees key j if
+ *   j <= p(i) under causal,  p(i) - window_left <= j <= p(i) + window_right under windowed (-1 = unbounded),
+ *   mask[b, h, i, j] != 0,  key_padding_mask[b, j] == 0.
+ * A query that sees no key gives zeros (lse = -inf) and no gradient. The bias is the sum of
+ *   bias[b, h, i, j],  distance_bias[h, clamp(j - p(i), -max_distance, max_distance) + max_distance],
+ *   -alibi_slopes[b, h] * |j - p(i)|.
+ *
+ * Packed sequences: with cu_seqlens_q and cu_seqlens_k (batch + 1, from 0, not decreasing), sequence b has the positions
+ * cu_seqlens[b] .. cu_seqlens[b + 1] - 1 of tensors without a batch dimension (its stride is not read), seqlen_q and
+ * seqlen_k are the longest, and mask, bias and key_padding_mask are NULL.
+ *
+ * The row of query i of head h in sequence b, which numbers lse and the rows of the dropout mask (as in add_layer_norm,
+ * with the key's index j as the column), is (b * num_heads + h) * seqlen_q + i, or, packed, h * total_q +
+ * cu_seqlens_q[b] + i. "acc" is float, double for FF_FLOAT64. */
 typedef struct ff_attention_args {
   ff_dtype dtype;
   int64_t batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
@@ -188,20 +203,85 @@ typedef struct ff_attention_args {
   const void* k;           /* (B, Hkv, Sk, D) */
   const void* v;           /* (B, Hkv, Sk, Dv) */
   void* out;               /* (B, Hq, Sq, Dv), written by forward, read by backward */
-  void* lse;               /* (B, Hq, Sq) acc, contiguous: natural log-sum-exp of the scaled, masked scores */
+  void* lse;               /* acc, by row: natural log-sum-exp of the scores with everything added; forward: or NULL */
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   const void* dout;        /* backward: (B, Hq, Sq, Dv) */
-  const void* dlse;        /* backward: (B, Hq, Sq) acc contiguous, gradient of lse, or NULL */
+  const void* dlse;        /* backward: acc, by row, gradient of lse, or NULL */
   void* dq;                /* backward: (B, Hq, Sq, D) */
   void* dk;                /* backward: (B, Hkv, Sk, D) */
   void* dv;                /* backward: (B, Hkv, Sk, Dv) */
   int64_t dout_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
   void* workspace;         /* both directions */
+  /* All that follows may be zero. */
+  int top_left;
+  int windowed;
+  int64_t window_left, window_right;
+  double softcap;          /* 0 = none */
+  double dropout_p;        /* in [0, 1] */
+  uint64_t seed;
+  const uint8_t* mask;     /* (B, Hq, Sq, Sk), nonzero = visible; stride 0 broadcasts */
+  int64_t mask_stride[4];  /* the last is 1 */
+  const void* bias;        /* (B, Hq, Sq, Sk) in bias_dtype: the data's or acc; stride 0 broadcasts */
+  ff_dtype bias_dtype;
+  int64_t bias_stride[4];  /* the last is 1 */
+  const void* distance_bias;  /* (Hq, 2 * max_distance + 1) acc, contiguous */
+  int64_t max_distance;
+  const float* alibi_slopes;  /* (B, Hq) */
+  int64_t alibi_stride;       /* between batches, 0 broadcasts */
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  int64_t total_q, total_k;   /* packed positions */
+  void* dbias;             /* backward: acc, zeros on entry, or NULL; where its stride is 0 the gradient is summed */
+  int64_t dbias_stride[4]; /* the last is 1 */
+  void* ddistance_bias;    /* backward: (Hq, 2 * max_distance + 1) acc, or NULL */
 } ff_attention_args;
 FF_KERNEL(cpu, attention_forward, ff_attention_args);
+FF_KERNEL(cuda, attention_forward, ff_attention_args);
 FF_KERNEL(cpu, attention_backward, ff_attention_args);
+FF_KERNEL(cuda, attention_backward, ff_attention_args);
 FF_WORKSPACE(cpu, attention_forward, ff_attention_args);
+FF_WORKSPACE(cuda, attention_forward, ff_attention_args);
 FF_WORKSPACE(cpu, attention_backward, ff_attention_args);
+FF_WORKSPACE(cuda, attention_backward, ff_attention_args);
+
+/* ---- decode_attention ------------------------------------------------------------------------------------------------
+ * Attention of a few new queries per sequence against a key/value cache, without gradients:
+ * out = softmax(cap(scale * q k^T) - alibi_slopes * |distance| + mask) v, cap as in attention. Query head h reads key/value
+ * head h / (num_heads / num_kv_heads).
+ *
+ * Sequence b's key j is position j of row cache_batch_idx[b] (b where NULL) of the cache, (cache_rows, Hkv, capacity, D), or,
+ * with a page table, position j % page_size of page page_table[b, j / page_size] of (cache_rows, Hkv, page_size, D). Its keys
+ * are cache_leftpad[b] (0 where NULL) .. cache_seqlens[b] - 1, and query i sits at position p(i) = cache_seqlens[b] - Sq + i.
+ * It sees key j if j <= p(i) under causal and p(i) - window_left <= j <= p(i) + window_right under windowed (-1 =
+ * unbounded). A query that sees no key gives zeros, lse = -inf.
+ *
+ * A length, index or page out of range: FF_INVALID_ARGUMENT on the CPU before anything is written; on a GPU, where looking
+ * first would cost a synchronisation, NaN for that sequence, and no access out of bounds. */
+typedef struct ff_decode_attention_args {
+  ff_dtype dtype;
+  int64_t batch, num_heads, num_kv_heads, seqlen_q, head_dim, head_dim_v;
+  int64_t cache_rows;      /* of the cache, or its pages */
+  int64_t capacity;        /* keys a sequence has room for: of a row, or page_size times the pages in the table */
+  double scale, softcap;   /* softcap 0 = none */
+  int causal, windowed;
+  int64_t window_left, window_right;
+  const void* q;           /* (B, Hq, Sq, D) */
+  const void* k_cache;
+  const void* v_cache;
+  void* out;               /* (B, Hq, Sq, Dv) */
+  void* lse;               /* (B, Hq, Sq) acc, natural log-sum-exp of the scores, or NULL */
+  int64_t q_stride[3], out_stride[3];  /* batch, head, position */
+  int64_t k_stride[3], v_stride[3];    /* row or page, head, position */
+  const int32_t* cache_seqlens;   /* (B) */
+  const int32_t* cache_leftpad;   /* (B) or NULL */
+  const int32_t* cache_batch_idx; /* (B) or NULL */
+  const int32_t* page_table;      /* (B, capacity / page_size) or NULL; only the pages that hold keys are looked at */
+  int64_t page_table_stride, page_size;
+  const float* alibi_slopes;      /* (B, Hq) or NULL */
+  int64_t alibi_stride;           /* between batches, 0 broadcasts */
+  void* workspace;         /* its size depends on the values of cache_seqlens */
+} ff_decode_attention_args;
+FF_KERNEL(cpu, decode_attention, ff_decode_attention_args);
+FF_WORKSPACE(cpu, decode_attention, ff_decode_attention_args);
 
 /* ---- decoder_step ----------------------------------------------------------------------------------------------------
  * One token through a whole pre-norm GPT-2 decoder with a key/value cache, for each of `batch` sequences:

@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-OPS = ("layer_norm", "add_layer_norm", "softmax", "gelu", "cross_entropy", "attention")
+OPS = ("layer_norm", "add_layer_norm", "softmax", "gelu", "cross_entropy", "attention", "decode_attention")
 
 # Fastest first, per device and, where a measurement says otherwise, per operation. benchmarks/ prints the numbers
 # behind each line; a CUDA device's order is the expected one until `make gpu` has run there.
@@ -98,7 +98,8 @@ def strict(enabled: bool = True) -> Iterator[None]:
         _strict.reset(token)
 
 
-def _load(name: str, op: str) -> ModuleType | None:
+def load(name: str, op: str) -> ModuleType | None:
+    """The file of one operation in one backend, or None if there is none."""
     try:
         return importlib.import_module(f"fastformer.backends.{name}.{op}")
     except ModuleNotFoundError as error:
@@ -113,7 +114,7 @@ def refusal(name: str, op: str, device: str, dtype: torch.dtype, features: tuple
     reason = package.unavailable(device)
     if reason:
         return reason
-    module = _load(name, op)
+    module = load(name, op)
     if module is None:
         return "not implemented for this operation"
     if dtype not in module.DTYPES:
@@ -157,7 +158,7 @@ def _select(
         reason = refusal(override, op, device, dtype, features)
         if reason:
             raise UnsupportedError(f"{op}: backend {override!r} was asked for and cannot run this call: {reason}")
-        module = _load(override, op)
+        module = load(override, op)
         assert module is not None
         return module
     reasons = {}
@@ -165,7 +166,7 @@ def _select(
         reasons[name] = refusal(name, op, device, dtype, features)
         if reasons[name] is not None:
             continue
-        module = _load(name, op)
+        module = load(name, op)
         assert module is not None
         if name == "reference":
             why = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)

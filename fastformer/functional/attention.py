@@ -1,24 +1,37 @@
-"""Exact attention without the score matrix: out = softmax(scale q k^T + mask) v (Vaswani et al. 2017, equation 1).
+"""Exact attention without the score matrix: softmax(scale q k^T + bias + mask) v (Vaswani et al. 2017, equation 1).
 
 Blocks of keys stream past a block of queries while a running maximum and sum rescale the partial result (Dao et al.
 2022, arXiv:2205.14135, algorithm 1), so memory is linear in the sequence. Forward saves one log-sum-exp per query;
-backward recomputes the probabilities from it.
+backward recomputes the probabilities from it. Biases that depend on the distance alone (T5's, ALiBi's) are computed
+where they are added, so that they cost no memory either.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, operator, register, register_autograd, through_operator
+from ._attention import Options, acc_dtype, run, run_packed, run_plain
+from ._doors import through_operator
 
 MAX_HEAD_DIM = 256
+
+
+class RelativeBias(NamedTuple):
+    """T5's relative position bias (Raffel et al. 2020, section 2.1): a number per head and range of distances."""
+
+    table: Tensor
+    """``(num_buckets, Hq)``, as ``relative_attention_bias.weight`` of a T5 checkpoint; gets a gradient."""
+    bidirectional: bool = True
+    """Keys after the query have buckets of their own (an encoder's); otherwise they share bucket 0."""
+    num_buckets: int = 32
+    max_distance: int = 128
+    """From this distance on all keys share the last bucket."""
 
 
 def attention(
@@ -28,18 +41,36 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    bias: Tensor | None = None,
+    relative_bias: RelativeBias | tuple[Tensor, bool, int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scaled dot-product attention.
+    """Scaled dot-product attention: scale, then softcap, then biases, then masks, then softmax, then dropout.
+
+    Positions are aligned at the bottom right: query i sits at i + Sk - Sq, for ``causal``, ``window``,
+    ``alibi_slopes`` and ``relative_bias`` alike.
 
     Args:
         q: ``(B, Hq, Sq, D)``, D from 1 to 256; float32, bfloat16, float16 or (CPU) float64.
         k: ``(B, Hkv, Sk, D)``, Hq a multiple of Hkv: query head h reads key/value head h // (Hq / Hkv).
         v: ``(B, Hkv, Sk, Dv)``.
-        causal: query i sees keys j <= i + Sk - Sq (aligned at the bottom right).
+        causal: query i sees keys j <= i + Sk - Sq.
         scale: multiplies the scores; default 1 / sqrt(D).
+        bias: ``(B|1, Hq|1, Sq|1, Sk)``, added to the scores; q's dtype or float32. Gets a gradient, summed over the
+            dimensions it is broadcast along.
+        relative_bias: T5's bucketed bias, computed inside the kernel from its table; see :class:`RelativeBias`.
+        alibi_slopes: ``(Hq)`` or ``(B, Hq)``: -slope * |distance| is added (Press et al. 2022, arXiv:2108.12409).
         key_padding_mask: ``(B, Sk)`` bool, True = ignored, as in ``torch.nn.MultiheadAttention``.
+        attn_mask: ``(B|1, Hq|1, Sq|1, Sk)`` bool, True = may look, as in ``scaled_dot_product_attention``.
+        window: (left, right): query at position p sees keys p - left ... p + right; -1 = unbounded.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118, section 2); 0 = no cap.
+        dropout_p: probability of dropping a weight, from torch's seed; the backward pass repeats the mask.
         return_lse: also return the log-sum-exp of the scores, ``(B, Hq, Sq)`` in float32 (float64 for float64).
 
     Returns:
@@ -49,25 +80,62 @@ def attention(
     Raises:
         TypeError, ValueError: arguments that do not fit together, naming the argument.
     """
-    _check(q, k, v, key_padding_mask)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    if through_operator(q, k, v, key_padding_mask):
-        out, lse = operator("attention", q, k, v, scale, causal, key_padding_mask)
-    elif needs_grad(q, k, v):
-        out, lse = _Attention.apply(q, k, v, scale, causal, key_padding_mask)
-    else:
-        out, lse = _forward(q, k, v, scale, causal, key_padding_mask)
+    if (
+        bias is None
+        and relative_bias is None
+        and alibi_slopes is None
+        and key_padding_mask is None
+        and attn_mask is None
+        and window == (-1, -1)
+        and not (softcap or dropout_p or return_lse)
+        and (plain := run_plain(q, k, v, causal, scale)) is not None
+    ):
+        return plain
+    _check(q, k, v)
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    _check_padding(key_padding_mask, batch, keys, "q", q)
+    _checks.probability("dropout_p", dropout_p)
+    check_softcap(softcap)
+    left, right = check_window(window)
+    if bias is not None:
+        _check_broadcast("bias", bias, (batch, heads, queries, keys), q)
+        _checks.parameter("bias", bias, bias.shape, "q", q)
+        bias = _inner_contiguous(bias)
+    if attn_mask is not None:
+        _check_broadcast("attn_mask", attn_mask, (batch, heads, queries, keys), q)
+        if attn_mask.dtype != torch.bool:
+            raise TypeError(f"attn_mask: dtype {attn_mask.dtype} is not bool; numbers to be added are a bias")
+        attn_mask = _inner_contiguous(attn_mask)
+    options = Options(
+        default_scale(scale, q),
+        causal,
+        key_padding_mask,
+        attn_mask,
+        bias,
+        None if relative_bias is None else distance_bias(RelativeBias(*relative_bias), heads, max(queries, keys), q),
+        None if alibi_slopes is None else check_slopes(alibi_slopes, batch, heads, q),
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )
+    out, lse = run(q, k, v, options)
     return (out, lse) if return_lse else out
 
 
 def attention_qkvpacked(
-    qkv: Tensor, *, causal: bool = False, scale: float | None = None, key_padding_mask: Tensor | None = None
+    qkv: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """:func:`attention` on the output of one fused projection, with one fused gradient.
 
     Args:
         qkv: ``(B, S, 3, H, D)``.
-        causal, scale, key_padding_mask: as in :func:`attention`.
+        causal, scale, key_padding_mask, dropout_p: as in :func:`attention`.
 
     Returns:
         ``(B, S, H, D)``, contiguous.
@@ -80,57 +148,97 @@ def attention_qkvpacked(
         raise ValueError("qkv: has no heads")
     _check_head_dim("qkv", head_dim)
     _check_padding(key_padding_mask, batch, length, "qkv", qkv)
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    if through_operator(qkv, key_padding_mask):
-        out = operator("attention", *_unpack(qkv), scale, causal, key_padding_mask)[0]
-    elif needs_grad(qkv):
-        return _AttentionPacked.apply(qkv, scale, causal, key_padding_mask)
-    else:
-        out = _forward(*_unpack(qkv), scale, causal, key_padding_mask)[0]
-    return out.transpose(1, 2)
+    _checks.probability("dropout_p", dropout_p)
+    return run_packed(qkv, Options(default_scale(scale, qkv), causal, key_padding_mask, dropout_p=dropout_p))
 
 
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Same arguments and result as ``torch.nn.functional.scaled_dot_product_attention``.
+# ---- what the other attention functions share ------------------------------------------------------------------------
 
-    Runs the fused kernel for 4-D inputs without an explicit mask or dropout; what it does not cover yet runs torch's
-    own function, with a warning once (an error under :func:`fastformer.strict`).
+
+def default_scale(scale: float | None, q: Tensor) -> float:
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def check_window(window: tuple[int, int]) -> tuple[int, int]:
+    try:
+        left, right = (int(w) for w in window)
+    except (TypeError, ValueError):
+        raise ValueError(f"window: {window!r} is not (left, right)") from None
+    if left < -1 or right < -1:
+        raise ValueError(f"window: ({left}, {right}) is below -1, which means unbounded")
+    return left, right
+
+
+def check_softcap(softcap: float) -> None:
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: {softcap} is not a finite number from 0 on")
+
+
+def check_slopes(slopes: Tensor, batch: int, heads: int, q: Tensor) -> Tensor:
+    """(1, Hq) or (B, Hq) float32."""
+    if not isinstance(slopes, Tensor) or not slopes.is_floating_point():
+        raise TypeError(f"alibi_slopes: expected a floating-point tensor, got {getattr(slopes, 'dtype', type(slopes))}")
+    if slopes.shape not in ((heads,), (batch, heads)):
+        raise ValueError(f"alibi_slopes: shape {tuple(slopes.shape)} is neither {(heads,)} nor {(batch, heads)}")
+    _checks.same_device("alibi_slopes", slopes, "q", q)
+    return slopes.detach().to(torch.float32).view(-1, heads).contiguous()
+
+
+def distance_bias(relative: RelativeBias, heads: int, longest: int, q: Tensor) -> Tensor:
+    """T5's table per distance instead of per bucket, ``(Hq, 2 M + 1)`` in the accumulation dtype, M = max_distance.
+
+    All that grows with the number of positions is computed in the kernels; this is a few hundred numbers.
     """
-    unfused = None
-    if attn_mask is not None:
-        unfused = "attn_mask"
-    elif dropout_p > 0:
-        unfused = "dropout"
-    elif query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or query.shape[0] != key.shape[0]:
-        unfused = "inputs that are not (B, H, S, D)"
-    elif is_causal and query.shape[2] != key.shape[2]:
-        unfused = "is_causal with Sq != Sk (aligned at the top left)"
-    elif query.shape[3] > MAX_HEAD_DIM or value.shape[3] > MAX_HEAD_DIM:
-        unfused = f"head_dim over {MAX_HEAD_DIM}"
-    elif not (query.is_floating_point() and query.dtype == key.dtype == value.dtype):
-        unfused = "mixed dtypes"
-    elif not enable_gqa and query.shape[1] != key.shape[1]:
-        unfused = "broadcast heads"
-    if unfused is not None:
-        registry.report_unfused("attention", unfused)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    table, bidirectional, num_buckets, max_distance = relative
+    _checks.tensor("relative_bias", table)
+    if table.shape != (num_buckets, heads):
+        raise ValueError(
+            f"relative_bias: the table's shape {tuple(table.shape)} is not (num_buckets, Hq) = {(num_buckets, heads)}"
         )
-    out = attention(query, key, value, causal=is_causal, scale=scale)
-    assert isinstance(out, Tensor)
-    return out
+    exact = num_buckets // (4 if bidirectional else 2)
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            f"relative_bias: num_buckets {num_buckets} and max_distance {max_distance} do not go together; expected at"
+            f" least {4 if bidirectional else 2} buckets and a max_distance over {exact}"
+        )
+    _checks.same_device("relative_bias", table, "q", q)
+    most = max(1, min(max_distance, longest))
+    # What is cached must be a real tensor, not one of a tracer's.
+    selector = _bucket_selector.__wrapped__ if through_operator() else _bucket_selector
+    select = selector(bool(bidirectional), num_buckets, max_distance, most, table.device)
+    table = table.to(acc_dtype(q.dtype))
+    # A product with zeros and ones, not an index: its gradient is then a sum in a fixed order on every device.
+    return (table.t()[:, :, None] * select.to(table.dtype)).sum(1)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
+def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """T5's bucket of each distance j - p(i) (Raffel et al. 2020): half the buckets for one distance each, the others
+    for ranges that grow logarithmically up to ``max_distance``. Integers, any shape."""
+    offset: Tensor | int = 0
+    if bidirectional:
+        num_buckets //= 2
+        offset = (distance > 0) * num_buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = num_buckets // 2
+    # In float32 and in this order: at distances where the logarithm is a whole number the rounding decides the bucket,
+    # and checkpoints were trained with this one.
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    large = (exact + (ratio * (num_buckets - exact)).to(torch.long)).clamp(max=num_buckets - 1)
+    return offset + torch.where(distance < exact, distance, large)
+
+
+@functools.lru_cache(maxsize=64)
+def _bucket_selector(
+    bidirectional: bool, num_buckets: int, max_distance: int, most: int, device: torch.device
+) -> Tensor:
+    """(num_buckets, 2 most + 1) bool: which bucket each distance from -most to most falls into."""
+    bucket = relative_position_bucket(torch.arange(-most, most + 1), bidirectional, num_buckets, max_distance)
+    return (torch.arange(num_buckets)[:, None] == bucket).to(device)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(name, t)
         if t.dim() != 4:
@@ -147,7 +255,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> 
         raise ValueError(f"v: heads and length {tuple(v.shape[1:3])} are not k's {tuple(k.shape[1:3])}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k: {k.shape[1]} heads do not divide q's {q.shape[1]}")
-    _check_padding(key_padding_mask, k.shape[0], k.shape[2], "q", q)
 
 
 def _check_head_dim(name: str, head_dim: int) -> None:
@@ -165,128 +272,13 @@ def _check_padding(mask: Tensor | None, batch: int, keys: int, name: str, like: 
     _checks.same_device("key_padding_mask", mask, name, like)
 
 
-def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, S, 3, H, D) -> q, k, v (B, H, S, D)."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    return q, k, v
-
-
-def _select(q: Tensor, k: Tensor, causal: bool, key_padding_mask: Tensor | None) -> ModuleType:
-    features: tuple[str, ...] = ("causal",) if causal else ()
-    if key_padding_mask is not None:
-        features += ("key_padding_mask",)
-    if q.shape[1] != k.shape[1]:
-        features += ("grouped_heads",)
-    return registry.select("attention", q.device.type, q.dtype, features)
+def _check_broadcast(name: str, t: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(t).__name__}")
+    if t.dim() != 4 or any(n not in (1, full) for n, full in zip(t.shape[:3], shape)) or t.shape[3] != shape[3]:
+        raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast from (B|1, Hq|1, Sq|1, Sk) to {shape}")
+    _checks.same_device(name, t, "q", q)
 
 
 def _inner_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
-
-
-def _forward(q, k, v, scale, causal, key_padding_mask):
-    kernels = _select(q, k, causal, key_padding_mask)
-    return kernels.forward(
-        _inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v), scale, causal, key_padding_mask
-    )
-
-
-def _backward(dout, dlse, q, k, v, out, lse, scale, causal, key_padding_mask, dq=None, dk=None, dv=None, kernels=None):
-    kernels = kernels or _select(q, k, causal, key_padding_mask)
-    return kernels.backward(
-        _inner_contiguous(dout),
-        None if dlse is None else dlse.contiguous(),
-        _inner_contiguous(q),
-        _inner_contiguous(k),
-        _inner_contiguous(v),
-        out,
-        lse,
-        scale,
-        causal,
-        key_padding_mask,
-        dq,
-        dk,
-        dv,
-    )
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, scale, causal, key_padding_mask):
-        out, lse = _forward(q, k, v, scale, causal, key_padding_mask)
-        ctx.save_for_backward(q, k, v, out, lse, key_padding_mask)
-        ctx.scale, ctx.causal, ctx.kernels = scale, causal, _select(q, k, causal, key_padding_mask)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlse):
-        q, k, v, out, lse, mask = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        dq, dk, dv = _backward(dout, dlse, q, k, v, out, lse, ctx.scale, ctx.causal, mask, kernels=ctx.kernels)
-        return dq, dk, dv, None, None, None
-
-
-class _AttentionPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, scale, causal, key_padding_mask):
-        q, k, v = _unpack(qkv)
-        out, lse = _forward(q, k, v, scale, causal, key_padding_mask)
-        ctx.save_for_backward(qkv, out, lse, key_padding_mask)
-        ctx.scale, ctx.causal, ctx.kernels = scale, causal, _select(q, k, causal, key_padding_mask)
-        return out.transpose(1, 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        qkv, out, lse, mask = ctx.saved_tensors
-        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        grads = _unpack(dqkv)
-        _backward(dout.transpose(1, 2), None, *_unpack(qkv), out, lse, ctx.scale, ctx.causal, mask, *grads, ctx.kernels)
-        return dqkv, None, None, None
-
-
-# ---- the registered operator -----------------------------------------------------------------------------------------
-
-
-def _fake(q, k, v, scale, causal, key_padding_mask):
-    b, h, sq, _ = q.shape
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(b, sq, h, v.shape[3]).transpose(1, 2), q.new_empty((b, h, sq), dtype=acc)
-
-
-def _contiguous_grads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-
-
-def _operator_backward(dout, dlse, q, k, v, out, lse, scale, causal, key_padding_mask):
-    return _backward(dout, dlse, q, k, v, out, lse, scale, causal, key_padding_mask, *_contiguous_grads(q, k, v))
-
-
-register(
-    "attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? key_padding_mask) -> (Tensor, Tensor)",
-    _forward,
-    _fake,
-)
-register(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
-    " bool causal, Tensor? key_padding_mask) -> (Tensor, Tensor, Tensor)",
-    _operator_backward,
-    lambda dout, dlse, q, k, v, *_: tuple(_contiguous_grads(q, k, v)),
-)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.causal, mask = inputs
-    ctx.save_for_backward(q, k, v, *output, mask)
-
-
-def _autograd(ctx, dout, dlse):
-    q, k, v, out, lse, mask = ctx.saved_tensors
-    dq, dk, dv = operator("attention_backward", dout, dlse, q, k, v, out, lse, ctx.scale, ctx.causal, mask)
-    return dq, dk, dv, None, None, None
-
-
-register_autograd("attention", _autograd, _setup_context)

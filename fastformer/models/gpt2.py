@@ -111,12 +111,11 @@ class GPT2Config(PreTrainedConfig):
 def attention_in_torch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_padding_mask: Tensor | None, dropout_p: float
 ) -> Tensor:
-    """Causal attention by PyTorch's own function, for what the fused kernels do not cover.
+    """Causal attention by PyTorch's own function, for a head_dim over 256, which the fused kernels do not cover.
 
-    That is dropout on the attention weights, and head_dim over 256. Shapes and alignment as in
-    :func:`fastformer.functional.attention`.
+    Shapes and alignment as in :func:`fastformer.functional.attention`.
     """
-    report_unfused("attention", "dropout" if dropout_p > 0 else f"head_dim over {MAX_HEAD_DIM}")
+    report_unfused("attention", f"head_dim over {MAX_HEAD_DIM}")
     sq, sk = q.shape[2], k.shape[2]
     mask = None
     if key_padding_mask is not None or sq != sk:
@@ -145,16 +144,17 @@ class GPT2Attention(torch_nn.Module):
         """x ``(B, S, E)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored -> ``(B, S, E)``."""
         qkv = self.c_attn(x).view(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
         dropout_p = self.dropout_p if self.training else 0.0
-        fused = dropout_p == 0 and self.head_dim <= MAX_HEAD_DIM
+        fused = self.head_dim <= MAX_HEAD_DIM
+        options = {"scale": self.scale, "key_padding_mask": key_padding_mask, "dropout_p": dropout_p}
         if cache is None and fused:
-            out = functional.attention_qkvpacked(qkv, causal=True, scale=self.scale, key_padding_mask=key_padding_mask)
+            out = functional.attention_qkvpacked(qkv, causal=True, **options)
             return self.c_proj(out.flatten(2))
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         if fused:
             causal = q.shape[2] > 1  # one query sits at the end and sees everything
-            out = functional.attention(q, k, v, causal=causal, scale=self.scale, key_padding_mask=key_padding_mask)
+            out = functional.attention(q, k, v, causal=causal, **options)
         else:
             out = attention_in_torch(q, k, v, self.scale, key_padding_mask, dropout_p)
         return self.c_proj(out.transpose(1, 2).flatten(2))

@@ -1,9 +1,8 @@
 """Multi-head attention (Vaswani et al. 2017, section 3.2.2) with the interface of ``torch.nn.MultiheadAttention``.
 
-Without weights to return, and with no mask, a causal one or a key padding mask, one fused kernel computes softmax(q k^T
-/ sqrt(D)) v and the (L, S) matrix never exists; for self-attention it reads the packed projection in place, and its
-backward writes one packed gradient. Everything else (weights wanted, arbitrary masks, dropout on the weights) is
-computed explicitly below.
+Without weights to return one fused kernel computes softmax(q k^T / sqrt(D) + masks) v, and the (L, S) matrix never
+exists; for self-attention with no other mask than a causal or a key padding one it reads the packed projection in
+place, and its backward writes one packed gradient. With weights wanted they are computed explicitly below.
 """
 
 from __future__ import annotations
@@ -97,18 +96,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         extended = self.bias_k is not None or self.add_zero_attn
         dropout_p = self.dropout if self.training else 0.0
         causal = is_causal and length == source and not extended
-        fusible = (
-            not need_weights
-            and dropout_p == 0
-            and self.head_dim <= MAX_HEAD_DIM
-            and (attn_mask is None or causal)
-            and (key_padding_mask is None or key_padding_mask.dtype == torch.bool)
-        )
+        fusible = not need_weights and self.head_dim <= MAX_HEAD_DIM
+        plain = (attn_mask is None or causal) and (key_padding_mask is None or key_padding_mask.dtype == torch.bool)
         weights = None
-        if fusible and self_attention and self._qkv_same_embed_dim and not extended:
+        if fusible and plain and self_attention and self._qkv_same_embed_dim and not extended:
             qkv = linear(query, self.in_proj_weight, self.in_proj_bias)
             qkv = qkv.unflatten(2, (3, self.num_heads, self.head_dim))
-            out = functional.attention_qkvpacked(qkv, causal=causal, key_padding_mask=key_padding_mask)
+            out = functional.attention_qkvpacked(
+                qkv, causal=causal, key_padding_mask=key_padding_mask, dropout_p=dropout_p
+            )
         else:
             q, k, v = self._project(query, key, value, self_attention)
             if extended:
@@ -117,9 +113,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 key_padding_mask = None if key_padding_mask is None else pad(key_padding_mask, (0, extra))
                 attn_mask = None if attn_mask is None else pad(attn_mask, (0, extra))
             if not (fusible or need_weights):
-                report_unfused("attention", _unfused(attn_mask, key_padding_mask, dropout_p))
+                report_unfused("attention", f"head_dim over {MAX_HEAD_DIM}")
             if fusible:
-                attended = functional.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
+                masks = _masks(key_padding_mask, None if causal else attn_mask, self.num_heads, q.dtype)
+                attended = functional.attention(q, k, v, causal=causal, dropout_p=dropout_p, **masks)
                 assert isinstance(attended, Tensor)  # not a pair: return_lse is off
                 out = attended
             else:
@@ -207,12 +204,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise TypeError(f"{name}: dtype {mask.dtype} is neither bool nor floating point")
 
 
-def _unfused(attn_mask: Tensor | None, key_padding_mask: Tensor | None, dropout_p: float) -> str:
-    if attn_mask is not None:
-        return "attn_mask"
-    if dropout_p > 0:
-        return "dropout"
-    return f"head_dim over {MAX_HEAD_DIM}" if key_padding_mask is None else "a floating-point key_padding_mask"
+def _masks(
+    key_padding_mask: Tensor | None, attn_mask: Tensor | None, num_heads: int, dtype: torch.dtype
+) -> dict[str, Tensor | None]:
+    """Both masks as arguments of :func:`fastformer.functional.attention`."""
+    numbers = [m for m in (key_padding_mask, attn_mask) if m is not None and m.dtype != torch.bool]
+    if not numbers:
+        mask = None if attn_mask is None else ~_by_head(attn_mask, num_heads)
+        return {"key_padding_mask": key_padding_mask, "attn_mask": mask}
+    if key_padding_mask is not None and key_padding_mask.dtype == torch.bool:
+        assert attn_mask is not None
+        return {"key_padding_mask": key_padding_mask, "bias": _by_head(attn_mask, num_heads).to(dtype)}
+    return {"bias": _merged_mask(key_padding_mask, attn_mask, num_heads, dtype)}
+
+
+def _by_head(attn_mask: Tensor, num_heads: int) -> Tensor:
+    """(L, S) or (N * num_heads, L, S) -> (1, 1, L, S) or (N, num_heads, L, S)."""
+    return attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, num_heads))
 
 
 def _merged_mask(
@@ -221,7 +229,7 @@ def _merged_mask(
     """Both masks as one to add to the scores, broadcastable to (N, num_heads, L, S); None if there is none."""
     parts = []
     if attn_mask is not None:
-        parts.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, num_heads)))
+        parts.append(_by_head(attn_mask, num_heads))
     if key_padding_mask is not None:
         parts.append(key_padding_mask[:, None, None, :])
     added = [torch.zeros_like(m, dtype=dtype).masked_fill(m, -math.inf) if m.dtype == torch.bool else m for m in parts]

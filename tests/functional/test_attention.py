@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as TF
 
 import fastformer
 from fastformer import functional as F
@@ -158,33 +157,6 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(F.attention(q, q, v), v.mean(2, keepdim=True).expand_as(v))
 
 
-@pytest.mark.parametrize("gqa", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-def test_scaled_dot_product_attention_is_torchs(gqa, causal):
-    q, k, v = torch.randn(2, 4, 9, 8), *(torch.randn(2, 2 if gqa else 4, 9, 8) for _ in range(2))
-    ours = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
-    torch.testing.assert_close(ours, TF.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa))
-
-
-def test_what_is_not_fused_runs_torch_with_a_warning_and_is_an_error_under_strict():
-    q = torch.randn(1, 2, 5, 8)
-    mask = torch.rand(5, 5) < 0.8
-    mask.fill_diagonal_(True)
-    from fastformer.backends import registry
-
-    registry._warned.clear()
-    with pytest.warns(UserWarning, match=r"fastformer\.attention: no fused kernel for attn_mask"):
-        ours = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
-    torch.testing.assert_close(ours, TF.scaled_dot_product_attention(q, q, q, attn_mask=mask))
-    with fastformer.strict(), pytest.raises(fastformer.UnsupportedError, match="attn_mask"):
-        F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
-    longer = torch.randn(1, 2, 7, 8)  # torch aligns is_causal at the top left, attention() at the bottom right
-    registry._warned.clear()
-    with pytest.warns(UserWarning, match="top left"):
-        ours = F.scaled_dot_product_attention(q, longer, longer, is_causal=True)
-    torch.testing.assert_close(ours, TF.scaled_dot_product_attention(q, longer, longer, is_causal=True))
-
-
 BAD = {
     "q: expected a torch.Tensor": lambda q, k, m: (3, k, k, {}),
     "k: dtype": lambda q, k, m: (q, k.double(), k, {}),
@@ -212,11 +184,11 @@ def test_operator_passes_torchs_own_checks():
     q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
     mask = torch.zeros(1, 5, dtype=torch.bool)
     torch.library.opcheck(torch.ops.fastformer.attention.default, (q, k, v, 0.5, True, mask))
-    out, lse = (t.detach() for t in torch.ops.fastformer.attention(q, k, v, 0.5, True, None))
+    out, lse = (t.detach() for t in torch.ops.fastformer.attention(q, k, v, 0.5, True))
     args = [t.detach() for t in (q, k, v)]
     torch.library.opcheck(
         torch.ops.fastformer.attention_backward.default,
-        (torch.randn_like(out), None, *args, out, lse, 0.5, True, None),
+        (torch.randn_like(out), None, *args, out, lse, False, False, 0.5, True),
     )
 
 
@@ -233,7 +205,7 @@ def test_compiles_to_one_graph():
 
 
 def test_vmap_and_grad_of_torch_func():
-    q = torch.randn(3, 1, 2, 5, 4)
+    q = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
 
     def ours(q):
         return F.attention(q, q, q, causal=True).square().sum()
@@ -241,4 +213,5 @@ def test_vmap_and_grad_of_torch_func():
     def theirs(q):
         return exact(q, q, q, 0.5, True, None).square().sum()
 
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(ours))(q), torch.func.vmap(torch.func.grad(theirs))(q))
+    results = [torch.func.vmap(torch.func.grad(f))(q) for f in (ours, theirs)]
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)

@@ -219,7 +219,6 @@ def test_reordering_a_cache():
         torch.testing.assert_close(found, ours(tokens[order]).logits[:, 9:])
 
 
-@unfused
 @pytest.mark.parametrize("where", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
 def test_dropout(where):
     ours = ours_of(theirs_of(**{where: 0.5}))
@@ -242,9 +241,8 @@ def test_dropout(where):
         torch.testing.assert_close(hidden, ours.transformer._embed(tokens, None, None, None, 0), rtol=0, atol=0.2)
 
 
-@unfused
 def test_attention_dropout_with_padding_and_cache():
-    """The one place that leaves the fused kernel, with dropout so small that nothing is dropped."""
+    """With dropout so small that nothing is dropped."""
     theirs = theirs_of(attn_pdrop=1e-9)
     ours = ours_of(theirs)
     tokens, mask = ids(), torch.ones(3, 17, dtype=torch.long)

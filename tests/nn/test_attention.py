@@ -121,19 +121,28 @@ def test_averaged_weights():
     torch.testing.assert_close(ours(q, k, k)[1], theirs(q, k, k)[1])
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-def test_dropout_draws_as_torch_does(need_weights):
+def test_dropout():
     ours, theirs = pair({"dropout": 0.4})
     ours.load_state_dict(theirs.state_dict())
     x = tokens(L, E, False)
-    results = []
-    for module in (ours, theirs):
+
+    def run(module, **kwargs):
         torch.manual_seed(11)
-        results.append(module(x, x, x, need_weights=need_weights)[0])
-    torch.testing.assert_close(*results)
+        return module(x, x, x, **kwargs)[0]
+
+    torch.testing.assert_close(run(ours), run(theirs))  # with weights to return: torch's own draws
+    # fused: draws of its own, from the same seed
+    first = run(ours, need_weights=False)
+    assert torch.equal(first, run(ours, need_weights=False))
+    assert not torch.equal(first, ours(x, x, x, need_weights=False)[0])
+    with torch.no_grad():
+        draws = torch.stack([ours(x, x, x, need_weights=False)[0] for _ in range(1000)])
     ours.eval()
     theirs.eval()
-    torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], theirs(x, x, x, need_weights=False)[0])
+    wanted = theirs(x, x, x, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], wanted)
+    # scaled by 1 / (1 - p), so that the mean over many masks is the output without dropout, within five standard errors
+    assert ((draws.mean(0) - wanted).abs() < 5 * draws.std(0) / 1000**0.5).all()
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -159,13 +168,14 @@ def test_head_dim_beyond_the_kernels():
     )
 
 
-def test_strict_names_what_has_no_kernel():
+def test_every_mask_has_a_kernel():
     ours, _ = pair({"batch_first": True})
     x = tokens(L, E, True)
+    attn, numbers = causal(L), torch.randn(L, L)
     with fastformer.strict():
-        ours(x, x, x, need_weights=True)  # the weights are wanted: nothing fused was left out
-        with pytest.raises(fastformer.UnsupportedError, match="attn_mask"):
-            ours(x, x, x, need_weights=False, attn_mask=causal(L))
+        for mask in (None, attn, numbers, numbers.expand(N * H, L, L)):
+            for ignored in (None, padding(L), torch.randn(N, L)):
+                ours(x, x, x, ignored, need_weights=False, attn_mask=mask)
 
 
 def test_inside_a_torch_encoder_layer():

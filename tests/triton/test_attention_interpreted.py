@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastformer.backends.attention_options import Options
 from fastformer.backends.reference import attention as reference
 from fastformer.backends.triton import attention
 
@@ -55,25 +56,25 @@ def inputs(case, dtype, device, seed=0):
         mask = (torch.rand(batch, seqlen_k, generator=generator) < 0.4).to(device)
         if batch > 1:
             mask[0] = True
-    return (q, k, v, 0.9 / head_dim**0.5, causal, mask), normal(batch, heads, seqlen_q, head_dim_v)
+    return (q, k, v, Options(0.9 / head_dim**0.5, causal, mask)), normal(batch, heads, seqlen_q, head_dim_v)
 
 
 def check_attention(arguments, dout, dlse=None):
     exact = reference.forward(*double(*arguments))
     ours = attention.forward(*arguments)
     leaves = [x.detach().requires_grad_() for x in arguments[:3]]
-    theirs = eager(*leaves, *arguments[3:])
+    theirs = eager(*leaves, *arguments[3][:3])
     check("out", ours[0], theirs[0].detach(), exact[0])
     # Statistics stay in float32 whatever the inputs are, as in the reference.
     check("lse", ours[1], reference.forward(*arguments)[1], exact[1], summand=torch.tensor(4.0))
     assert ours[0].transpose(1, 2).is_contiguous(), "out must lie in memory as (B, Sq, Hq, Dv)"
 
-    q, k, v, *rest = arguments
-    gradients = attention.backward(dout, dlse, q, k, v, *ours, *rest)
-    exact_gradients = reference.backward(*double(dout, dlse, q, k, v), *exact, *rest)
+    q, k, v, options = arguments
+    gradients = attention.backward(dout, dlse, q, k, v, *ours, options)
+    exact_gradients = reference.backward(*double(dout, dlse, q, k, v), *exact, options)
     upstream = dout, torch.zeros_like(theirs[1]) if dlse is None else dlse.to(dout.dtype)
     their_gradients = torch.autograd.grad(theirs, leaves, upstream)
-    check_all("dq dk dv", gradients, their_gradients, exact_gradients)
+    check_all("dq dk dv", gradients[:3], their_gradients, exact_gradients[:3])
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -90,22 +91,23 @@ def test_attention_half_precision(case, dtype, device):
 
 
 def test_hidden_rows_are_exactly_zero(device):
-    (q, k, v, *rest), dout = inputs(CASES["more queries than keys"], torch.float32, device)
-    out, lse = attention.forward(q, k, v, *rest)
-    dq, _, _ = attention.backward(dout, torch.full_like(lse, 3.0), q, k, v, out, lse, *rest)
+    (q, k, v, options), dout = inputs(CASES["more queries than keys"], torch.float32, device)
+    out, lse = attention.forward(q, k, v, options)
+    dq, *_ = attention.backward(dout, torch.full_like(lse, 3.0), q, k, v, out, lse, options)
     assert (out[:, :, :103] == 0).all() and (dq[:, :, :103] == 0).all()
     assert (lse[:, :, :103] == float("-inf")).all() and lse[:, :, 103:].isfinite().all()
 
 
 def test_large_scores_of_either_sign(device):
     # log-sum-exps of about +-1000: exp2 of an unmasked score minus another row's statistic would overflow.
-    (q, k, v, _, causal, mask), dout = inputs(CASES["more keys than queries"], torch.float32, device)
+    (q, k, v, options), dout = inputs(CASES["more keys than queries"], torch.float32, device)
     for scale in (300.0, -300.0):
-        out, lse = attention.forward(q, k, v, scale, causal, mask)
-        exact, exact_lse = reference.forward(*double(q, k, v), scale, causal, mask)
+        options = options._replace(scale=scale)
+        out, lse = attention.forward(q, k, v, options)
+        exact, exact_lse = reference.forward(*double(q, k, v), options)
         torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=0)
-        assert all(g.isfinite().all() for g in attention.backward(dout, None, q, k, v, out, lse, scale, causal, mask))
+        assert all(g.isfinite().all() for g in attention.backward(dout, None, q, k, v, out, lse, options)[:3])
 
 
 def test_gradients_into_given_buffers_of_any_stride(device):
@@ -114,21 +116,21 @@ def test_gradients_into_given_buffers_of_any_stride(device):
     dqkv = torch.full_like(qkv, float("nan"))
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     dq, dk, dv = (x.transpose(1, 2) for x in dqkv.unbind(2))
-    out, lse = attention.forward(q, k, v, 0.2, True, None)
+    out, lse = attention.forward(q, k, v, Options(0.2, True))
     dout = torch.ones(1, 1, 1, 1, device=device).expand_as(out)  # the gradient of out.sum(): every stride is 0
-    returned = attention.backward(dout, None, q, k, v, out, lse, 0.2, True, None, dq, dk, dv)
-    assert all(a is b for a, b in zip(returned, (dq, dk, dv)))
+    returned = attention.backward(dout, None, q, k, v, out, lse, Options(0.2, True), (False, False), dq, dk, dv)
+    assert all(a is b for a, b in zip(returned[:3], (dq, dk, dv)))
     expected = attention.backward(
-        dout.contiguous(), None, *(x.contiguous() for x in (q, k, v)), out, lse, 0.2, True, None
+        dout.contiguous(), None, *(x.contiguous() for x in (q, k, v)), out, lse, Options(0.2, True)
     )
-    assert all(torch.equal(a, b) for a, b in zip(returned, expected))
+    assert all(torch.equal(a, b) for a, b in zip(returned[:3], expected[:3]))
 
 
 def test_gradients_repeat_bit_for_bit(device):
-    (q, k, v, *rest), dout = inputs(CASES["padding everywhere"], torch.float32, device)
-    out, lse = attention.forward(q, k, v, *rest)
-    first, second = (attention.backward(dout, None, q, k, v, out, lse, *rest) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    (q, k, v, options), dout = inputs(CASES["padding everywhere"], torch.float32, device)
+    out, lse = attention.forward(q, k, v, options)
+    first, second = (attention.backward(dout, None, q, k, v, out, lse, options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3]))
 
 
 def test_strides_beyond_32_bits(device):
@@ -136,8 +138,8 @@ def test_strides_beyond_32_bits(device):
     # interpreter raises where an offset, even a masked one, overflows.
     row = torch.randn(1, 1, 1, 16, generator=torch.Generator().manual_seed(0)).to(device)
     far = row.as_strided(row.shape, (2**33, 2**33, 2**29, 1))
-    out, lse = attention.forward(far, far, far, 1.0, False, None)
+    out, lse = attention.forward(far, far, far, Options(1.0))
     torch.testing.assert_close(out, row)
     gradients = [torch.empty_like(row).as_strided(row.shape, far.stride()) for _ in range(3)]
-    attention.backward(far, None, far, far, far, out, lse, 1.0, False, None, *gradients)
+    attention.backward(far, None, far, far, far, out, lse, Options(1.0), (False, False), *gradients)
     torch.testing.assert_close(gradients[2], row)  # the only probability is 1

@@ -1,4 +1,4 @@
-"""Attention by csrc/cpu/attention.cpp and attention_backward.cpp; signatures as in backends/reference/attention.py."""
+"""Attention on the CPU (csrc/cpu/attention.cpp, attention_backward.cpp). Signatures: backends/attention_options.py."""
 
 from __future__ import annotations
 
@@ -6,35 +6,24 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ._call import DTYPE, DTYPES, acc_dtype, pointer, workspace
+from ..attention_call import extras, sizes
+from ..attention_options import FEATURES as ALL_FEATURES
+from ..attention_options import Gradients, Options, empty_like_input, empty_out
+from ._call import DTYPE, DTYPES, acc_dtype, pointer
 
-FEATURES = frozenset({"causal", "key_padding_mask", "grouped_heads"})
-__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
-
-
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    batch, heads, seqlen_q, head_dim = q.shape
-    return batch, heads, k.shape[1], seqlen_q, k.shape[2], head_dim, v.shape[3]
+FEATURES = frozenset(ALL_FEATURES)
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, key_padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq)."""
-    sizes = _sizes(q, k, v)
-    batch, heads, _, seqlen_q, _, _, head_dim_v = sizes
-    code = DTYPE[q.dtype]
-    out = _transposed(batch, heads, seqlen_q, head_dim_v, q.dtype)
-    lse = torch.empty(batch, heads, seqlen_q, dtype=acc_dtype(q.dtype))
-    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
-    scratch = workspace(_C.attention_forward_workspace(code, *sizes, causal, mask is not None))
+    options = _contiguous(options)
+    common = (DTYPE[q.dtype], sizes(q, k, v, options), options.scale, options.causal)
+    more = extras(q, k, options)
+    out = empty_out(q, v)
+    lse = torch.empty(q.shape[:3], dtype=acc_dtype(q.dtype))
     _C.attention_forward(
-        code,
-        *sizes,
-        scale,
-        causal,
-        pointer(mask),
-        0 if mask is None else mask.stride(0),
+        *common,
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -44,7 +33,7 @@ def forward(
         k.stride(),
         v.stride(),
         out.stride(),
-        scratch.data_ptr(),
+        more,
     )
     return out, lse
 
@@ -57,28 +46,28 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-    causal: bool,
-    key_padding_mask: Tensor | None,
+    options: Options,
+    needs: tuple[bool, bool] = (False, False),
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, written into dq, dk, dv where given."""
-    sizes = _sizes(q, k, v)
-    code = DTYPE[q.dtype]
-    dq = _like_input(q) if dq is None else dq
-    dk = _like_input(k) if dk is None else dk
-    dv = _like_input(v) if dv is None else dv
-    mask = None if key_padding_mask is None else key_padding_mask.contiguous()
-    scratch = workspace(_C.attention_backward_workspace(code, *sizes, causal, mask is not None))
+) -> Gradients:
+    """Gradients of q, k and v, written into dq, dk, dv where given, and of the bias and the distance bias if needed."""
+    options = _contiguous(options)
+    dq = empty_like_input(q) if dq is None else dq
+    dk = empty_like_input(k) if dk is None else dk
+    dv = empty_like_input(v) if dv is None else dv
+    dbias = ddistance = None
+    if needs[0]:
+        assert options.bias is not None
+        dbias = torch.zeros(options.bias.shape, dtype=acc_dtype(q.dtype))
+    if needs[1]:
+        assert options.distance_bias is not None
+        ddistance = torch.zeros_like(options.distance_bias)
+    common = (DTYPE[q.dtype], sizes(q, k, v, options), options.scale, options.causal)
+    more = extras(q, k, options, dbias, ddistance)
     _C.attention_backward(
-        code,
-        *sizes,
-        scale,
-        causal,
-        pointer(mask),
-        0 if mask is None else mask.stride(0),
+        *common,
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -97,16 +86,28 @@ def backward(
         dq.stride(),
         dk.stride(),
         dv.stride(),
-        scratch.data_ptr(),
+        more,
     )
-    return dq, dk, dv
+    return Gradients(dq, dk, dv, dbias, ddistance)
 
 
-def _like_input(t: Tensor) -> Tensor:
-    # (B, S, H, D) in memory when the input is a transposed view of that: its gradient then needs no copy to reshape.
-    return _transposed(*t.shape, t.dtype) if t.stride(1) < t.stride(2) else torch.empty(t.shape, dtype=t.dtype)
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor | None:
+    """``forward``'s output where there is nothing beside q, k and v; None if anything about them is unusual or wrong.
+
+    For calls so small that the Python of the general way would take longer than the kernel.
+    """
+    if not _EXCHANGE or q.dim() != 4 or v.dim() != 4:
+        return None
+    b, h, s, _ = q.shape
+    out = torch.empty((b, s, h, v.shape[3]), dtype=q.dtype).transpose(1, 2)
+    return out if _C.attention_plain(q, k, v, out, scale, causal) else None
 
 
-def _transposed(b: int, h: int, s: int, d: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (B, H, S, D) that is (B, S, H, D) in memory."""
-    return torch.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), dtype=dtype)
+# Whether torch (2.10 and newer) lets C++ look at its tensors without its headers.
+_EXCHANGE = hasattr(Tensor, "__dlpack_c_exchange_api__") and _C.use_exchange(Tensor.__dlpack_c_exchange_api__)
+
+
+def _contiguous(options: Options) -> Options:
+    if (padding := options.key_padding_mask) is not None and padding.stride(1) != 1:
+        return options._replace(key_padding_mask=padding.contiguous())
+    return options

@@ -38,11 +38,15 @@ def random_bits(seed: int, rows: Tensor, cols: int) -> Tensor:
     return torch.where(word == 0, c0, torch.where(word == 1, c1, torch.where(word == 2, c2, c3)))
 
 
-def dropout_scales(seed: int, rows: int, cols: int, p: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``(rows, cols)`` of 1 / (1 - p) where the element survives and 0 where it does not."""
+def dropout_scales(
+    seed: int, rows: int | Tensor, cols: int, p: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """``(rows, cols)`` of 1 / (1 - p) where the element survives, else 0; ``rows``: how many, or which."""
+    if not isinstance(rows, Tensor):
+        rows = torch.arange(rows, device=device)
     if p >= 1:
-        return torch.zeros(rows, cols, device=device, dtype=dtype)
-    bits = random_bits(seed, torch.arange(rows, device=device), cols)
+        return torch.zeros(len(rows), cols, device=device, dtype=dtype)
+    bits = random_bits(seed, rows, cols)
     # Like the kernels: the scale is rounded to float32 first, so all backends multiply by the same number.
     scale = torch.tensor(1 / (1 - p), dtype=torch.float32).item()
     return (bits >= min(int(p * 2**32), _MASK)).to(dtype) * scale

@@ -1,21 +1,25 @@
-"""Attention without the score matrix: out = softmax(scale q k^T + mask) v and its gradients.
+"""Attention without the score matrix: out = dropout(softmax(cap(scale q k^T) + bias + mask)) v and its gradients.
 
 Blocks of keys stream past a block of queries while a running maximum and sum rescale the partial result (Dao et al.
 2022, arXiv:2205.14135; forward is algorithm 1 of arXiv:2307.08691). With p the probabilities, recomputed from the saved
-log-sum-exp, and delta = sum(dout * out) - dlse per query:
+log-sum-exp, keep the dropout scales, recomputed from the seed, and delta = sum(dout * out) - dlse per query:
 
-    dv = p^T dout,   ds = p * (dout v^T - delta),   dq = scale ds k,   dk = scale ds^T q
+    dz = p * (keep * (dout v^T) - delta),   dbias = dz summed over what the bias is broadcast along,
+    ds = dz * cap',   dq = scale ds k,   dk = scale ds^T q,   dv = (keep * p)^T dout
 
-Two choices make it fast and repeatable. Key blocks that no mask touches run in a loop of their own, without a single
-comparison. And backward is two kernels, one that owns queries and sums over keys (dq, and delta on the way), one that
-owns keys and sums over queries and over the query heads that share them (dk, dv): no sum crosses programs, so none
-needs atomic additions, and the result is the same in every run. The second kernel has one loop only: a second one costs
-more registers than the comparison it saves. The kernels are in attention_kernels.py.
+Two choices make it fast and repeatable. Key blocks that neither diagonal nor window touches run in a loop of their own,
+without a single comparison, and those beyond are never visited. And backward is two kernels, one that owns queries and
+sums over keys (dq, and delta on the way), one that owns keys and sums over queries and over the query heads that share
+them (dk, dv): no sum crosses programs, so none needs atomic additions, and the result is the same in every run. The
+second kernel has one loop only: a second one costs more registers than the comparison it saves. A third kernel, where a
+bias needs a gradient, owns elements of the bias, or diagonals of the score matrix.
+
+The kernels are in attention_kernels.py (forward), attention_backward_kernels.py and attention_bias_kernels.py; what is
+added to and hidden from the scores is in attention_scores.py.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,75 +27,81 @@ import torch
 import triton
 from torch import Tensor
 
-from . import attention_kernels
+from ..attention_options import FEATURES as ALL_FEATURES
+from ..attention_options import Gradients, Options, empty_out, sequences
+from . import attention_backward_kernels, attention_bias_kernels, attention_kernels
+from .attention_tiles import BIAS_TILES, BiasTiles, Tile, Tiles, block_dim, tiles_for, tiles_on
+from .dropout import dropout
 from .launch import DTYPES as DTYPES
-from .launch import TYPES, Configuration, capability, launch, unit_stride
+from .launch import TYPES, Configuration, launch, program_limit, unit_stride
 
-FEATURES = frozenset({"causal", "key_padding_mask", "grouped_heads"})
-
-
-class Tile(NamedTuple):
-    """How one program of one kernel works through its part of the score matrix."""
-
-    block_q: int
-    """Queries at once."""
-    block_k: int
-    """Keys at once."""
-    num_warps: int
-    num_stages: int
-    """Blocks of the loop that are in flight at once."""
+FEATURES = frozenset(ALL_FEATURES)
 
 
-class Tiles(NamedTuple):
-    """The three kernels' tiles for one head size."""
+class _Call(NamedTuple):
+    """What every launch of one call has in common."""
 
-    forward: Tile
-    backward_q: Tile
-    backward_k: Tile
-
-
-# (sm_ family, bytes per element, head_dim rounded up to a power of two) -> tiles. The largest that stay in registers
-# (aot.py checks every line) and, in the sm_80 family, within the 99 KiB of shared memory of an sm_86 or sm_89.
-TILES: dict[tuple[int, int, int], Tiles] = {
-    (80, 2, 16): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
-    (80, 2, 32): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (80, 2, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
-    (80, 2, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
-    (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 64, 8, 1)),
-    (80, 4, 16): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (80, 4, 32): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (80, 4, 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (80, 4, 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (80, 4, 256): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 2, 16): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
-    (90, 2, 32): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 8, 3)),
-    (90, 2, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 128, 8, 3)),
-    (90, 2, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (90, 2, 256): Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 4, 16): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 4, 32): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 4, 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 4, 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 4, 256): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-}
+    batch: int
+    """Sequences."""
+    heads: int
+    groups: int
+    """Query heads that share one of k and v."""
+    seqlen_q: int
+    seqlen_k: int
+    """The longest sequence's."""
+    packed: tuple[Tensor | int | None, ...]
+    """The kernels' arguments cu_seqlens_q_ptr ... total_q."""
+    scores: tuple[Tensor | float | None, ...]
+    """The kernels' arguments padding_ptr ... keep_scale."""
+    flags: dict[str, bool]
 
 
-def block_dim(head_dim: int) -> int:
-    """``head_dim`` as the kernels hold it: a power of two that a matrix instruction can take."""
-    return max(16, triton.next_power_of_2(head_dim))
+def _call(q: Tensor, k: Tensor, options: Options) -> _Call:
+    batch, seqlen_q, seqlen_k = sequences(options, q, k)
+    heads = q.shape[1]
+    packed = options.cu_seqlens_q is not None
+    padding = mask = None
+    if options.key_padding_mask is not None:
+        padding = unit_stride(options.key_padding_mask).view(torch.uint8)
+    if options.mask is not None:
+        mask = options.mask.view(torch.uint8)
+    bias, distance_bias, slopes = options.bias, options.distance_bias, options.alibi_slopes
+    # A window that is wider than the scores hides nothing, and might not fit into 32 bits.
+    left, right = (w if 0 <= w < seqlen_q + seqlen_k else None for w in (options.window_left, options.window_right))
+    drop = dropout(options.dropout_p, options.seed) if options.dropout_p > 0 else (0, 0, 1.0)
+    scores = (
+        padding, None if padding is None else padding.stride(0),
+        mask, *_strides(mask),
+        bias, *_strides(bias),
+        distance_bias, None if distance_bias is None else distance_bias.shape[1] // 2,
+        slopes, None if slopes is None else slopes.stride(0) if len(slopes) > 1 else 0,
+        left, 0 if options.causal else right, options.softcap or None,
+        *drop,
+    )  # fmt: skip
+    flags = {"TOP_LEFT": options.top_left, "DROPOUT": options.dropout_p > 0}
+    cu_seqlens = (options.cu_seqlens_q, options.cu_seqlens_k, q.shape[2] if packed else None)
+    return _Call(batch, heads, heads // max(k.shape[1], 1), seqlen_q, seqlen_k, cu_seqlens, scores, flags)
 
 
-@functools.cache
-def _tiles(device: torch.device, itemsize: int, head_dim: int, head_dim_v: int) -> Tiles:
-    return TILES[family(capability(device)), itemsize, max(block_dim(head_dim), block_dim(head_dim_v))]
+def _tiles(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tiles, BiasTiles]:
+    return tiles_on(q.device, q.element_size(), q.shape[3], v.shape[3], options.features(q, k, v))
 
 
-def family(sm: int) -> int:
-    """Which lines of TILES a GPU of compute capability ``sm`` uses: 90 from Hopper's data-centre line on, else 80."""
-    return 90 if sm // 10 in (9, 10) else 80
+def _layout(call: _Call, *tensors: Tensor) -> tuple[int, ...]:
+    """(batch, head, position) strides of each; packed sequences are no distance apart but that of their positions."""
+    packed = call.packed[2] is not None
+    return tuple(stride for t in tensors for stride in ((0 if packed else t.stride(0)), t.stride(1), t.stride(2)))
 
 
-def _blocks(tile: Tile, q: Tensor, v: Tensor, causal: bool, *strided: Tensor) -> dict[str, int | bool]:
+def _strides(t: Tensor | None) -> tuple[int | None, ...]:
+    """(batch, head, query) of a mask or bias; None where all queries have the same."""
+    if t is None:
+        return None, None, None
+    batch, head, query = (stride if n > 1 else 0 for n, stride in zip(t.shape[:3], t.stride()))
+    return batch, head, query or None
+
+
+def _blocks(q: Tensor, v: Tensor, call: _Call, tile: Tile, *strided: Tensor) -> dict[str, int | bool]:
     """Everything a launch is specialised for. ``strided``: the remaining tensors that are read or written in blocks."""
     widest = max(abs(x.stride(2)) for x in (q, v, *strided))
     return {
@@ -101,39 +111,28 @@ def _blocks(tile: Tile, q: Tensor, v: Tensor, causal: bool, *strided: Tensor) ->
         "BLOCK_DV": block_dim(v.shape[3]),
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
-        "CAUSAL": causal,
+        **call.flags,
         "WIDE": widest * max(tile.block_q, tile.block_k) >= 2**31,  # else offsets within a block fit in 32 bits
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
 
 
-def _mask(key_padding_mask: Tensor | None) -> tuple[Tensor | None, int]:
-    if key_padding_mask is None:
-        return None, 0
-    mask = unit_stride(key_padding_mask).view(torch.uint8)
-    return mask, mask.stride(0)
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, key_padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq) float32.
 
-    key_padding_mask (B, Sk) bool, True = ignored. A query that sees no key gives zeros and lse = -inf. ``out`` lies in
-    memory as (B, Sq, Hq, Dv), so that merging the heads afterwards is a view.
+    A query that sees no key gives zeros and lse = -inf. ``out`` lies in memory as (B, Sq, Hq, Dv), so that merging the
+    heads afterwards is a view.
     """
-    batch, heads, seqlen_q, head_dim = q.shape
-    heads_kv, seqlen_k, head_dim_v = v.shape[1:]
-    out = torch.empty((batch, seqlen_q, heads, head_dim_v), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
-    tile = _tiles(q.device, q.element_size(), head_dim, head_dim_v).forward
-    mask, mask_stride = _mask(key_padding_mask)
+    call = _call(q, k, options)
+    out = empty_out(q, v)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tile = _tiles(q, k, v, options)[0].forward
     launch(
-        attention_kernels.forward, (batch * heads * triton.cdiv(seqlen_q, tile.block_q),), q.device,
-        q, k, v, mask, out, lse, heads, heads // max(heads_kv, 1), seqlen_q, seqlen_k, scale,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], mask_stride,
-        **_blocks(tile, q, v, causal, k, out),
+        attention_kernels.forward, (call.batch * call.heads * triton.cdiv(call.seqlen_q, tile.block_q),), q.device,
+        q, k, v, out, lse, call.heads, call.groups, call.seqlen_q, call.seqlen_k, options.scale,
+        *_layout(call, q, k, v, out), *call.packed, *call.scores,
+        **_blocks(q, v, call, tile, k, out),
     )  # fmt: skip
     return out, lse
 
@@ -146,58 +145,160 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-    causal: bool,
-    key_padding_mask: Tensor | None,
+    options: Options,
+    needs: tuple[bool, bool] = (False, False),
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, written into dq, dk, dv where given (any strides with a contiguous last dimension)."""
-    batch, heads, seqlen_q, head_dim = q.shape
-    heads_kv, seqlen_k, head_dim_v = v.shape[1:]
+) -> Gradients:
+    """Gradients of q, k and v, written into dq, dk, dv where given (any strides with a contiguous last dimension), and
+    of the bias and the distance bias if needed."""
+    call = _call(q, k, options)
     dq = torch.empty_like(q) if dq is None else dq
     dk = torch.empty_like(k) if dk is None else dk
     dv = torch.empty_like(v) if dv is None else dv
     dout = unit_stride(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    tiles = _tiles(q.device, q.element_size(), head_dim, head_dim_v)
-    # Both kernels read and write whole blocks of the two statistics, without comparing.
+    tiles, bias_tiles = _tiles(q, k, v, options)
+    # Both kernels read and write whole blocks of the two statistics, without comparing, unless sequences are packed.
     block = max(tiles.backward_q.block_q, tiles.backward_k.block_q)
-    padded = triton.cdiv(seqlen_q, block) * block
-    lse_log2, delta = torch.empty((2, batch, heads, padded), dtype=torch.float32, device=q.device)
-    mask, mask_stride = _mask(key_padding_mask)
-    groups = heads // max(heads_kv, 1)
-    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    padded = triton.cdiv(call.seqlen_q, block) * block
+    rows = (q.shape[0], call.heads, padded) if call.packed[2] is None else lse.shape
+    lse_log2, delta = torch.empty((2, *rows), dtype=torch.float32, device=q.device)
     launch(
-        attention_kernels.backward_q, (batch * heads * (padded // tiles.backward_q.block_q),), q.device,
-        q, k, v, mask, out, dout, lse, dlse, lse_log2, delta, dq, heads, groups, seqlen_q, seqlen_k, padded, scale,
-        *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], mask_stride,
-        **_blocks(tiles.backward_q, q, v, causal, k, out, dout, dq),
+        attention_backward_kernels.backward_q,
+        (call.batch * call.heads * (padded // tiles.backward_q.block_q),), q.device,
+        q, k, v, out, dout, lse, dlse, lse_log2, delta, dq,
+        call.heads, call.groups, call.seqlen_q, call.seqlen_k, padded, options.scale,
+        *_layout(call, q, k, v, out, dout, dq), *call.packed, *call.scores,
+        **_blocks(q, v, call, tiles.backward_q, k, out, dout, dq),
     )  # fmt: skip
     launch(
-        attention_kernels.backward_k, (batch * heads_kv * triton.cdiv(seqlen_k, tiles.backward_k.block_k),), q.device,
-        q, k, v, mask, dout, lse_log2, delta, dk, dv, heads_kv, groups, seqlen_q, seqlen_k, padded, scale,
-        *inputs, *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], mask_stride,
-        **_blocks(tiles.backward_k, q, v, causal, k, dout, dk, dv),
+        attention_backward_kernels.backward_k,
+        (call.batch * k.shape[1] * triton.cdiv(call.seqlen_k, tiles.backward_k.block_k),), q.device,
+        q, k, v, dout, lse_log2, delta, dk, dv,
+        k.shape[1], call.groups, call.seqlen_q, call.seqlen_k, padded, options.scale,
+        *_layout(call, q, k, v, dout, dk, dv), *call.packed, *call.scores,
+        **_blocks(q, v, call, tiles.backward_k, k, dout, dk, dv),
     )  # fmt: skip
-    return dq, dk, dv
+    shared = call, (q, k, v, dout, lse_log2, delta), padded, bias_tiles, options
+    return Gradients(
+        dq, dk, dv,
+        _bias_gradient(*shared) if needs[0] else None,
+        _distance_bias_gradient(*shared) if needs[1] else None,
+    )  # fmt: skip
+
+
+def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], padded: int, tiles: BiasTiles, options: Options) -> Tensor:
+    """dbias. Where few blocks share long sums, these are split among programs, ``splits`` times the bias in float32."""
+    assert options.bias is not None
+    q, k, v, dout = tensors[:4]
+    shape = options.bias.shape
+    tile = tiles.backward_bias
+    rows = shape[2] != 1
+    blocks = triton.cdiv(call.seqlen_k, tile.block_k) * (triton.cdiv(call.seqlen_q, tile.block_q) if rows else 1)
+    blocks *= shape[0] * shape[1]
+    loops_heads = call.heads // shape[1]
+    loops = call.batch // max(shape[0], 1) * loops_heads
+    splits = _splits(q.device, blocks, loops)
+    dtype = options.bias.dtype if splits == 1 else torch.float32
+    dbias = torch.empty((splits, *shape), dtype=dtype, device=q.device)
+    launch(
+        attention_bias_kernels.backward_bias, (splits * blocks,), q.device,
+        *tensors, dbias, call.heads, call.groups, call.seqlen_q, call.seqlen_k, padded, options.scale,
+        shape[0], shape[1], loops, loops_heads, triton.cdiv(loops, splits),
+        *_layout(call, q, k, v, dout), *call.scores,
+        **_blocks(q, v, call, tile, k, dout), ROWS=rows,
+    )  # fmt: skip
+    return dbias[0] if splits == 1 else dbias.sum(0)
+
+
+def _distance_bias_gradient(
+    call: _Call, tensors: tuple[Tensor, ...], padded: int, tiles: BiasTiles, options: Options
+) -> Tensor:
+    """ddistance_bias. A number for each head and distance, and for each of a few groups of sequences, lies between the
+    kernel and the table."""
+    assert options.distance_bias is not None
+    q, k, v, dout = tensors[:4]
+    most = options.distance_bias.shape[1] // 2
+    tile = tiles.backward_distance_bias
+    block = tile.block_k
+    # Distances there are: in rows that are aligned at the end, and in those that are aligned at the beginning.
+    lowest, highest = (call.seqlen_q, call.seqlen_k) if options.top_left else (call.seqlen_k, call.seqlen_q)
+    lowest, highest = -max(lowest - 1, 0), max(highest - 1, 0)
+    if options.causal:
+        highest = 0
+    elif options.window_right >= 0:
+        highest = min(highest, options.window_right)
+    if options.window_left >= 0:
+        lowest = max(lowest, -options.window_left)
+    first = -((block - 1 - lowest) // block)
+    diagonals = (highest + block - 1) // block - first + 1
+    splits = _splits(q.device, call.heads * diagonals, call.batch)
+    lines = torch.zeros((2, splits, call.heads, (diagonals + 1) * block), dtype=torch.float32, device=q.device)
+    blocks = _blocks(q, v, call, tile, k, dout)
+    del blocks["BLOCK_Q"], blocks["BLOCK_K"]
+    launch(
+        attention_bias_kernels.backward_distance_bias, (splits * call.heads * diagonals,), q.device,
+        *tensors, lines, call.batch, call.heads, call.groups, call.seqlen_q, call.seqlen_k, padded, options.scale,
+        first, diagonals, triton.cdiv(call.batch, splits), lines.stride(0),
+        *_layout(call, q, k, v, dout), *call.packed, *call.scores,
+        BLOCK=block, **blocks,
+    )  # fmt: skip
+    line = lines.sum((0, 1))
+    begin = (first - 1) * block  # the distance of the first element
+    before, beyond = begin + most, most + 1 - begin - line.shape[1]  # places of the table that the line does not reach
+    line = torch.nn.functional.pad(line, (max(before, 0), max(beyond, 0)))
+    below, above = line[:, : max(-before, 0)], line[:, max(-before, 0) + 2 * most + 1 :]
+    gradient = line[:, below.shape[1] : below.shape[1] + 2 * most + 1].contiguous()
+    gradient[:, 0] += below.sum(1)  # the ends of the table stand for everything beyond, too
+    gradient[:, -1] += above.sum(1)
+    return gradient
+
+
+def _splits(device: torch.device, blocks: int, loops: int) -> int:
+    """Among how many programs to split each of ``blocks`` sums of ``loops`` summands, to fill the device."""
+    return max(1, min(loops, program_limit(device) // max(blocks, 1)))
 
 
 # Head sizes that are built off-line: each line of TILES, and sizes between two powers of two.
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
+KERNELS = {
+    "forward": attention_kernels.forward,
+    "backward_q": attention_backward_kernels.backward_q,
+    "backward_k": attention_backward_kernels.backward_k,
+    "backward_bias": attention_bias_kernels.backward_bias,
+    "backward_distance_bias": attention_bias_kernels.backward_distance_bias,
+}
+# Feature -> the arguments that are not None with it, and what they are ("data": the dtype of q).
+_ARGUMENTS = {
+    "varlen": {"cu_seqlens_q_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "total_q": "i32"},
+    "key_padding_mask": {"padding_ptr": "*u8", "padding_stride": "i32"},
+    "mask": {"mask_ptr": "*u8", "mask_stride_b": "i32", "mask_stride_h": "i32", "mask_stride_q": "i32"},
+    "bias": {"bias_ptr": "data", "bias_stride_b": "i32", "bias_stride_h": "i32", "bias_stride_q": "i32"},
+    "relative_bias": {"distance_bias_ptr": "*fp32", "max_distance": "i32"},
+    "alibi": {"slopes_ptr": "*fp32", "slopes_stride": "i32"},
+    "window": {"window_left": "i32", "window_right": "i32"},
+    "softcap": {"softcap": "fp32"},
+}
+_ALIGNED = ("stride", "padded")  # what the names of integers contain that are multiples of 16
+
 
 def configuration(
-    direction: str, sm_family: int, kind: str, head_dim: int, causal: bool, padding: bool, tile: Tile
+    direction: str, sm_family: int, kind: str, head_dim: int, features: tuple[str, ...], tile: Tile
 ) -> Configuration:
-    """One build of the kernel ``direction`` ("forward", "backward_q" or "backward_k") with ``tile``."""
-    kernel = getattr(attention_kernels, direction)
-    data = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
-    types: dict[str, str | None] = {name: f"*{kind}" for name in kernel.arg_names if name in data}
-    types |= {
-        name: "*fp32" for name in ("lse_ptr", "lse_log2_ptr", "delta_ptr", "dlse_ptr") if name in kernel.arg_names
-    }
+    """One build of the kernel ``direction`` with ``tile``. ``features``: "causal", "dropout" and keys of _ARGUMENTS."""
+    kernel = KERNELS[direction]
+    data = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "dbias_ptr")
+    statistics = ("lse_ptr", "lse_log2_ptr", "delta_ptr", "dlse_ptr", "line_ptr")
+    types: dict[str, str | None] = dict.fromkeys(data, f"*{kind}") | dict.fromkeys(statistics, "*fp32")
+    types |= {"scale": "fp32", "keep_scale": "fp32", "seed": "u64", "threshold": "u32"}
+    for feature, arguments in _ARGUMENTS.items():
+        for name, argument in arguments.items():
+            types[name] = (f"*{kind}" if argument == "data" else argument) if feature in features else None
+    if "causal" in features:
+        types["window_right"] = "i32"
     constants = {
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim,
@@ -205,29 +306,55 @@ def configuration(
         "BLOCK_DV": block_dim(head_dim),
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
-        "CAUSAL": causal,
+        "BLOCK": tile.block_k,
+        "TOP_LEFT": False,
+        "DROPOUT": "dropout" in features,
         "WIDE": False,
+        "ROWS": True,
     }
-    features = ("causal" if causal else "full") + ("+padding" if padding else "")
+    names = kernel.arg_names
     return Configuration(
         kernel,
-        f"attention {direction} {kind} D={head_dim} {features}",
-        types | {"mask_ptr": "*u8" if padding else None, "scale": "fp32"},
-        constants,
+        f"attention {direction} {kind} D={head_dim} {'+'.join(features) or 'full'}",
+        {name: type for name, type in types.items() if name in names},
+        {name: value for name, value in constants.items() if name in names},
         tile.num_warps,
         tile.num_stages,
         capabilities=(sm_family,),
         tensor_cores=kind != "fp32",  # float32 is multiplied exactly, which no matrix instruction does
-        unaligned=frozenset({"heads", "heads_kv", "groups", "seqlen_q", "seqlen_k"}),
+        unaligned=frozenset(name for name in names if not any(part in name for part in _ALIGNED))
+        - {name for name in names if name.endswith("_ptr")},
     )
 
 
+# Combinations that are built beside the plain ones, for 16-bit data and the two most common head sizes.
+COMBINATIONS = (
+    ("bias", "dropout"),
+    ("causal", "softcap", "window"),  # Gemma 2
+    ("causal", "alibi"),
+    ("causal", "dropout", "varlen"),
+    ("key_padding_mask", "relative_bias", "dropout"),  # T5's encoder, training
+    ("causal", "window", "key_padding_mask", "mask", "bias", "relative_bias", "alibi", "softcap", "dropout"),
+)
+BIAS_COMBINATIONS = {
+    "backward_bias": ("key_padding_mask", "bias", "dropout"),
+    "backward_distance_bias": ("key_padding_mask", "relative_bias", "dropout"),
+}
+
+
 def configurations() -> Iterator[Configuration]:
-    """Every line of TILES in each dtype, causal and not; with a padding mask where it adds most, under causal."""
+    """Every line of TILES in each dtype, causal and not, and with a padding mask where it adds most, under causal; each
+    of :data:`COMBINATIONS`; every line of BIAS_TILES."""
+    plain: tuple[tuple[str, ...], ...] = ((), ("causal",), ("causal", "key_padding_mask"))
     for dtype, kind in sorted(TYPES.items(), key=str):
         for head_dim in HEAD_DIMS:
             for sm_family in (80, 90):
-                tiles = TILES[sm_family, dtype.itemsize, block_dim(head_dim)]
-                for direction, tile in zip(Tiles._fields, tiles):
-                    for causal, padding in ((False, False), (True, False), (True, True)):
-                        yield configuration(direction, sm_family, kind, head_dim, causal, padding, tile)
+                dim = block_dim(head_dim)
+                combinations = COMBINATIONS if head_dim in (64, 128) and dtype.itemsize == 2 else COMBINATIONS[-1:]
+                for direction in Tiles._fields:
+                    for features in plain + combinations:
+                        tile = getattr(tiles_for(sm_family, dtype.itemsize, dim, features), direction)
+                        yield configuration(direction, sm_family, kind, head_dim, features, tile)
+                for direction, features in BIAS_COMBINATIONS.items():
+                    tile = getattr(BIAS_TILES[sm_family, dtype.itemsize, dim], direction)
+                    yield configuration(direction, sm_family, kind, head_dim, features, tile)
