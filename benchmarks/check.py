@@ -62,6 +62,13 @@ CASES: dict[str, list[Case]] = {
         ),
         *_cases([(2, 4, 200, 64)], ("padding", PADDING), ("grouped", GROUPED), ("decode", {"queries": 1})),
         *_cases([(1, 2, 2048, 64)], ("causal", {"causal": True})),
+        *_cases(
+            [(2, 4, 150, 64), (1, 2, 200, 128)],
+            ("learned bias", {"bias": "learned"}),
+            ("T5 bias", {"bias": "T5"}),
+            ("window 50 causal", {"causal": True, "window": 50}),
+            ("dropout 0.1 causal", {"causal": True, "dropout": 0.1}),
+        ),
     ],
     "feed_forward": _cases([(70, 64, 256), (257, 96, 200)]),
 }
@@ -78,7 +85,10 @@ TINY: dict[str, list[Case]] = {
 # What the registry calls the fused part, and the optional features the cases use.
 KERNELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "add_layer_norm": ("add_layer_norm", ("dropout",)),
-    "attention": ("attention", ("causal", "key_padding_mask", "grouped_heads")),
+    "attention": (
+        "attention",
+        ("causal", "key_padding_mask", "grouped_heads", "bias", "relative_bias", "window", "dropout"),
+    ),
     "feed_forward": ("gelu", ("bias",)),
 }
 OPS = tuple(CASES)
@@ -157,7 +167,8 @@ def check_case(module: ModuleType, op: str, case: Case, backend: str, device: st
         size = wanted.abs().max().item() if wanted.numel() else 0.0
         tiny = 16 * torch.finfo(torch.float32).eps * max(size, scale) + torch.finfo(got.dtype).eps / 2 * size
         allowed = 2 * _distance(torchs, wanted) + tiny
-        same = torch.equal(got.view(torch.uint8), second.view(torch.uint8)) if got.dim() else got.equal(second)
+        bits = [t.contiguous().view(torch.uint8) for t in (got, second)] if got.dim() else (got, second)
+        same = torch.equal(*bits)
         checks.append(Check(op, backend, case.id, name, _distance(got, wanted), allowed, same))
     return checks
 

@@ -51,6 +51,21 @@ FF_DEVICE void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier
       "l"(map), "r"(shared_address_of(barrier)), "r"(x), "r"(y)
       : "memory");
 }
+// The same of a four-dimensional map, at (w, z) of its outer dimensions.
+FF_DEVICE void tma_load_4d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address_of(shared)),
+      "l"(map), "r"(shared_address_of(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+// `bytes`, a multiple of 16, from memory aligned to 16.
+FF_DEVICE void bulk_load(void* shared, const void* global, uint64_t* barrier, uint32_t bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address_of(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address_of(barrier))
+               : "memory");
+}
 // The other way; what lies outside the tensor is dropped.
 FF_DEVICE void tma_store_2d(const TensorMap* map, const void* shared, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
@@ -69,6 +84,20 @@ template <int N> FF_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 template <int N> FF_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
+
+// ---- turns: blocks that add to the same memory one after another ----------------------------------------------------
+// Waits until *turn is `mine`; bulk operations issued after it come after those its writer had waited for.
+FF_DEVICE void wait_for_turn(const int* turn, int mine) {
+  int now;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+  while (now != mine);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+// Adds 1 to *turn after everything this thread did, bulk operations that it has waited for (bulk_wait) included.
+FF_DEVICE void end_turn(int* turn) {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
 
 // ---- wgmma: four warps together -------------------------------------------------------------------------------------
 // Before the first product, and again after writing to registers that the next one uses.
@@ -156,10 +185,12 @@ template <int N> FF_DEVICE void increase_registers() { asm volatile("setmaxnreg.
 template <int N> FF_DEVICE void decrease_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
-// Describes a (rows, cols) matrix of 16-bit elements, rows `stride` elements apart (a multiple of 8), copied in boxes
-// of (box_rows, 64), swizzled. `bf16`: the element type. FF_DEVICE_ERROR where the driver refuses.
-inline int make_tensor_map(TensorMap* map, bool bf16, const void* data, int64_t rows, int64_t cols, int64_t stride,
-                           int box_rows) {
+// Describes a tensor of 16-bit elements: sizes from the innermost dimension, whose elements are dense, outwards;
+// strides of the others in elements, multiples of 8. Boxes of (box_rows, 64) are copied from the two innermost,
+// swizzled. `bf16`: the element type. FF_DEVICE_ERROR where the driver refuses.
+template <int rank>
+int make_tensor_map(TensorMap* map, bool bf16, const void* data, const int64_t (&sizes)[rank],
+                    const int64_t (&strides)[rank - 1], int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static Encode encode = [] {  // from the driver, through the runtime: nothing to link
     void* function = nullptr;
@@ -168,15 +199,28 @@ inline int make_tensor_map(TensorMap* map, bool bf16, const void* data, int64_t 
     return reinterpret_cast<Encode>(function);
   }();
   if (!encode) return fail(FF_DEVICE_ERROR, "the driver has no cuTensorMapEncodeTiled (CUDA 12 or newer is needed)");
-  const cuuint64_t sizes[] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[] = {cuuint64_t(stride) * 2};
-  const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
+  cuuint64_t extents[rank], bytes[rank - 1];
+  cuuint32_t box[rank], steps[rank];
+  for (int i = 0; i < rank; i++) extents[i] = cuuint64_t(sizes[i]), box[i] = steps[i] = 1;
+  for (int i = 0; i + 1 < rank; i++) bytes[i] = cuuint64_t(strides[i]) * 2;
+  box[0] = 64, box[1] = cuuint32_t(box_rows);
   const CUresult result =
-      encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data),
-             sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
+             const_cast<void*>(data), extents, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? FF_OK : fail(FF_DEVICE_ERROR, "cuTensorMapEncodeTiled: error %d", int(result));
 }
 
 }  // namespace ff
 
 #endif
+
+namespace ff {
+
+// A (rows, cols) matrix with rows `stride` elements apart.
+inline int make_tensor_map(TensorMap* map, bool bf16, const void* data, int64_t rows, int64_t cols, int64_t stride,
+                           int box_rows) {
+  return make_tensor_map<2>(map, bf16, data, {cols, rows}, {stride}, box_rows);
+}
+
+}  // namespace ff

@@ -14,9 +14,9 @@ namespace ff {
 // What cuTensorMapEncodeTiled is told; as large as a CUtensorMap.
 struct alignas(64) TensorMap {
   char* data;
-  int64_t rows, cols, stride;
+  int64_t sizes[4], strides[3];
   int box_rows;
-  char unused[128 - 36];
+  char unused[128 - 68];
 };
 
 namespace emulation {
@@ -84,8 +84,8 @@ inline void arrive_at(Mbarrier& m) {
 
 inline uint32_t swizzle(uint32_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
-// Copies a box between the tensor and its tile; f(global address or null, shared address) per 16 bytes.
-template <class F> void for_box(const TensorMap& map, char* tile, int x, int y, F f) {
+// Copies a box between the tensor and its tile; f(global address or null, shared address) per element.
+template <class F> void for_box(const TensorMap& map, char* tile, int x, int y, int z, int w, F f) {
   const uint32_t base = shared_offset(tile, size_t(map.box_rows) * 128);
   if (base % 1024) fault("TMA: the tile in shared memory must be aligned to 1024 bytes");
   for (int r = 0; r < map.box_rows; r++)
@@ -93,8 +93,11 @@ template <class F> void for_box(const TensorMap& map, char* tile, int x, int y, 
       const int64_t row = int64_t(y) + r, col = int64_t(x) + piece * 8;
       char* shared = block.shared + swizzle(base + r * 128 + piece * 16);
       for (int e = 0; e < 8; e++) {
-        const bool inside = row >= 0 && row < map.rows && col + e >= 0 && col + e < map.cols;
-        f(inside ? map.data + (row * map.stride + col + e) * 2 : nullptr, shared + e * 2);
+        const int64_t at[] = {col + e, row, z, w};
+        bool inside = true;
+        for (int i = 0; i < 4; i++) inside &= at[i] >= 0 && at[i] < map.sizes[i];
+        const int64_t element = at[0] + row * map.strides[0] + z * map.strides[1] + w * map.strides[2];
+        f(inside ? map.data + element * 2 : nullptr, shared + e * 2);
       }
     }
 }
@@ -187,11 +190,11 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) {
 inline void fence_async_proxy() {}
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
-inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y) {
+inline void tma_load_4d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y, int z, int w) {
   using namespace emulation;
   find_mbarrier(barrier);
   complete_asynchronously([=, map = *map] {
-    for_box(map, static_cast<char*>(shared), x, y, [](const char* global, char* to) {
+    for_box(map, static_cast<char*>(shared), x, y, z, w, [](const char* global, char* to) {
       if (global) memcpy(to, global, 2);
       else memset(to, 0, 2);
     });
@@ -200,10 +203,25 @@ inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier, i
     complete_phase(m);
   });
 }
+inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* barrier, int x, int y) {
+  tma_load_4d(shared, map, barrier, x, y, 0, 0);
+}
+inline void bulk_load(void* shared, const void* global, uint64_t* barrier, uint32_t bytes) {
+  using namespace emulation;
+  if (shared_offset(shared, bytes) % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    fault("bulk copy: addresses and size must be multiples of 16 bytes");
+  find_mbarrier(barrier);
+  complete_asynchronously([=] {
+    memcpy(shared, global, bytes);
+    Mbarrier& m = find_mbarrier(barrier);
+    m.bytes -= bytes;
+    complete_phase(m);
+  });
+}
 inline void tma_store_2d(const TensorMap* map, const void* shared, int x, int y) {
   using namespace emulation;
   sm90.bulk[thread()].start([=, map = *map] {
-    for_box(map, static_cast<char*>(const_cast<void*>(shared)), x, y, [](char* global, const char* from) {
+    for_box(map, static_cast<char*>(const_cast<void*>(shared)), x, y, 0, 0, [](char* global, const char* from) {
       if (global) memcpy(global, from, 2);
     });
   });
@@ -219,6 +237,16 @@ inline void bulk_reduce_add(float* global, const float* shared, uint32_t bytes) 
 inline void bulk_commit() { emulation::sm90.bulk[emulation::thread()].commit(); }
 template <int N> void bulk_wait_read() { emulation::sm90.bulk[emulation::thread()].wait(N); }
 template <int N> void bulk_wait() { bulk_wait_read<N>(); }
+
+// Blocks run one after another: what one waits for must have been done by those that came before.
+inline void wait_for_turn(const int* turn, int mine) {
+  if (*turn != mine) emulation::fault("waits for turn %d at turn %d, for a block that has not run", mine, *turn);
+}
+inline void end_turn(int* turn) {
+  if (emulation::sm90.bulk[emulation::thread()].unfinished())
+    emulation::fault("ends its turn without waiting for its bulk copies");
+  ++*turn;
+}
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 inline void wgmma_fence() { emulation::sm90.warps[emulation::warp()].fenced = true; }
@@ -262,12 +290,24 @@ template <int N> void increase_registers() {
 template <int N> void decrease_registers() { increase_registers<N>(); }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
-inline int make_tensor_map(TensorMap* map, bool, const void* data, int64_t rows, int64_t cols, int64_t stride,
-                           int box_rows) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 || stride % 8 || box_rows < 1 || box_rows > 256)
-    return fail(FF_DEVICE_ERROR, "cuTensorMapEncodeTiled would refuse this: data and rows must be aligned to 16 bytes");
-  *map = {static_cast<char*>(const_cast<void*>(data)), rows, cols, stride, box_rows, {}};
-  return FF_OK;
+template <int rank>
+int make_tensor_map(TensorMap* map, bool, const void* data, const int64_t (&sizes)[rank],
+                    const int64_t (&strides)[rank - 1], int box_rows) {
+  bool accepted = reinterpret_cast<uintptr_t>(data) % 16 == 0 && data && box_rows >= 1 && box_rows <= 256;
+  *map = {static_cast<char*>(const_cast<void*>(data)), {1, 1, 1, 1}, {}, box_rows, {}};
+  for (int i = 0; i < rank; i++) {
+    map->sizes[i] = sizes[i];
+    accepted &= sizes[i] >= 1 && sizes[i] <= int64_t(1) << 32;
+    if (i == 0) continue;
+    map->strides[i - 1] = strides[i - 1];
+    accepted &= strides[i - 1] % 8 == 0 && strides[i - 1] >= 8 && strides[i - 1] < int64_t(1) << 39;
+  }
+  return accepted ? FF_OK : fail(FF_DEVICE_ERROR, "cuTensorMapEncodeTiled would refuse these sizes, strides or data");
 }
 
 }  // namespace ff
+
+// For tests of the whole library, through ctypes: when asynchronous operations happen. False: no such name.
+extern "C" FF_API __attribute__((weak)) bool ff_emulation_set_completion(const char* name) {
+  return ff::emulation::set_completion(name);
+}

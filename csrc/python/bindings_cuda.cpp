@@ -1,9 +1,10 @@
 // Python bindings of the CUDA kernels: the C functions of fastformer.h with their struct's fields as positional
-// integers and floats, in the struct's order (tensors as data_ptr()), then the stream. The same file binds the emulated
-// kernels (-DFF_EMULATE), which run on host memory and ignore the stream.
+// integers and floats, in the struct's order (tensors as data_ptr()), then the stream; attention_args.h has attention's.
+// The same file binds the emulated kernels (-DFF_EMULATE), which run on host memory and ignore the stream.
 #include <pybind11/pybind11.h>
 
 #include "../include/fastformer.h"
+#include "attention_args.h"
 #ifdef FF_EMULATE
 #include "../emulation/emulator.h"
 #endif
@@ -95,5 +96,47 @@ PYBIND11_MODULE(FF_MODULE, m) {
           a.dout = ptr(dout), a.dsummed = ptr(dsummed), a.dx = ptr(dx), a.dresidual = ptr(dresidual);
           a.dweight = ptr(dweight), a.dbias = ptr(dbias), a.workspace = ptr(workspace);
           check(ff_cuda_add_layer_norm_backward(&a, ptr(stream)));
+        });
+
+  m.def("attention_forward_workspace",
+        [](int dtype, const py::tuple& sizes, double scale, bool causal, const py::object& extras) {
+          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
+          ff::set_extras(a, extras);
+          return ff_cuda_attention_forward_workspace(&a);
+        });
+  m.def("attention_backward_workspace",
+        [](int dtype, const py::tuple& sizes, double scale, bool causal, const py::object& extras) {
+          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
+          ff::set_extras(a, extras);
+          return ff_cuda_attention_backward_workspace(&a);
+        });
+  m.def("attention_forward",
+        [](int dtype, const py::tuple& sizes, double scale, bool causal, Ptr q, Ptr k, Ptr v, Ptr out, Ptr lse,
+           const py::tuple& q_stride, const py::tuple& k_stride, const py::tuple& v_stride, const py::tuple& out_stride,
+           Ptr workspace, const py::object& extras, Ptr stream) {
+          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
+          ff::set_extras(a, extras);
+          a.q = ptr(q), a.k = ptr(k), a.v = ptr(v), a.out = ptr(out), a.lse = ptr(lse);
+          ff::set_strides(a.q_stride, q_stride), ff::set_strides(a.k_stride, k_stride);
+          ff::set_strides(a.v_stride, v_stride), ff::set_strides(a.out_stride, out_stride);
+          a.workspace = ptr(workspace);
+          check(ff_cuda_attention_forward(&a, ptr(stream)));
+        });
+  m.def("attention_backward",
+        [](int dtype, const py::tuple& sizes, double scale, bool causal, Ptr q, Ptr k, Ptr v, Ptr out, Ptr lse,
+           const py::tuple& q_stride, const py::tuple& k_stride, const py::tuple& v_stride, const py::tuple& out_stride,
+           Ptr dout, Ptr dlse, Ptr dq, Ptr dk, Ptr dv, const py::tuple& dout_stride, const py::tuple& dq_stride,
+           const py::tuple& dk_stride, const py::tuple& dv_stride, Ptr workspace, const py::object& extras,
+           Ptr stream) {
+          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
+          ff::set_extras(a, extras);
+          a.q = ptr(q), a.k = ptr(k), a.v = ptr(v), a.out = ptr(out), a.lse = ptr(lse);
+          ff::set_strides(a.q_stride, q_stride), ff::set_strides(a.k_stride, k_stride);
+          ff::set_strides(a.v_stride, v_stride), ff::set_strides(a.out_stride, out_stride);
+          a.dout = ptr(dout), a.dlse = ptr(dlse), a.dq = ptr(dq), a.dk = ptr(dk), a.dv = ptr(dv);
+          ff::set_strides(a.dout_stride, dout_stride), ff::set_strides(a.dq_stride, dq_stride);
+          ff::set_strides(a.dk_stride, dk_stride), ff::set_strides(a.dv_stride, dv_stride);
+          a.workspace = ptr(workspace);
+          check(ff_cuda_attention_backward(&a, ptr(stream)));
         });
 }

@@ -327,7 +327,8 @@ def configuration(
     )
 
 
-# Combinations that are built beside the plain ones, for 16-bit data and the two most common head sizes.
+# Combinations that are built beside the plain ones: all of them for 16-bit data and the two most common head sizes, the
+# last two for everything.
 COMBINATIONS = (
     ("bias", "dropout"),
     ("causal", "softcap", "window"),  # Gemma 2
@@ -343,14 +344,14 @@ BIAS_COMBINATIONS = {
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every line of TILES in each dtype, causal and not, and with a padding mask where it adds most, under causal; each
-    of :data:`COMBINATIONS`; every line of BIAS_TILES."""
+    """Every line of TILES in each dtype, causal and not, and with a padding mask where it adds most, under causal;
+    :data:`COMBINATIONS`; every line of BIAS_TILES."""
     plain: tuple[tuple[str, ...], ...] = ((), ("causal",), ("causal", "key_padding_mask"))
     for dtype, kind in sorted(TYPES.items(), key=str):
         for head_dim in HEAD_DIMS:
             for sm_family in (80, 90):
                 dim = block_dim(head_dim)
-                combinations = COMBINATIONS if head_dim in (64, 128) and dtype.itemsize == 2 else COMBINATIONS[-1:]
+                combinations = COMBINATIONS if head_dim in (64, 128) and dtype.itemsize == 2 else COMBINATIONS[-2:]
                 for direction in Tiles._fields:
                     for features in plain + combinations:
                         tile = getattr(tiles_for(sm_family, dtype.itemsize, dim, features), direction)

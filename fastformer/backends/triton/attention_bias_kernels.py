@@ -100,7 +100,9 @@ def backward_bias(
     first_loop = rest // (bias_batches * bias_heads) * split
     index_q, index_k = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    for loop in tl.range(first_loop, tl.minimum(first_loop + split, loops)):
+    # Of the largest heads, what the compiler would take out of the loops is more than there are registers.
+    last_loop = tl.minimum(first_loop + split, loops)
+    for loop in tl.range(first_loop, last_loop, disable_licm=BLOCK_D > 128):
         batch = (plane // bias_heads + loop // loops_heads).to(tl.int64)
         head = (plane % bias_heads + loop % loops_heads).to(tl.int64)
         head_kv = ((plane % bias_heads + loop % loops_heads) // groups).to(tl.int64)
@@ -115,7 +117,7 @@ def backward_bias(
         begin, end = query_range(start_k, x, BLOCK_Q, BLOCK_K)
         if ROWS:
             begin, end = tl.maximum(begin, own_q), tl.minimum(end, own_q + BLOCK_Q)
-        for start_q in tl.range(begin, end, BLOCK_Q):
+        for start_q in tl.range(begin, end, BLOCK_Q, disable_licm=BLOCK_D > 128):
             acc += _dz(
                 start_q, start_k, index_q, index_k,
                 q_ptr + batch * q_stride_b + head * q_stride_h,
@@ -185,7 +187,8 @@ def backward_distance_bias(
     index = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     first_batch = plane // heads * split
-    for b in tl.range(first_batch, tl.minimum(first_batch + split, batches)):
+    last_batch = tl.minimum(first_batch + split, batches)
+    for b in tl.range(first_batch, last_batch, disable_licm=BLOCK_D > 128):
         batch = tl.cast(b, tl.int64)
         begin_q, length_q = sequence(cu_seqlens_q_ptr, batch, longest_q)
         begin_k, length_k = sequence(cu_seqlens_k_ptr, batch, longest_k)
@@ -204,7 +207,8 @@ def backward_distance_bias(
         # Blocks of keys begin at multiples of BLOCK, as dropout needs it, so blocks of queries begin anywhere.
         shift = x.base + apart
         begin = tl.cdiv(tl.maximum(shift - BLOCK + 1, 0), BLOCK) * BLOCK
-        for start_k in tl.range(begin, tl.minimum(length_k, length_q + shift), BLOCK):
+        end = tl.minimum(length_k, length_q + shift)
+        for start_k in tl.range(begin, end, BLOCK, disable_licm=BLOCK_D > 128):
             acc += _dz(
                 start_k - shift, start_k, index, index,
                 q_ptr + batch * q_stride_b + head * q_stride_h + tl.cast(begin_q, tl.int64) * q_stride_s,

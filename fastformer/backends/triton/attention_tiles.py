@@ -87,7 +87,7 @@ FEATURE_TILES: dict[tuple[int, int, int], Tiles] = {
     (90, 2, 16): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (90, 2, 32): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (90, 2, 64): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-    (90, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 8, 1)),
+    (90, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
     (90, 2, 256): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     (90, 4, 16): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     (90, 4, 32): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
@@ -95,7 +95,8 @@ FEATURE_TILES: dict[tuple[int, int, int], Tiles] = {
     (90, 4, 128): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     (90, 4, 256): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
-SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 8, 1))
+SMALL_256 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1))  # head_dim over 128
 
 BIAS_TILES: dict[tuple[int, int, int], BiasTiles] = {
     (80, 2, 16): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
@@ -138,7 +139,7 @@ def tiles_for(sm_family: int, itemsize: int, dim: int, features: Iterable[str]) 
     if weight == 0:
         return TILES[key]
     if weight > 4:
-        return SMALL
+        return SMALL if dim <= 128 else SMALL_256
     tiles = FEATURE_TILES[key]
     return tiles._replace(forward=TILES[key].forward) if FORWARD_FREE.issuperset(WEIGHTS.keys() & features) else tiles
 
