@@ -38,7 +38,7 @@ CAUSAL = {"causal": True}
 DROPOUT = {"dropout_p": 0.3, "seed": 2**63 + 12345}
 
 CASES = {
-    # Tiles are 32 by 32 here, in float32.
+    # Tiles are 32 by 32 at most here, in float32.
     "top left": Case((1, 2, 2, 50, 90, 16, 16), {**CAUSAL, "top_left": True}),
     "top left, more queries": Case((1, 1, 1, 90, 50, 16, 16), {**CAUSAL, "top_left": True}),
     "window with whole blocks inside": Case((1, 1, 1, 150, 150, 16, 16), {"window_left": 70, "window_right": 40}),

@@ -25,7 +25,7 @@ ARCHITECTURES = ("80", "90a")
 FLAGS = ("-std=c++17", "-O3", "--use_fast_math")
 
 # ptxas warns with these when it cannot keep wgmma asynchronous and inserts waits: the kernel is right, and slow.
-SERIALISED = ("C7510", "C7511", "C7512", "C7513", "C7514", "instructions are serialized")
+SERIALISED = (*(f"C75{n}" for n in range(10, 21)), "instructions are serialized")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """How much of the score matrix a program of each attention kernel takes at once, by GPU, dtype, head size and features.
 
-Every number here was found by compiling (aot.py): the largest blocks that stay in registers and in shared memory.
+Every number here was found by compiling (aot.py): large blocks that stay in registers and in shared memory. Float32
+with head_dim over 64 and further features fits into shared memory, but not all of it into registers: a block has no
+fewer than 16 queries and 32 keys, the least that tl.dot and dropout take.
 """
 
 from __future__ import annotations
@@ -72,53 +74,57 @@ TILES: dict[tuple[int, int, int], Tiles] = {
 # What else is done to a score takes registers away from the block. Where these add up to at most 4, FEATURE_TILES have
 # room for it; beyond that, SMALL has.
 WEIGHTS = {"mask": 2, "bias": 2, "relative_bias": 2, "dropout": 1, "softcap": 1, "window": 1, "varlen": 1}
-FORWARD_FREE = frozenset({"softcap", "window", "varlen"})  # the forward kernel, which holds less, has room for these
+FORWARD_FREE = frozenset({"softcap", "window", "varlen"})  # the forward kernel has room for these, from head_dim 64 on
 FEATURE_TILES: dict[tuple[int, int, int], Tiles] = {
     (80, 2, 16): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
     (80, 2, 32): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
     (80, 2, 64): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
     (80, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
     (80, 2, 256): Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (80, 4, 16): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, 4, 32): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, 4, 64): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, 4, 128): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, 4, 256): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (80, 4, 16): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
+    (80, 4, 32): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
+    (80, 4, 64): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
+    (80, 4, 128): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    (80, 4, 256): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 16, 1), Tile(16, 32, 16, 1)),
     (90, 2, 16): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (90, 2, 32): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (90, 2, 64): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (90, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
     (90, 2, 256): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (90, 4, 16): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 32): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 64): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 128): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 256): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (90, 4, 16): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
+    (90, 4, 32): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
+    (90, 4, 64): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
+    (90, 4, 128): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    (90, 4, 256): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
 }
-SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 8, 1))
-SMALL_256 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1))  # head_dim over 128
-
+# (bytes per element, whether head_dim is over 128) -> tiles
+SMALL: dict[tuple[int, bool], Tiles] = {
+    (2, False): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 8, 1)),
+    (2, True): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (4, False): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    (4, True): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 16, 1), Tile(16, 32, 16, 1)),
+}
 BIAS_TILES: dict[tuple[int, int, int], BiasTiles] = {
     (80, 2, 16): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
     (80, 2, 32): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
     (80, 2, 64): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
     (80, 2, 128): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
     (80, 2, 256): BiasTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
-    (80, 4, 16): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, 4, 32): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, 4, 64): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, 4, 128): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (80, 4, 256): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (80, 4, 16): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (80, 4, 32): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (80, 4, 64): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (80, 4, 128): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (80, 4, 256): BiasTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (90, 2, 16): BiasTiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (90, 2, 32): BiasTiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (90, 2, 64): BiasTiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (90, 2, 128): BiasTiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (90, 2, 256): BiasTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
-    (90, 4, 16): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 32): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 64): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 128): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 256): BiasTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (90, 4, 16): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (90, 4, 32): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (90, 4, 64): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (90, 4, 128): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (90, 4, 256): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
 
 
@@ -139,9 +145,11 @@ def tiles_for(sm_family: int, itemsize: int, dim: int, features: Iterable[str]) 
     if weight == 0:
         return TILES[key]
     if weight > 4:
-        return SMALL if dim <= 128 else SMALL_256
+        return SMALL[itemsize, dim > 128]
     tiles = FEATURE_TILES[key]
-    return tiles._replace(forward=TILES[key].forward) if FORWARD_FREE.issuperset(WEIGHTS.keys() & features) else tiles
+    if dim >= 64 and FORWARD_FREE.issuperset(WEIGHTS.keys() & features):
+        tiles = tiles._replace(forward=TILES[key].forward)
+    return tiles
 
 
 @functools.cache
