@@ -9,6 +9,7 @@ csrc/include/fastformer.h has the formula. Every backend file ``attention.py`` h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,31 @@ class Options(NamedTuple):
     """``(N + 1)`` int32, the same for k and v. With these there is no mask, bias or key_padding_mask."""
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Its tensors, in the order of the fields."""
+        return (
+            self.key_padding_mask,
+            self.mask,
+            self.bias,
+            self.distance_bias,
+            self.alibi_slopes,
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+        )
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Options:
+        """The same with other tensors, in the order of :meth:`tensors`; () = none."""
+        padding, mask, bias, distance, slopes, cu_q, cu_k = tensors or (None,) * 7
+        return self._replace(
+            key_padding_mask=padding,
+            mask=mask,
+            bias=bias,
+            distance_bias=distance,
+            alibi_slopes=slopes,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+        )
 
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
         """The optional parts this call uses, in the order of :data:`FEATURES`."""

@@ -16,19 +16,13 @@ from ..backends.attention_options import Options, acc_dtype, empty_out
 from ..backends.cpu import attention as _cpu
 from ._doors import needs_grad, new_seed, operator, register, register_autograd, through_operator
 
-# Where the tensors stand among the fields of Options.
-_TENSORS = tuple(
-    Options._fields.index(name)
-    for name in (
-        "key_padding_mask", "mask", "bias", "distance_bias", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k",
-    )
-)  # fmt: skip
+# Where these stand among the fields of Options.
 _BIAS, _DISTANCE = Options._fields.index("bias"), Options._fields.index("distance_bias")
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), with derivatives, of checked arguments. Draws the seed for dropout."""
-    if through_operator(q, k, v, *(options[i] for i in _TENSORS)):
+    if through_operator(q, k, v, *options.tensors()):
         seed = new_seed() if options.dropout_p > 0 else None
         return operator("attention", q, k, v, *options._replace(seed=seed))[:2]  # type: ignore[arg-type]
     if options.dropout_p > 0:
@@ -51,9 +45,8 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
 
 def run_packed(qkv: Tensor, options: Options) -> Tensor:
     """(B, S, 3, H, D) -> (B, S, H, D), with one gradient for all three."""
-    tensors = [options[i] for i in _TENSORS]
     biased = options.bias is not None or options.distance_bias is not None
-    if not biased and needs_grad(qkv) and not through_operator(qkv, *tensors):
+    if not biased and needs_grad(qkv) and not through_operator(qkv, *options.tensors()):
         if options.dropout_p > 0:
             options = options._replace(seed=int(new_seed()))
         return _AttentionPacked.apply(qkv, options)
@@ -100,24 +93,13 @@ def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if gradient is None or like is None else gradient.to(like.dtype)
 
 
-def _detached(options: Options) -> tuple[Options, list[Tensor | None]]:
+def _detached(options: Options) -> tuple[Options, tuple[Tensor | None, ...]]:
     """The options without their tensors, and those, which autograd keeps."""
-    tensors = [options[i] for i in _TENSORS]
-    if all(t is None for t in tensors):
-        return options, []
-    fields = list(options)
-    for i in _TENSORS:
-        fields[i] = None
-    return Options(*fields), tensors
-
-
-def _restored(options: Options, tensors: list[Tensor | None]) -> Options:
-    if not tensors:
-        return options
-    fields = list(options)
-    for i, t in zip(_TENSORS, tensors, strict=True):
-        fields[i] = t
-    return Options(*fields)
+    tensors = options.tensors()
+    for t in tensors:  # a loop, not any(): this runs on every eager call
+        if t is not None:
+            return options.with_tensors(()), tensors
+    return options, ()
 
 
 class _Attention(torch.autograd.Function):
@@ -134,7 +116,7 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        options = _restored(ctx.options, tensors)
+        options = ctx.options.with_tensors(tensors) if tensors else ctx.options
         if dout is None:
             dout = torch.zeros_like(out)
         g = backward(ctx.kernels, dout, dlse, q, k, v, out, lse, options, ctx.needs_input_grad[3:5])
@@ -155,7 +137,7 @@ class _AttentionPacked(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         qkv, out, lse, *tensors = ctx.saved_tensors
-        options = _restored(ctx.options, tensors)
+        options = ctx.options.with_tensors(tensors) if tensors else ctx.options
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         grads = unpack(dqkv)
         backward(ctx.kernels, dout.transpose(1, 2), None, *unpack(qkv), out, lse, options, (False, False), *grads)

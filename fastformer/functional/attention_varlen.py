@@ -94,7 +94,8 @@ def attention_varlen(
         max_seqlen_q=most_q,
         max_seqlen_k=most_k,
     )
-    out, lse = run(*(t.transpose(0, 1)[None] for t in (q, k, v)), options)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out, lse = run(q, k, v, options)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

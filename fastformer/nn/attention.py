@@ -8,6 +8,7 @@ place, and its backward writes one packed gradient. With weights wanted they are
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,7 +207,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 def _masks(
     key_padding_mask: Tensor | None, attn_mask: Tensor | None, num_heads: int, dtype: torch.dtype
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """Both masks as arguments of :func:`fastformer.functional.attention`."""
     numbers = [m for m in (key_padding_mask, attn_mask) if m is not None and m.dtype != torch.bool]
     if not numbers:
