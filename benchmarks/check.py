@@ -70,6 +70,16 @@ CASES: dict[str, list[Case]] = {
             ("dropout 0.1 causal", {"causal": True, "dropout": 0.1}),
         ),
     ],
+    "decode_attention": [  # no full block of keys, several parts of a sequence, grouped heads, pages
+        Case(shape, dtype, False, variant, options)
+        for shape in ((2, 4, 130, 64), (1, 8, 1500, 128))
+        for variant, options in (
+            ("grouped", {"kv_heads": 2}),
+            ("3 queries", {"queries": 3}),
+            ("pages", {"kv_heads": 2, "page_size": 16}),
+        )
+        for dtype in DTYPES
+    ],
     "feed_forward": _cases([(70, 64, 256), (257, 96, 200)]),
 }
 TINY: dict[str, list[Case]] = {
@@ -80,6 +90,7 @@ TINY: dict[str, list[Case]] = {
     "cross_entropy": _cases([(3, 70)])[:2],
     "attention": _cases([(1, 2, 20, 16)], ("causal", {"causal": True}))[:2]
     + _cases([(1, 2, 20, 16)], ("p", PADDING))[:1],
+    "decode_attention": [Case((1, 2, 20, 16), "float32", False, "pages", {"kv_heads": 1, "page_size": 8})],
     "feed_forward": _cases([(5, 16, 32)])[:1],
 }
 # What the registry calls the fused part, and the optional features the cases use.
@@ -118,7 +129,7 @@ def run(function: Callable, problem: Problem, backend: str | None, seed: int = 0
     # In autograd's own thread for a device the choice of backend would not be seen.
     with fastformer.backend(backend), torch.autograd.set_multithreading_enabled(False):
         outs = tensors(function(*problem.args))
-        grads = torch.autograd.grad(outs, problem.wrt, problem.douts)
+        grads = torch.autograd.grad(outs, problem.wrt, problem.douts) if problem.wrt else ()
     return tuple(t.detach().cpu() for t in (*outs, *grads))
 
 
@@ -162,7 +173,9 @@ def check_case(module: ModuleType, op: str, case: Case, backend: str, device: st
     again = run(module.ours(case), moved(problem, device), backend)
     names = [f"out{i}" for i in range(len(results) - len(problem.wrt))] + [f"grad{i}" for i in range(len(problem.wrt))]
     checks = []
-    scale = max(t.abs().max().item() for t in problem.douts)  # of what a gradient that is zero is a difference of
+    scale = max(
+        (t.abs().max().item() for t in problem.douts), default=0.0
+    )  # of what a gradient that is zero is a difference of
     for name, got, second, wanted, torchs in zip(names, results, again, expected, usual):
         size = wanted.abs().max().item() if wanted.numel() else 0.0
         tiny = 16 * torch.finfo(torch.float32).eps * max(size, scale) + torch.finfo(got.dtype).eps / 2 * size

@@ -40,7 +40,16 @@ PYTHON = sys.executable
 
 RUN_SECONDS = 520  # the whole run; nothing is started that could end later
 LEAST_SECONDS = 5  # less is not worth starting anything in
-OPS = ("layer_norm", "add_layer_norm", "softmax", "gelu", "cross_entropy", "attention", "feed_forward")
+OPS = (
+    "layer_norm",
+    "add_layer_norm",
+    "softmax",
+    "gelu",
+    "cross_entropy",
+    "attention",
+    "decode_attention",
+    "feed_forward",
+)
 BENCHES = ("attention", "decode_attention", *OPS[:5], "feed_forward", "training_step", "generation", "overhead")
 BACKENDS = ("triton", "cuda")
 KINDS = ("machine", "build", "check", "tests", "sanitize", "bench")

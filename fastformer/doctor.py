@@ -156,10 +156,10 @@ def _operations() -> list[str]:
     lines = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-        lines.append(f"{device:16s}" + "".join(f"{name:10s}" for name in names))
+        lines.append(f"{device:18s}" + "".join(f"{name:10s}" for name in names))
         for op in registry.OPS:
             chosen = [registry.explain(op, device, dtype).backend for dtype in DTYPES]
-            lines.append(f"{op:16s}" + "".join(f"{name:10s}" for name in chosen).rstrip())
+            lines.append(f"{op:18s}" + "".join(f"{name:10s}" for name in chosen).rstrip())
     return lines
 
 
