@@ -41,7 +41,7 @@ class Options(NamedTuple):
     causal: bool = False
     """Query i sees keys up to its position p(i) = i + Sk - Sq."""
     key_padding_mask: Tensor | None = None
-    """``(B, Sk)`` bool, True = ignored."""
+    """``(B, Sk)`` bool, True = ignored; its last dimension is contiguous."""
     mask: Tensor | None = None
     """``(B|1, Hq|1, Sq|1, Sk)`` bool, True = visible; its last dimension is contiguous."""
     bias: Tensor | None = None

@@ -68,8 +68,20 @@ def _inner_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
+def _laid_out(options: Options) -> Options:
+    """The options with tensors as kernels read them: contiguous, those with a row per query or sequence by rows."""
+    tensors = options.tensors()
+    for t in tensors:  # a loop, not any(): this runs on every eager call
+        if t is not None:
+            break
+    else:
+        return options
+    rows = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors[:3]]
+    return options.with_tensors([*rows, *(t if t is None else t.contiguous() for t in tensors[3:])])
+
+
 def forward(kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    return kernels.forward(_inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v), options)
+    return kernels.forward(_inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v), _laid_out(options))
 
 
 def backward(kernels, dout, dlse, q, k, v, out, lse, options, needs=(False, False), dq=None, dk=None, dv=None):
@@ -81,7 +93,7 @@ def backward(kernels, dout, dlse, q, k, v, out, lse, options, needs=(False, Fals
         _inner_contiguous(v),
         out,
         lse,
-        options,
+        _laid_out(options),
         needs,
         dq,
         dk,

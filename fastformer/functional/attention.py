@@ -100,12 +100,10 @@ def attention(
     if bias is not None:
         _check_broadcast("bias", bias, (batch, heads, queries, keys), q)
         _checks.parameter("bias", bias, bias.shape, "q", q)
-        bias = _inner_contiguous(bias)
     if attn_mask is not None:
         _check_broadcast("attn_mask", attn_mask, (batch, heads, queries, keys), q)
         if attn_mask.dtype != torch.bool:
             raise TypeError(f"attn_mask: dtype {attn_mask.dtype} is not bool; numbers to be added are a bias")
-        attn_mask = _inner_contiguous(attn_mask)
     options = Options(
         default_scale(scale, q),
         causal,
@@ -278,7 +276,3 @@ def _check_broadcast(name: str, t: Tensor, shape: tuple[int, int, int, int], q: 
     if t.dim() != 4 or any(n not in (1, full) for n, full in zip(t.shape[:3], shape)) or t.shape[3] != shape[3]:
         raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast from (B|1, Hq|1, Sq|1, Sk) to {shape}")
     _checks.same_device(name, t, "q", q)
-
-
-def _inner_contiguous(t: Tensor) -> Tensor:
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()

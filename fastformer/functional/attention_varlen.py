@@ -89,8 +89,8 @@ def attention_varlen(
         window_right=right,
         softcap=softcap,
         dropout_p=dropout_p,
-        cu_seqlens_q=cu_seqlens_q.contiguous(),
-        cu_seqlens_k=cu_seqlens_k.contiguous(),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=most_q,
         max_seqlen_k=most_k,
     )

@@ -134,7 +134,7 @@ def _as_4d(t: Tensor, lead: tuple[int, ...], enable_gqa: bool) -> Tensor:
 
 
 def _mask_4d(mask: Tensor, lead: tuple[int, ...], queries: int, keys: int) -> Tensor:
-    """(B|1, Hq|1, Sq|1, Sk) with a contiguous last dimension."""
+    """(B|1, Hq|1, Sq|1, Sk)."""
     full = (*lead, queries, keys)
     shape = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
     if len(shape) != len(full) or any(n not in (1, m) for n, m in zip(shape, full)):
@@ -143,4 +143,4 @@ def _mask_4d(mask: Tensor, lead: tuple[int, ...], queries: int, keys: int) -> Te
     mask = mask.expand(*shape[:-1], keys)
     if len(lead) > 2:
         mask = mask.expand(*lead[:-1], *shape[-3:-1], keys).flatten(0, len(lead) - 2)
-    return mask if mask.stride(3) == 1 or keys == 1 else mask.contiguous()
+    return mask

@@ -86,8 +86,7 @@ def _mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     elif mask.dtype not in (q.dtype, torch.float32):
         mask = mask.to(q.dtype)
-    mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(-1, -1, -1, k.shape[2])
-    return mask if mask.stride(3) == 1 or mask.shape[3] == 1 else mask.contiguous()
+    return mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(-1, -1, -1, k.shape[2])
 
 
 def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:

@@ -409,3 +409,20 @@ def test_vmap_and_grad_of_torch_func():
     wanted = torch.func.vmap(torch.func.grad(loss(attention_formula), (0, 1)))(q, bias)
     for o, w in zip(ours, wanted, strict=True):
         torch.testing.assert_close(o, w, atol=1e-5, rtol=1e-4)
+
+
+def test_tensors_of_any_layout():
+    """Rows that are not contiguous, as a transposed bias has them, or vmap over a last dimension."""
+    q, k = normal(2, 4, 9, 8), normal(2, 2, 11, 8, seed=1)
+    arguments = {
+        "bias": normal(1, 4, 11, 9, seed=2).transpose(2, 3),
+        "attn_mask": some(1, 1, 11, 9).transpose(2, 3),
+        "key_padding_mask": some(11, 2, share=0.2).t(),
+        "alibi_slopes": normal(4, 2).abs().t(),
+    }
+    wanted = F.attention(q, k, k, **{name: t.contiguous() for name, t in arguments.items()})
+    assert torch.equal(F.attention(q, k, k, **arguments), wanted)
+    bias = normal(2, 4, 9, 11, 3, seed=3)
+    call = lambda b: F.attention(q, k, k, bias=b)  # noqa: E731
+    apart = torch.stack([call(b.contiguous()) for b in bias.unbind(-1)])
+    assert torch.equal(torch.func.vmap(call, in_dims=-1)(bias), apart)

@@ -17,7 +17,6 @@ __all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq)."""
-    options = _contiguous(options)
     common = (DTYPE[q.dtype], sizes(q, k, v, options), options.scale, options.causal)
     more = extras(q, k, options)
     out = empty_out(q, v)
@@ -53,7 +52,6 @@ def backward(
     dv: Tensor | None = None,
 ) -> Gradients:
     """Gradients of q, k and v, written into dq, dk, dv where given, and of the bias and the distance bias if needed."""
-    options = _contiguous(options)
     dq = empty_like_input(q) if dq is None else dq
     dk = empty_like_input(k) if dk is None else dk
     dv = empty_like_input(v) if dv is None else dv
@@ -105,9 +103,3 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor
 
 # Whether torch (2.10 and newer) lets C++ look at its tensors without its headers.
 _EXCHANGE = hasattr(Tensor, "__dlpack_c_exchange_api__") and _C.use_exchange(Tensor.__dlpack_c_exchange_api__)
-
-
-def _contiguous(options: Options) -> Options:
-    if (padding := options.key_padding_mask) is not None and padding.stride(1) != 1:
-        return options._replace(key_padding_mask=padding.contiguous())
-    return options

@@ -20,7 +20,7 @@ __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq) float32."""
-    q, k, v, options = _aligned(q), _aligned(k), _aligned(v), _contiguous(options)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     out = empty_out(q, v)
     lse = empty(q, *q.shape[:3], dtype=torch.float32)
     with on_device(q):
@@ -60,7 +60,6 @@ def backward(
     dv: Tensor | None = None,
 ) -> Gradients:
     """Gradients of q, k and v, written into dq, dk, dv where given, and of the bias and the distance bias if needed."""
-    options = _contiguous(options)
     q, k, v, out, dout = _aligned(q), _aligned(k), _aligned(v), _aligned(out), _aligned(dout)
     asked = (dq, dk, dv)
     dq, dk, dv = (_gradient_buffer(g, t) for g, t in zip(asked, (q, k, v), strict=True))
@@ -123,9 +122,3 @@ def _gradient_buffer(asked: Tensor | None, of: Tensor) -> Tensor:
     if asked is not None and _is_aligned(asked):
         return asked
     return empty_like_input(of)
-
-
-def _contiguous(options: Options) -> Options:
-    if (padding := options.key_padding_mask) is not None and padding.stride(1) != 1:
-        return options._replace(key_padding_mask=padding.contiguous())
-    return options
