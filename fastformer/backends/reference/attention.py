@@ -66,7 +66,8 @@ def backward(
     dbias = ddistance = None
     if needs[1]:
         assert options.distance_bias is not None
-        ddistance = torch.zeros_like(options.distance_bias)
+        # float64: a number of it sums up to Sq terms that may cancel, one after the other
+        ddistance = torch.zeros_like(options.distance_bias, dtype=torch.float64)
     fold = lambda t: t.unflatten(1, (heads_kv, heads // heads_kv)).sum(2)  # noqa: E731
     for part in _parts(q, k, options):
         one = [t[:, :, part.q] for t in (q, out, dout, lse)] + [t[:, :, part.k] for t in (k, v)]
@@ -82,13 +83,15 @@ def backward(
             dbias = dz.sum_to_size(options.bias.shape)
         if ddistance is not None:
             index = _clamped(probabilities.distance, ddistance.shape[1] // 2).flatten()
-            ddistance.index_add_(1, index, dz.sum(0).flatten(1))
+            ddistance.index_add_(1, index, dz.sum(0, dtype=torch.float64).flatten(1))
         if probabilities.tanh is not None:
             dz = dz * (1 - probabilities.tanh**2)
         ds = dz * options.scale
         dq[:, :, part.q] = (ds @ _repeat(ks, heads)).to(dq.dtype)
         dk[:, :, part.k] = fold(ds.transpose(2, 3) @ qs).to(dk.dtype)
         dv[:, :, part.k] = fold((p * probabilities.keep).transpose(2, 3) @ do).to(dv.dtype)
+    if ddistance is not None and options.distance_bias is not None:
+        ddistance = ddistance.to(options.distance_bias.dtype)
     return Gradients(dq, dk, dv, dbias, ddistance)
 
 
