@@ -1,8 +1,8 @@
 """Builds the extension modules; everything else about the package is in pyproject.toml.
 
     fastformer._C       csrc/python/bindings.cpp + csrc/cpu, each kernel file once per instruction set
-    fastformer._C_wide  the same with 64-byte vectors in AVX2 instructions, so that the AVX-512 tails are tested on any
-                        machine; only with FASTFORMER_WIDE_EMULATION=1
+    fastformer._C_wide  the same with 64-byte vectors in AVX2 instructions and bfloat16's products written out, so that
+                        what AVX-512 and AMX run is tested on any machine; only with FASTFORMER_WIDE_EMULATION=1
     fastformer._cuda    csrc/cuda, where nvcc is found
 
 The compile and link lines go into one build.ninja, so a rebuild touches only what changed. No torch headers, so one
@@ -44,13 +44,24 @@ NVCC_FLAGS = "-std=c++17 -O3 --use_fast_math -cudart static -Xcompiler -fPIC,-fv
 # Flags of each instruction set, least demanding first. This is also the link order: where two objects hold the same
 # inline function (a std:: template, say) the linker keeps the first, which then runs on every machine.
 AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = AVX2 + " -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
+AVX512_BF16 = AVX512 + " -mavx512bf16"
+AMX = AVX512_BF16 + " -mamx-tile -mamx-bf16"
 ISA_FLAGS = {
     "generic": "-DFF_ISA=generic -DFF_VEC_BYTES=16 -DFF_ENTRY",
     "avx2": "-DFF_ISA=avx2 -DFF_VEC_BYTES=32 " + AVX2,
-    "avx512": "-DFF_ISA=avx512 -DFF_VEC_BYTES=64 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512 "
-    + AVX2,
+    "avx512": "-DFF_ISA=avx512 -DFF_VEC_BYTES=64 " + AVX512,
+    "avx512_bf16": "-DFF_ISA=avx512_bf16 -DFF_VEC_BYTES=64 -DFF_BF16_DOT=1 " + AVX512_BF16,
+    "amx": "-DFF_ISA=amx -DFF_VEC_BYTES=64 -DFF_BF16_DOT=2 " + AMX,
 }
-WIDE_FLAGS = "-DFF_ISA=avx512 -DFF_VEC_BYTES=64 -Wno-psabi " + AVX2
+WIDE_FLAGS = {
+    "avx512": "-DFF_ISA=avx512 -DFF_VEC_BYTES=64 -Wno-psabi " + AVX2,
+    "avx512_bf16": "-DFF_ISA=avx512_bf16 -DFF_VEC_BYTES=64 -DFF_BF16_DOT=1 -Wno-psabi " + AVX2,
+    "amx": "-DFF_ISA=amx -DFF_VEC_BYTES=64 -DFF_BF16_DOT=2 -Wno-psabi " + AVX2,
+}
+# The files with bfloat16 products; on those instruction sets everything else runs AVX-512's code.
+BF16_ISAS = ("avx512_bf16", "amx")
+BF16_SOURCES = ("attention.cpp", "attention_backward.cpp")
 
 
 class BuildError(Exception):
@@ -91,6 +102,15 @@ def find_compiler():
         "  Debian, Ubuntu: sudo apt-get install g++     Fedora: sudo dnf install gcc-c++     conda: conda install gxx\n"
         "  A compiler elsewhere: CXX=/path/to/g++ pip install ."
     )
+
+
+def knows_bf16(cxx):
+    """Whether the compiler has the bfloat16 instructions: GCC from 11 on, Clang from 12 on."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("int main() {}\n")
+        command = [*shlex.split(cxx), *AMX.split(), "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def find_nvcc():
@@ -153,6 +173,7 @@ class Ninja:
         includes = [sysconfig.get_paths()["include"], pybind11_include()]
         self.python_flags = " ".join("-I" + shlex.quote(str(path)) for path in includes)
         self.folder = folder
+        self.bf16 = is_x86_64() and knows_bf16(cxx)
         self.lines = [
             "ninja_required_version = 1.5",
             "rule cxx",
@@ -201,16 +222,22 @@ class Ninja:
         if is_x86_64():  # runs on processors from before AVX2 (2013) only: half the compile time is worth more there
             isas = {**isas, "generic": isas["generic"] + " -O1"}
         once = f"{CXX_FLAGS} -DFF_MODULE={module}" + (" -DFF_ISA_ALWAYS_SUPPORTED" if wide else "")
+        if self.bf16:
+            once += " -DFF_BF16_ISAS"
+            isas = {**isas, "generic": isas["generic"] + " -DFF_BF16_ISAS"}
         bindings, *sources = cpu_sources()
         kernels = [s for s in sources if s.name != "cpu.cpp"]
         objects = [self.compile("cxx", s, variant, once) for s in (bindings, CSRC / "cpu" / "cpu.cpp")]
         for isa, flags in isas.items():
+            if isa in BF16_ISAS and not self.bf16:
+                continue
+            of_isa = [s for s in kernels if isa not in BF16_ISAS or s.name in BF16_SOURCES]
             if not wide:
-                objects += [self.compile("cxx", s, isa, f"{CXX_FLAGS} {flags}") for s in kernels]
-            elif isa == "avx512":
-                objects += [self.compile("cxx", s, variant, f"{CXX_FLAGS} {WIDE_FLAGS}") for s in kernels]
+                objects += [self.compile("cxx", s, isa, f"{CXX_FLAGS} {flags}") for s in of_isa]
+            elif isa in WIDE_FLAGS:
+                objects += [self.compile("cxx", s, f"wide_{isa}", f"{CXX_FLAGS} {WIDE_FLAGS[isa]}") for s in of_isa]
             else:  # the objects of _C serve
-                objects += [self.object(s, isa) for s in kernels]
+                objects += [self.object(s, isa) for s in of_isa]
         self.link("link", module, objects)
 
     def cuda_module(self, module):

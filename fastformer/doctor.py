@@ -92,7 +92,7 @@ def _cpu() -> list[str]:
             "  In a source tree: make build. Otherwise: pip install --force-reinstall --no-deps fastformer",
         ]
     lines = [
-        f"instruction set  {_C.cpu_isa()} (of generic, avx2, avx512; FASTFORMER_CPU_ISA overrides)",
+        f"instruction set  {_C.cpu_isa()} (of generic, avx2, avx512, avx512_bf16, amx; FASTFORMER_CPU_ISA overrides)",
         f"threads          {torch.get_num_threads()} on {os.cpu_count()} cores (torch.set_num_threads changes it)",
     ]
     runtimes = _openmp_runtimes()

@@ -3,26 +3,31 @@
 // Dao et al. 2022 (arXiv:2205.14135), algorithm 1. A thread takes a contiguous range of (batch, head, query block) with an
 // equal share of the visible scores, packs each key/value head it meets once (keys transposed into panels), and for every
 // block of keys runs  S = Q K^T,  P = exp(scale S - max),  O = O exp(old max - max) + P V  with the register tiles of
-// tile.h. Floor: 4 Sq Sk D flops per head (half when causal) at the matmul rate.
+// tile.h. Floor: 4 Sq Sk D flops per head (half when causal) at the matmul rate. With bfloat16 products (tile_bf16.h) the
+// operands stay as they are and P is rounded to bfloat16, after it was summed; S, O and the softmax are float32.
 #include "attention.h"
 
 FF_DECLARE_IMPL(attention_forward)
+FF_DECLARE_IMPL(attention_forward_workspace)
 
 namespace ff {
 namespace FF_ISA {
 
-constexpr int64_t kQueries = 48;  // per block: 8 (AVX2) or 4 (AVX-512) row strips
-constexpr int64_t kKeys = 128;    // per block: a 24 KB score tile
+// Queries per block: 8 row strips of AVX2's and bfloat16's tiles, 4 of AVX-512's, 2 of AMX's.
+constexpr int64_t kQueries = FF_BF16_DOT ? 64 : 48;
+constexpr int64_t kKeys = 128;  // per block: a score tile of 24 or 32 KB
 
 // Sizes in elements of one thread's buffers, in the order they lie in the workspace.
 template <class T> struct ForwardPlan {
   using A = acc_t<T>;
+  using E = operand_t<T>;
   int64_t k_t, v, q, scores, out, line, padding, keep, total;
   explicit ForwardPlan(const ff_attention_args* a) {
-    constexpr int NR = tile_shape<A>::kNR;
-    k_t = round_up(a->seqlen_k, NR) * a->head_dim;
-    v = a->seqlen_k * round_up(a->head_dim_v, NR);
-    q = kQueries * a->head_dim;
+    constexpr int NR = tile_shape<E>::kNR, KR = tile_shape<E>::kKR;
+    const int64_t depth = round_up(a->head_dim, KR);
+    k_t = room<E, A>(round_up(a->seqlen_k, NR) * depth);
+    v = room<E, A>(round_up(a->seqlen_k, KR) * round_up(a->head_dim_v, NR));
+    q = room<E, A>(kQueries * depth);
     scores = kQueries * kKeys;
     out = kQueries * round_up(a->head_dim_v, NR);
     line = Additions<T>::line_size(a), padding = Additions<T>::padding_size(a);
@@ -67,33 +72,40 @@ FF_INLINE A softmax_row(A* s, A scale, int64_t begin, int64_t end, Range visible
 
 // Asks for the part-th of `parts` equal parts of the n elements that the next panel has: keys and values of a long sequence
 // lie in the outer caches, and every strip that passes a panel has time to bring some of the next.
-template <class A> FF_INLINE void prefetch_share(const A* next, int64_t n, int64_t part, int64_t parts) {
+template <class E> FF_INLINE void prefetch_share(const E* next, int64_t n, int64_t part, int64_t parts) {
   const char* base = (const char*)next;
-  const int64_t lines = n * int64_t(sizeof(A)) / 64;
+  const int64_t lines = n * int64_t(sizeof(E)) / 64;
   for (int64_t l = lines * part / parts; l < lines * (part + 1) / parts; l++) __builtin_prefetch(base + l * 64);
 }
 
 // One thread's buffers, and what they hold at the moment.
 template <class T> struct Forward {
   using A = acc_t<T>;
-  static constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR, W = vec<A>::W;
+  using E = operand_t<T>;
+  static constexpr int MR = tile_shape<E>::kMR, NR = tile_shape<E>::kNR, KR = tile_shape<E>::kKR, W = vec<A>::W;
+  static constexpr int kStep = std::max(KR, W);  // of the keys that a strip of scores begins and ends at
+  static constexpr int64_t ldp = kKeys * sizeof(A) / sizeof(E);
   static_assert(kQueries % MR == 0 && kKeys % NR == 0 && kKeys % 64 == 0, "whole tiles, whole steps of dropout_scales");
   const ff_attention_args* a;
   Additions<T> additions;
-  A *k_t, *v, *q, *s, *o;
+  E *k_t, *v, *q, *p;  // p, the probabilities, takes the place of the scores
+  A *s, *o;
   float* keep;
+  const int64_t depth, keys_capacity;  // the K of both products for a whole head
   int64_t packed_batch = -1, packed_head = -1;
   A max[kQueries], sum[kQueries];
 
-  Forward(const ff_attention_args* args, int thread) : a(args), additions{args} {
+  Forward(const ff_attention_args* args, int thread)
+      : a(args), additions{args}, depth(round_up(a->head_dim, KR)), keys_capacity(round_up(a->seqlen_k, KR)) {
     const ForwardPlan<T> plan(a);
-    A* p = (A*)round_up(int64_t((A*)a->workspace + thread * plan.total), 64);
+    A* here = (A*)round_up(int64_t((A*)a->workspace + thread * plan.total), 64);
     auto take = [&](int64_t n) {
-      A* here = p;
-      p += round_up(n, 64);
-      return here;
+      A* taken = here;
+      here += round_up(n, 64);
+      return taken;
     };
-    k_t = take(plan.k_t), v = take(plan.v), q = take(plan.q), s = take(plan.scores), o = take(plan.out);
+    k_t = (E*)take(plan.k_t), v = (E*)take(plan.v), q = (E*)take(plan.q);
+    s = take(plan.scores), p = (E*)s, o = take(plan.out);
     additions.line = take(plan.line), additions.padding = take(plan.padding);
     keep = (float*)take(plan.keep);
   }
@@ -106,16 +118,16 @@ template <class T> struct Forward {
     pack_transposed(at<const T>(a, a->k, a->k_stride, sequence, kv, sequence.first_k), a->k_stride[2], sequence.seqlen_k,
                     a->head_dim, k_t);
     pack_panels(at<const T>(a, a->v, a->v_stride, sequence, kv, sequence.first_k), a->v_stride[2], sequence.seqlen_k,
-                a->head_dim_v, v, sequence.seqlen_k, A(1));
+                a->head_dim_v, v, keys_capacity, A(1));
   }
 
   void query_block(const Sequence& sequence, int64_t h, int64_t first) {
-    const int64_t D = a->head_dim, ldo = round_up(a->head_dim_v, NR), Sk = sequence.seqlen_k;
+    const int64_t ldo = round_up(a->head_dim_v, NR);
     const int64_t rows = std::min(kQueries, sequence.seqlen_q - first), strips = round_up(rows, MR);
     const Scale scale(a->scale);
-    pack_rows(at<const T>(a, a->q, a->q_stride, sequence, h, sequence.first_q + first), a->q_stride[2], rows, D, q, D,
-              A(scale.sign));
-    std::fill(q + rows * D, q + strips * D, A(0));
+    pack_rows(at<const T>(a, a->q, a->q_stride, sequence, h, sequence.first_q + first), a->q_stride[2], rows, a->head_dim,
+              q, depth, A(scale.sign));
+    std::fill(q + rows * depth, q + strips * depth, E{});
     std::fill(o, o + strips * ldo, A(0));
     std::fill(max, max + kQueries, -std::numeric_limits<A>::infinity());
     std::fill(sum, sum + kQueries, A(0));
@@ -134,17 +146,18 @@ template <class T> struct Forward {
       };
       Range strip[kQueries / MR];
       for (int64_t m = 0; m < strips; m += MR) {
-        const int64_t begin = seen(m).begin / W * W, end = seen(std::min(m + MR, rows) - 1).end;
+        const int64_t begin = seen(m).begin / kStep * kStep, end = seen(std::min(m + MR, rows) - 1).end;
         strip[m / MR] = {begin, end > begin ? end : begin};
       }
       for (int64_t n = 0; n < keys; n += NR)  // panels outermost: 4 KB of keys stay in L1 for all strips
         for (int64_t m = 0; m < strips; m += MR)
           if (strip[m / MR].end > n && strip[m / MR].begin < n + NR) {
-            prefetch_share(k_t + (j + n + NR) * D, NR * D, m / MR, strips / MR);
-            tile<A, MR, false>(D, q + m * D, D, k_t + (j + n) * D, s + m * kKeys + n, kKeys, false);
+            prefetch_share(k_t + (j + n + NR) * depth, NR * depth, m / MR, strips / MR);
+            Product<E>::template strip<false>(depth, q + m * depth, depth, k_t + (j + n) * depth, s + m * kKeys + n, kKeys,
+                                              false);
           }
       for (int64_t m = 0; m < strips; m += MR) {
-        const int64_t begin = strip[m / MR].begin, end = round_up(strip[m / MR].end, W);
+        const int64_t begin = strip[m / MR].begin, end = round_up(strip[m / MR].end, kStep);
         if (begin == strip[m / MR].end) continue;
         const int64_t last_row = std::min(m + MR, rows);
         for (int64_t r = m; r < last_row; r++) {
@@ -159,16 +172,17 @@ template <class T> struct Forward {
             dropout_scales(keep, keys, uint64_t(row + r), a->seed, a->dropout_p, j);
             for (int64_t c = begin; c < strip[m / MR].end; c++) scores[c] *= keep[c];
           }
+          if constexpr (!std::is_same<E, A>::value) round_row(scores, begin, end);
         }
-        for (int64_t r = last_row; r < m + MR; r++) std::fill(s + r * kKeys + begin, s + r * kKeys + end, A(0));
+        for (int64_t r = last_row; r < m + MR; r++) std::fill(p + r * ldp + begin, p + r * ldp + end, E{});
       }
       for (int64_t n = 0; n < ldo; n += NR)
         for (int64_t m = 0; m < strips; m += MR) {
           const Range terms = strip[m / MR];
           if (terms.begin < terms.end) {
-            prefetch_share(v + (n + NR) * Sk + j * NR, keys * NR, m / MR, strips / MR);
-            tile<A, MR, false>(terms.end - terms.begin, s + m * kKeys + terms.begin, kKeys, v + n * Sk + (j + terms.begin) * NR,
-                               o + m * ldo + n, ldo, true);
+            prefetch_share(v + (n + NR) * keys_capacity + j * NR, keys * NR, m / MR, strips / MR);
+            Product<E>::template strip<false>(round_up(terms.end, KR) - terms.begin, p + m * ldp + terms.begin, ldp,
+                                              v + n * keys_capacity + (j + terms.begin) * NR, o + m * ldo + n, ldo, true);
           }
         }
     }
@@ -200,6 +214,7 @@ template <class T> static void forward(const ff_attention_args* a) {
   const Shares shares{a, kQueries, a->num_heads};
   const int64_t total = shares.total();
   auto run = [&](int thread, int count) {
+    [[maybe_unused]] const typename Product<operand_t<T>>::Session session;
     Forward<T> worker(a, thread);
     const int64_t begin = total * thread / count, end = total * (thread + 1) / count;
     shares.heads_in(begin, end, [&](const Sequence& s, int64_t h, int64_t start) {
@@ -219,16 +234,18 @@ template <class T> static void forward(const ff_attention_args* a) {
   run(omp_get_thread_num(), omp_get_num_threads());
 }
 
-int attention_forward(const ff_attention_args* a, void*) {
-  return for_dtype(a->dtype, [&](auto t) -> int {
+int attention_forward(const ff_attention_args* a, [[maybe_unused]] void* stream) {
+  FF_LEAVE_OTHER_DTYPES(attention_forward(a, stream));
+  return for_attention_dtype(a, [&](auto t) -> int {
     if (a->batch > 0 && a->seqlen_q > 0) forward<decltype(t)>(a);
     return FF_OK;
   });
 }
 
 size_t attention_forward_workspace(const ff_attention_args* a) {
+  FF_LEAVE_OTHER_DTYPES(attention_forward_workspace(a));
   size_t bytes = 0;
-  for_dtype(a->dtype, [&](auto t) -> int {
+  for_attention_dtype(a, [&](auto t) -> int {
     bytes = size_t(forward_threads(a)) * size_t(ForwardPlan<decltype(t)>(a).total) * sizeof(acc_t<decltype(t)>);
     return FF_OK;
   });
@@ -239,8 +256,6 @@ size_t attention_forward_workspace(const ff_attention_args* a) {
 }  // namespace ff
 
 #ifdef FF_ENTRY
-FF_DECLARE_IMPL(attention_forward_workspace)
-
 static int check(const ff_attention_args* a) {
   FF_REQUIRE(a, "args: NULL");
   FF_REQUIRE(a->batch >= 0 && a->num_heads >= 1 && a->num_kv_heads >= 1 && a->num_heads % a->num_kv_heads == 0,
@@ -256,10 +271,10 @@ extern "C" int ff_cpu_attention_forward(const ff_attention_args* a, void* stream
   if (int status = check(a)) return status;
   FF_REQUIRE(a->batch * a->seqlen_q == 0 || (a->q && a->out), "q, out: must not be NULL");
   FF_REQUIRE(a->batch * a->seqlen_k == 0 || (a->k && a->v), "k, v: must not be NULL");
-  return FF_DISPATCH(attention_forward)(a, stream);
+  return FF_DISPATCH_BF16(attention_forward)(a, stream);
 }
 
 extern "C" size_t ff_cpu_attention_forward_workspace(const ff_attention_args* a) {
-  return FF_DISPATCH(attention_forward_workspace)(a);
+  return FF_DISPATCH_BF16(attention_forward_workspace)(a);
 }
 #endif

@@ -101,6 +101,27 @@ inline int64_t score_count(const ff_attention_args* a) {
   return a->num_heads * queries * keys / (a->causal ? 2 : 1);
 }
 
+// Calls f(T{}) with the storage type of the call's dtype. The instruction sets with bfloat16 products have kernels of that
+// dtype alone; the entry points leave the others to avx512's.
+template <class F> int for_attention_dtype(const ff_attention_args* a, F f) {
+#if FF_BF16_DOT
+  return f(bf16{});
+#else
+  return for_dtype(a->dtype, f);
+#endif
+}
+#if FF_BF16_DOT
+#define FF_LEAVE_OTHER_DTYPES(call) \
+  if (a->dtype != FF_BFLOAT16) return ::ff::avx512::call
+#else
+#define FF_LEAVE_OTHER_DTYPES(call) (void)0
+#endif
+
+// Room for n operands, in accumulators.
+template <class E, class A> constexpr int64_t room(int64_t n) {
+  return (n * int64_t(sizeof(E)) + int64_t(sizeof(A)) - 1) / int64_t(sizeof(A));
+}
+
 inline bool has_line(const ff_attention_args* a) { return a->distance_bias || a->alibi_slopes; }
 
 // What is added to one head's scores. `line` is the part that depends on the distance alone, for every distance that

@@ -8,6 +8,9 @@
 // works on whole key/value heads; when there are too few of them, a head is cut into interleaved key blocks ("parts"),
 // each with its own dQ, added up in part order afterwards: no atomics, so results repeat bit for bit. A bias that several
 // heads or sequences share gets its gradient from one thread per key block, which adds them up in their order.
+//
+// With bfloat16 products (tile_bf16.h) keep P and dS are rounded to bfloat16, dS after dbias took its part of it, and both
+// are transposed for dV and dK: those products have K, the queries, in pairs, and K lies along the rows of an operand.
 #include <utility>
 
 #include "attention.h"
@@ -18,7 +21,7 @@ FF_DECLARE_IMPL(attention_backward_workspace)
 namespace ff {
 namespace FF_ISA {
 
-constexpr int64_t kRows = 48;  // queries per block
+constexpr int64_t kRows = FF_BF16_DOT ? 64 : 48;  // queries per block
 constexpr int64_t kCols = 96;  // keys per block: whole tiles both as columns (kNR) and as rows of the products for dK, dV (kMR)
 
 struct BackwardSplit {
@@ -39,27 +42,35 @@ static BackwardSplit split(const ff_attention_args* a) {
 // Sizes in elements of one thread's buffers, in the order they lie in its share of the workspace.
 template <class T> struct BackwardPlan {
   using A = acc_t<T>;
-  int64_t D, Dv, ldq, ldv, rows, keys;  // padded: ldq, ldv to whole panels, rows and keys to whole tiles
-  int64_t k_t, v_t, k, dk, dv, q, q_panels, dout, dout_panels, dq, statistics, tiles, line, padding, dline, keep, total;
+  using E = operand_t<T>;
+  static constexpr bool kRounds = !std::is_same<E, A>::value;
+  // Padded: depth_q, depth_v to whole steps of K, ldq, ldv to whole panels, rows and keys to whole tiles.
+  int64_t D, Dv, depth_q, depth_v, ldq, ldv, rows, keys;
+  int64_t k_t, v_t, k, dk, dv, q, q_panels, dout, dout_panels, dq, statistics, tiles, columns, line, padding, dline, keep,
+      total;
   int64_t ddistance;              // one thread's, in double; after the threads' buffers
   int64_t all_rows;               // of dQ, of one head of all sequences, each rounded up to whole blocks
   int64_t shared_dq;              // all parts together, (parts, Hq, all_rows, ldq); after that
   BackwardPlan(const ff_attention_args* a, int parts) {
-    constexpr int NR = tile_shape<A>::kNR, W = vec<A>::W;
+    constexpr int NR = tile_shape<E>::kNR, KR = tile_shape<E>::kKR, W = vec<A>::W;
     D = a->head_dim, Dv = a->head_dim_v;
+    depth_q = round_up(D, KR), depth_v = round_up(Dv, KR);
     ldq = round_up(D, NR), ldv = round_up(Dv, NR);
     rows = round_up(a->seqlen_q, kRows), keys = round_up(a->seqlen_k, kCols);
-    k_t = keys * D, v_t = keys * Dv, k = keys * ldq;
+    k_t = room<E, A>(keys * depth_q), v_t = room<E, A>(keys * depth_v), k = room<E, A>(keys * ldq);
     dk = keys * ldq, dv = keys * ldv;
-    q = rows * D, q_panels = rows * ldq, dout = rows * Dv, dout_panels = rows * ldv;
+    q = room<E, A>(rows * depth_q), q_panels = room<E, A>(rows * ldq);
+    dout = room<E, A>(rows * depth_v), dout_panels = room<E, A>(rows * ldv);
     dq = parts == 1 ? rows * ldq : 0;
     statistics = 2 * rows;
     tiles = (2 + (a->softcap > 0) + (a->dropout_p > 0)) * kRows * kCols;
+    columns = kRounds ? room<E, A>(kRows * kCols) : 0;
     line = Additions<T>::line_size(a), padding = Additions<T>::padding_size(a);
     dline = a->ddistance_bias ? a->seqlen_q + a->seqlen_k + 2 * W : 0;
     keep = a->dropout_p > 0 ? 128 : 0;
     total = 64;
-    for (int64_t n : {k_t, v_t, k, dk, dv, q, q_panels, dout, dout_panels, dq, statistics, tiles, line, padding, dline, keep})
+    for (int64_t n : {k_t, v_t, k, dk, dv, q, q_panels, dout, dout_panels, dq, statistics, tiles, columns, columns, line,
+                      padding, dline, keep})
       total += round_up(n, 64);
     ddistance = a->ddistance_bias ? a->num_heads * (2 * a->max_distance + 1) : 0;
     all_rows = a->cu_seqlens_q ? (a->total_q / kRows + a->batch + 1) * kRows : a->batch * rows;
@@ -73,13 +84,17 @@ template <class T> struct BackwardPlan {
 
 template <class T> struct Backward {
   using A = acc_t<T>;
-  static constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR, W = vec<A>::W;
+  using E = operand_t<T>;
+  static constexpr bool kRounds = BackwardPlan<T>::kRounds;
+  static constexpr int MR = tile_shape<E>::kMR, NR = tile_shape<E>::kNR, W = vec<A>::W;
   static_assert(kRows % MR == 0 && kCols % MR == 0 && kCols % NR == 0 && kCols % 32 == 0, "whole tiles");
+  static_assert(!kRounds || kRows % 32 == 0, "whole blocks of round_transposed");
   const ff_attention_args* a;
   BackwardPlan<T> plan;
   int parts;
   Additions<T> additions;
-  A *k_t, *v_t, *k, *dk, *dv, *q, *q_panels, *dout, *dout_panels, *own_dq, *lse, *delta, *p, *ds, *tanh, *dropped, *dline;
+  E *k_t, *v_t, *k, *q, *q_panels, *dout, *dout_panels, *p_columns, *ds_columns;
+  A *dk, *dv, *own_dq, *lse, *delta, *p, *ds, *tanh, *dropped, *dline;
   float* keep;
   double* ddistance;
   A dbias_of_block[kCols];
@@ -92,12 +107,16 @@ template <class T> struct Backward {
       here += round_up(n, 64);
       return taken;
     };
-    k_t = take(plan.k_t), v_t = take(plan.v_t), k = take(plan.k), dk = take(plan.dk), dv = take(plan.dv);
-    q = take(plan.q), q_panels = take(plan.q_panels), dout = take(plan.dout), dout_panels = take(plan.dout_panels);
+    auto take_operand = [&](int64_t n) { return (E*)take(n); };
+    k_t = take_operand(plan.k_t), v_t = take_operand(plan.v_t), k = take_operand(plan.k);
+    dk = take(plan.dk), dv = take(plan.dv);
+    q = take_operand(plan.q), q_panels = take_operand(plan.q_panels);
+    dout = take_operand(plan.dout), dout_panels = take_operand(plan.dout_panels);
     own_dq = take(plan.dq), lse = take(plan.statistics), delta = lse + plan.rows;
     p = take(plan.tiles), ds = p + kRows * kCols;
     dropped = a->dropout_p > 0 ? ds + kRows * kCols : p;
     tanh = a->softcap > 0 ? ds + (1 + (a->dropout_p > 0)) * kRows * kCols : nullptr;
+    p_columns = take_operand(plan.columns), ds_columns = take_operand(plan.columns);
     additions.line = take(plan.line), additions.padding = take(plan.padding);
     dline = take(plan.dline), keep = (float*)take(plan.keep);
     ddistance = distance_gradients(a, plan, how) + thread * plan.ddistance;
@@ -146,11 +165,11 @@ template <class T> struct Backward {
     const T* dop = at<const T>(a, a->dout, a->dout_stride, s, h, s.first_q);
     const T* op = at<const T>(a, a->out, a->out_stride, s, h, s.first_q);
     const A sign = A(Scale(a->scale).sign);
-    pack_rows(qp, a->q_stride[2], Sq, plan.D, q, plan.D, sign);
-    std::fill(q + Sq * plan.D, q + padded * plan.D, A(0));
+    pack_rows(qp, a->q_stride[2], Sq, plan.D, q, plan.depth_q, sign);
+    std::fill(q + Sq * plan.depth_q, q + padded * plan.depth_q, E{});
     pack_panels(qp, a->q_stride[2], Sq, plan.D, q_panels, plan.rows, sign);
-    pack_rows(dop, a->dout_stride[2], Sq, plan.Dv, dout, plan.Dv, A(1));
-    std::fill(dout + Sq * plan.Dv, dout + padded * plan.Dv, A(0));
+    pack_rows(dop, a->dout_stride[2], Sq, plan.Dv, dout, plan.depth_v, A(1));
+    std::fill(dout + Sq * plan.depth_v, dout + padded * plan.depth_v, E{});
     pack_panels(dop, a->dout_stride[2], Sq, plan.Dv, dout_panels, plan.rows, A(1));
     const int64_t row = s.row(a, h);
     for (int64_t i = 0; i < Sq; i++) {
@@ -160,11 +179,12 @@ template <class T> struct Backward {
       if (s.seqlen_k <= kCols) continue;  // gradient_row has all it needs for the rest
       double sum = 0;
       const T* o = op + i * a->out_stride[2];
+      const E* d = dout + i * plan.depth_v;
       vec_t<A> acc{};
       int64_t c = 0;
-      for (; c + W <= plan.Dv; c += W) acc += load(o + c) * load(dout + i * plan.Dv + c);
+      for (; c + W <= plan.Dv; c += W) acc += load(o + c) * load(d + c);
       sum = double(hsum(acc));
-      for (; c < plan.Dv; c++) sum += double(to_float(o[c])) * double(dout[i * plan.Dv + c]);
+      for (; c < plan.Dv; c++) sum += double(to_float(o[c])) * double(to_float(d[c]));
       delta[i] += A(sum);
     }
   }
@@ -201,9 +221,12 @@ template <class T> struct Backward {
         of_keys[m / MR] = {std::max(plan.ldq, plan.ldv), first, end};
       }
       const int64_t padded = round_up(last, NR), wide = std::min<int64_t>(kCols, round_up(padded, MR));
-      matmul<A, false>(strips, padded, scores, q + i * plan.D, plan.D, k_t + j * plan.D, NR * plan.D, p, kCols, false);
-      matmul<A, false>(strips, padded, gradients, dout + i * plan.Dv, plan.Dv, v_t + j * plan.Dv, NR * plan.Dv, ds, kCols,
-                       false);
+      auto dot_rows = [&](const Extent* needs, const E* rows_of_q, const E* rows_of_k, int64_t depth, A* to) FF_LAMBDA {
+        matmul<E, false>(strips, padded, needs, rows_of_q + i * depth, depth, rows_of_k + j * depth, NR * depth, to, kCols,
+                         false);
+      };
+      dot_rows(scores, q, k_t, plan.depth_q, p);
+      dot_rows(gradients, dout, v_t, plan.depth_v, ds);
       const bool rowless = a->dbias && a->dbias_stride[2] == 0;  // one row for all queries: summed by block first
       if (rowless) std::fill(dbias_of_block, dbias_of_block + kCols, A(0));
       if (additions.any(a) || a->dropout_p > 0)
@@ -212,12 +235,27 @@ template <class T> struct Backward {
         for (int64_t r = 0; r < rows; r++) gradient_row<true>(s, h, i, r, j, seen[r], wide);
       if (rowless) add_row(dbias_of_block, dbias(s, h, 0, j), {0, keys});
       for (int64_t r = rows; r < strips; r++) std::fill(ds + r * kCols, ds + r * kCols + wide, A(0));
-      matmul<A, true>(last, plan.ldv, of_keys, dropped, kCols, dout_panels + i * NR, plan.rows * NR, dv + j * plan.ldv,
-                      plan.ldv, true);
-      matmul<A, true>(last, plan.ldq, of_keys, ds, kCols, q_panels + i * NR, plan.rows * NR, dk + j * plan.ldq, plan.ldq,
-                      true);
-      matmul<A, false>(strips, plan.ldq, to_q, ds, kCols, k + j * NR, plan.keys * NR, dq + i * plan.ldq, plan.ldq, true);
+      // The left operands of the last three: (keep P)^T and dS^T, dS.
+      constexpr int64_t ld_columns = kRounds ? kRows : kCols, ld_rows = kCols * sizeof(A) / sizeof(E);
+      if constexpr (kRounds) round_operands(rows, strips, wide);
+      else p_columns = dropped, ds_columns = ds;
+      const E* const ds_rows = (const E*)ds;
+      matmul<E, !kRounds>(last, plan.ldv, of_keys, p_columns, ld_columns, dout_panels + i * NR, plan.rows * NR,
+                          dv + j * plan.ldv, plan.ldv, true);
+      matmul<E, !kRounds>(last, plan.ldq, of_keys, ds_columns, ld_columns, q_panels + i * NR, plan.rows * NR,
+                          dk + j * plan.ldq, plan.ldq, true);
+      matmul<E, false>(strips, plan.ldq, to_q, ds_rows, ld_rows, k + j * NR, plan.keys * NR, dq + i * plan.ldq, plan.ldq,
+                       true);
     }
+  }
+
+  void round_operands(int64_t rows, int64_t strips, int64_t wide) {
+    const int64_t padded = round_up(rows, 32);
+    for (A* block : {dropped, ds})
+      for (int64_t r = rows; r < padded; r++) std::fill(block + r * kCols, block + r * kCols + wide, A(0));
+    round_transposed(dropped, kCols, padded, wide, p_columns, kRows);
+    round_transposed(ds, kCols, padded, wide, ds_columns, kRows);
+    for (int64_t r = 0; r < strips; r++) round_row(ds + r * kCols, 0, wide);
   }
 
   // In row r of the block: scores -> probabilities, dP -> dS, where the keys [seen.begin, seen.end) count; the other
@@ -324,6 +362,7 @@ template <class T> static void backward(const ff_attention_args* a) {
   const int64_t total = shares.total();
   int team = 1;
   auto run = [&](int thread, int count) {
+    [[maybe_unused]] const typename Product<operand_t<T>>::Session session;
     Backward<T> worker(a, how, thread);
     if (thread == 0) team = count;
     const int64_t begin = how.by_part ? 0 : total * thread / count, end = how.by_part ? total : total * (thread + 1) / count;
@@ -366,17 +405,19 @@ template <class T> static void backward(const ff_attention_args* a) {
   }
 }
 
-int attention_backward(const ff_attention_args* a, void*) {
-  return for_dtype(a->dtype, [&](auto t) -> int {
+int attention_backward(const ff_attention_args* a, [[maybe_unused]] void* stream) {
+  FF_LEAVE_OTHER_DTYPES(attention_backward(a, stream));
+  return for_attention_dtype(a, [&](auto t) -> int {
     if (a->batch > 0) backward<decltype(t)>(a);
     return FF_OK;
   });
 }
 
 size_t attention_backward_workspace(const ff_attention_args* a) {
+  FF_LEAVE_OTHER_DTYPES(attention_backward_workspace(a));
   const BackwardSplit how = split(a);
   size_t bytes = 0;
-  for_dtype(a->dtype, [&](auto t) -> int {
+  for_attention_dtype(a, [&](auto t) -> int {
     const BackwardPlan<decltype(t)> plan(a, how.parts);
     bytes = size_t(how.threads * plan.total + plan.shared_dq + 64) * sizeof(acc_t<decltype(t)>) +
             size_t(how.threads * plan.ddistance) * sizeof(double) + 128;
@@ -396,10 +437,10 @@ extern "C" int ff_cpu_attention_backward(const ff_attention_args* a, void* strea
   FF_REQUIRE(a->head_dim >= 1 && a->head_dim <= 256 && a->head_dim_v >= 1 && a->head_dim_v <= 256,
              "head_dim: %lld, %lld are not in [1, 256]", (long long)a->head_dim, (long long)a->head_dim_v);
   FF_REQUIRE(a->workspace, "workspace: must not be NULL");
-  return FF_DISPATCH(attention_backward)(a, stream);
+  return FF_DISPATCH_BF16(attention_backward)(a, stream);
 }
 
 extern "C" size_t ff_cpu_attention_backward_workspace(const ff_attention_args* a) {
-  return FF_DISPATCH(attention_backward_workspace)(a);
+  return FF_DISPATCH_BF16(attention_backward_workspace)(a);
 }
 #endif

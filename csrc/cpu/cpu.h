@@ -20,21 +20,32 @@ int fail(int status, const char* format, ...) __attribute__((format(printf, 2, 3
 #define FF_REQUIRE(condition, ...) \
   if (!(condition)) return ::ff::fail(FF_INVALID_ARGUMENT, __VA_ARGS__)
 
-enum class Isa { generic, avx2, avx512 };
+enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
 extern Isa isa;  // chosen at load time in cpu.cpp
 
 // Declares a kernel's implementations; each has the C function's own type.
-#define FF_DECLARE_IMPL(name)                              \
-  namespace ff {                                           \
-  namespace generic { decltype(::ff_cpu_##name) name; }    \
-  namespace avx2 { decltype(::ff_cpu_##name) name; }       \
-  namespace avx512 { decltype(::ff_cpu_##name) name; }     \
+#define FF_DECLARE_IMPL(name)                               \
+  namespace ff {                                            \
+  namespace generic { decltype(::ff_cpu_##name) name; }     \
+  namespace avx2 { decltype(::ff_cpu_##name) name; }        \
+  namespace avx512 { decltype(::ff_cpu_##name) name; }      \
+  namespace avx512_bf16 { decltype(::ff_cpu_##name) name; } \
+  namespace amx { decltype(::ff_cpu_##name) name; }         \
   }
 #if defined(__x86_64__)
 #define FF_DISPATCH(name) \
-  (::ff::isa == ::ff::Isa::avx512 ? ::ff::avx512::name : ::ff::isa == ::ff::Isa::avx2 ? ::ff::avx2::name : ::ff::generic::name)
+  (::ff::isa >= ::ff::Isa::avx512 ? ::ff::avx512::name : ::ff::isa == ::ff::Isa::avx2 ? ::ff::avx2::name : ::ff::generic::name)
 #else
 #define FF_DISPATCH(name) ::ff::generic::name
+#endif
+// For the files that are also compiled for the instruction sets with bfloat16 products, which need a newer compiler.
+#if defined(FF_BF16_ISAS)
+#define FF_DISPATCH_BF16(name)                                   \
+  (::ff::isa == ::ff::Isa::amx           ? ::ff::amx::name         \
+   : ::ff::isa == ::ff::Isa::avx512_bf16 ? ::ff::avx512_bf16::name \
+                                         : FF_DISPATCH(name))
+#else
+#define FF_DISPATCH_BF16(name) FF_DISPATCH(name)
 #endif
 
 inline const char* dtype_name(int d) {

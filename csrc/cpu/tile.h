@@ -4,18 +4,28 @@
 // panels of kNR, each (K, kNR) contiguous, so that the inner loop streams it; A is read one broadcast element at a time,
 // from rows (A[i][k]) or, for products with a transposed left side, from columns (A[k][i]) of a row-major buffer.
 // M and N are rounded up to whole tiles: the buffers have room for that, and the extra rows and columns mean nothing.
-// K is exact.
+// K is exact, or rounded up to whole steps of kKR.
 #pragma once
 #include "cpu.h"
+
+#ifndef FF_BF16_DOT
+#define FF_BF16_DOT 0
+#endif
 
 namespace ff {
 namespace FF_ISA {
 
-// Tile shape: as many accumulators as the register file holds beside two panel vectors and a broadcast.
-template <class A> struct tile_shape {
+// What type of operands a product of T takes: bfloat16 has products of its own in the instruction sets of tile_bf16.h.
+template <class T> struct operand { using type = acc_t<T>; };
+template <class T> using operand_t = typename operand<T>::type;
+
+// Tile shape: as many accumulators as the register file holds beside two panel vectors and a broadcast. K advances in steps
+// of kKR: operands have room for whole steps, and are zero beyond K.
+template <class E> struct tile_shape {
   static constexpr int kMR = FF_VEC_BYTES == 64 ? 12 : 6;
   static constexpr int kNV = 2;
-  static constexpr int kNR = kNV * vec<A>::W;
+  static constexpr int kNR = kNV * vec<E>::W;
+  static constexpr int kKR = 1;
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -46,6 +56,15 @@ FF_INLINE void tile(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_
     for (int v = 0; v < NV; v++) store(c + i * ldc + v * W, acc[i][v]);
 }
 
+// One tile of kMR by kNR of a product of operands of type E, and what a thread has to hold while it computes any.
+template <class E> struct Product {
+  struct Session {};
+  template <bool AColumns>
+  static FF_INLINE void strip(int64_t K, const E* a, int64_t lda, const E* b, E* c, int64_t ldc, bool accumulate) {
+    tile<E, tile_shape<E>::kMR, AColumns>(K, a, lda, b, c, ldc, accumulate);
+  }
+};
+
 // What a strip of kMR rows of C needs of a product: its first `columns`, and the terms k in [first, last). The rest is
 // known to be zero, or is not read.
 struct Extent {
@@ -54,16 +73,17 @@ struct Extent {
 
 // C (M x N) (+)= A B, panels outermost so that each stays in L1 while every row strip passes it. `panel_stride` is the
 // distance between B's panels; strips[i] belongs to the rows from i kMR on. What a strip does not need is not written.
-template <class A, bool AColumns>
-FF_INLINE void matmul(int64_t M, int64_t N, const Extent* strips, const A* a, int64_t lda, const A* b,
-                      int64_t panel_stride, A* c, int64_t ldc, bool accumulate) {
-  constexpr int MR = tile_shape<A>::kMR, NR = tile_shape<A>::kNR;
+template <class E, bool AColumns>
+FF_INLINE void matmul(int64_t M, int64_t N, const Extent* strips, const E* a, int64_t lda, const E* b,
+                      int64_t panel_stride, acc_t<E>* c, int64_t ldc, bool accumulate) {
+  constexpr int MR = tile_shape<E>::kMR, NR = tile_shape<E>::kNR, KR = tile_shape<E>::kKR;
   for (int64_t n = 0; n < N; n += NR)
     for (int64_t m = 0; m < M; m += MR) {
       const Extent need = strips[m / MR];
       if (n >= need.columns || need.first >= need.last) continue;
-      tile<A, MR, AColumns>(need.last - need.first, a + (AColumns ? m + need.first * lda : m * lda + need.first), lda,
-                            b + n / NR * panel_stride + need.first * NR, c + m * ldc + n, ldc, accumulate);
+      const int64_t first = need.first / KR * KR, last = round_up(need.last, KR);
+      Product<E>::template strip<AColumns>(last - first, a + (AColumns ? m + first * lda : m * lda + first), lda,
+                                           b + n / NR * panel_stride + first * NR, c + m * ldc + n, ldc, accumulate);
     }
 }
 
@@ -145,3 +165,7 @@ void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t cols, 
 
 }  // namespace FF_ISA
 }  // namespace ff
+
+#if FF_BF16_DOT
+#include "tile_bf16.h"
+#endif

@@ -41,7 +41,8 @@ typedef enum ff_dtype { FF_FLOAT32 = 0, FF_BFLOAT16 = 1, FF_FLOAT16 = 2, FF_FLOA
 
 /* Message of the last call on this thread that did not return FF_OK. Valid until the next call on this thread. */
 FF_API const char* ff_last_error(void);
-/* The instruction set the CPU kernels use: "generic", "avx2" or "avx512". FASTFORMER_CPU_ISA overrides the detection. */
+/* The instruction set the CPU kernels use: "generic", "avx2", "avx512", or "avx512_bf16" or "amx", whose bfloat16 products
+ * attention has. FASTFORMER_CPU_ISA overrides the detection. */
 FF_API const char* ff_cpu_isa(void);
 /* Selects an instruction set by name; FF_UNSUPPORTED where this machine cannot run it. Not thread-safe. */
 FF_API int ff_cpu_set_isa(const char* name);

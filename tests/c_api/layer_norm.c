@@ -85,8 +85,8 @@ static void check_errors(const char* isa) {
 }
 
 int main(void) {
-  const char* isas[] = {"generic", "avx2", "avx512"};
-  for (int i = 0; i < 3; i++) {
+  const char* isas[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
+  for (int i = 0; i < 5; i++) {
     if (ff_cpu_set_isa(isas[i]) != FF_OK) continue;
     expect(!strcmp(ff_cpu_isa(), isas[i]), isas[i], "ff_cpu_isa() names what was set");
     check_values(isas[i]);

@@ -2,6 +2,7 @@
 
 The AVX-512 kernels run as they are where the CPU can, and everywhere in ``fastformer._C_wide``, their 64-byte vectors
 compiled to AVX2 instructions. Length matters most: whole vectors, the unrolled loop, the tail and none of them.
+Attention's kernels with bfloat16 products, AVX-512-BF16's and AMX's, have tests of their own in test_attention_bf16.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastformer.backends import registry
 from tests.numerics import assert_close_to_fp64
 
 KERNELS = [("_C", "generic"), ("_C", "avx2"), ("_C", "avx512"), ("_C_wide", "avx512")]
+BF16_KERNELS = [(module, isa) for module in ("_C", "_C_wide") for isa in ("avx512_bf16", "amx")]  # attention's alone
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -35,6 +37,8 @@ def kernels(request, monkeypatch):
         module.set_cpu_isa(isa)
     except NotImplementedError:
         pytest.skip(f"this CPU cannot run {isa}")
+    if hasattr(Tensor, "__dlpack_c_exchange_api__"):  # as backends/cpu/attention.py does for _C
+        module.use_exchange(Tensor.__dlpack_c_exchange_api__)
     for op in (*registry.OPS, "_call"):
         monkeypatch.setattr(importlib.import_module(f"fastformer.backends.cpu.{op}"), "_C", module)
     torch.set_num_threads(1)  # thousands of tiny calls
@@ -106,6 +110,7 @@ def test_every_length_of_row(name, dtype, kernels):
             assert_close_to_fp64(f"{name} {what}, {n} columns", *results, scale=scale)
 
 
+@pytest.mark.parametrize("kernels", KERNELS + BF16_KERNELS, indirect=True, ids=lambda k: f"{k[0]} {k[1]}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_attention_with_tails_in_every_direction(dtype, kernels):
     def inputs(q, k, v):
@@ -159,6 +164,6 @@ def test_the_instruction_sets_agree_on_dropout():
 def test_selecting_an_instruction_set():
     from fastformer import _C
 
-    assert _C.cpu_isa() in ("generic", "avx2", "avx512")
-    with pytest.raises(ValueError, match="name: 'sse9' is not one of generic, avx2, avx512"):
+    assert _C.cpu_isa() in ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+    with pytest.raises(ValueError, match="name: 'sse9' is not one of generic, avx2, avx512, avx512_bf16, amx"):
         _C.set_cpu_isa("sse9")
