@@ -6,6 +6,7 @@
 // tile.h. Floor: 4 Sq Sk D flops per head (half when causal) at the matmul rate. With bfloat16 products (tile_bf16.h) the
 // operands stay as they are and P is rounded to bfloat16, after it was summed; S, O and the softmax are float32.
 #include "attention.h"
+#include "softmax_row.h"
 
 FF_DECLARE_IMPL(attention_forward)
 FF_DECLARE_IMPL(attention_forward_workspace)
@@ -37,39 +38,6 @@ template <class T> struct ForwardPlan {
   }
 };
 
-// Turns the scores [begin, end) of one row into exp(scale s - max) in place, updating the running maximum (of scale s) and
-// sum; returns the factor by which the row's earlier output has to shrink. begin and end are whole vectors; of them
-// [visible.begin, visible.end) count, the others become 0.
-template <class A>
-FF_INLINE A softmax_row(A* s, A scale, int64_t begin, int64_t end, Range visible, const A* padding, A& running_max,
-                        A& running_sum) {
-  constexpr int W = vec<A>::W;
-  constexpr A kInf = std::numeric_limits<A>::infinity();
-  std::fill(s + begin, s + std::max(visible.begin, begin), -kInf);
-  std::fill(s + visible.end, s + end, -kInf);
-  vec_t<A> m = splat(-kInf);
-  if (padding)
-    for (int64_t i = begin; i < end; i += W) {
-      vec_t<A> v = load(s + i) + load(padding + i);  // 0 or -inf: the same before and after the scale
-      store(s + i, v);
-      m = vmax(m, v);
-    }
-  else
-    for (int64_t i = begin; i < end; i += W) m = vmax(m, load(s + i));
-  A top = std::max(running_max, scale * hmax(m));
-  A shift = top == -kInf ? A(0) : top;  // a row that has seen no key yet: all terms exp(-inf) = 0
-  vec_t<A> total{};
-  for (int64_t i = begin; i < end; i += W) {
-    vec_t<A> p = vexp_below(load(s + i), scale, shift);
-    store(s + i, p);
-    total += p;
-  }
-  A factor = running_max == -kInf ? A(0) : std::exp(running_max - shift);
-  running_sum = running_sum * factor + hsum(total);
-  running_max = top;
-  return factor;
-}
-
 // Asks for the part-th of `parts` equal parts of the n elements that the next panel has: keys and values of a long sequence
 // lie in the outer caches, and every strip that passes a panel has time to bring some of the next.
 template <class E> FF_INLINE void prefetch_share(const E* next, int64_t n, int64_t part, int64_t parts) {
@@ -93,7 +61,7 @@ template <class T> struct Forward {
   float* keep;
   const int64_t depth, keys_capacity;  // the K of both products for a whole head
   int64_t packed_batch = -1, packed_head = -1;
-  A max[kQueries], sum[kQueries];
+  Row<A> state[kQueries];
 
   Forward(const ff_attention_args* args, int thread)
       : a(args), additions{args}, depth(round_up(a->head_dim, KR)), keys_capacity(round_up(a->seqlen_k, KR)) {
@@ -129,8 +97,7 @@ template <class T> struct Forward {
               q, depth, A(scale.sign));
     std::fill(q + rows * depth, q + strips * depth, E{});
     std::fill(o, o + strips * ldo, A(0));
-    std::fill(max, max + kQueries, -std::numeric_limits<A>::infinity());
-    std::fill(sum, sum + kQueries, A(0));
+    std::fill(state, state + kQueries, Row<A>{});
 
     const int64_t row = sequence.row(a, h) + first;
     const bool added = additions.any(a);
@@ -164,8 +131,10 @@ template <class T> struct Forward {
           A* scores = s + r * kKeys;
           const Range visible = seen(r);
           if (added) additions.add(scores + begin, A(scale.size), first + r, j + begin, std::max(begin, visible.end) - begin, nullptr);
-          const A factor = softmax_row(scores, added ? A(1) : A(scale.size), begin, end, visible,
-                                       a->key_padding_mask && !added ? additions.padding + j : nullptr, max[r], sum[r]);
+          std::fill(scores + begin, scores + std::max(visible.begin, begin), -std::numeric_limits<A>::infinity());
+          std::fill(scores + visible.end, scores + end, -std::numeric_limits<A>::infinity());
+          const A factor = state[r].add(scores, added ? A(1) : A(scale.size), begin, end,
+                                        a->key_padding_mask && !added ? additions.padding + j : nullptr);
           if (j > first_key && factor != 1)
             for (int64_t c = 0; c < ldo; c += W) store(o + r * ldo + c, load(o + r * ldo + c) * factor);
           if (a->dropout_p > 0) {
@@ -190,21 +159,9 @@ template <class T> struct Forward {
   }
 
   void write(const Sequence& sequence, int64_t h, int64_t first, int64_t rows, A* lse) {
-    const int64_t Dv = a->head_dim_v, ldo = round_up(Dv, NR);
     T* out = at<T>(a, a->out, a->out_stride, sequence, h, sequence.first_q + first);
-    for (int64_t r = 0; r < rows; r++) {
-      const A inverse = sum[r] > 0 ? 1 / sum[r] : A(0);
-      T* to = out + r * a->out_stride[2];
-      const A* from = o + r * ldo;
-      int64_t c = 0;
-      for (; c + W <= Dv; c += W) store(to + c, load(from + c) * inverse);
-      if (c < Dv) store_partial(to + c, load(from + c) * inverse, int(Dv - c));
-      if (std::isnan(sum[r]))  // a NaN among the inputs stays visible
-        for (int64_t i = 0; i < Dv; i++) to[i] = from_float<T>(sum[r]);
-      if (!lse) continue;
-      if (std::isnan(sum[r])) lse[r] = sum[r];
-      else lse[r] = sum[r] > 0 ? A(double(max[r]) + std::log(double(sum[r]))) : -std::numeric_limits<A>::infinity();
-    }
+    for (int64_t r = 0; r < rows; r++)
+      state[r].write(o + r * round_up(a->head_dim_v, NR), a->head_dim_v, out + r * a->out_stride[2], lse ? lse + r : nullptr);
   }
 };
 

@@ -7,7 +7,8 @@
 // (Dao et al. 2022, appendix B.4.) Five tile products per pair of blocks, all operands packed once per head. A thread
 // works on whole key/value heads; when there are too few of them, a head is cut into interleaved key blocks ("parts"),
 // each with its own dQ, added up in part order afterwards: no atomics, so results repeat bit for bit. A bias that several
-// heads or sequences share gets its gradient from one thread per key block, which adds them up in their order.
+// heads or sequences share gets its gradient from one thread per key block, which adds them up in their order: the first of
+// them writes, so that memory the size of the scores is not filled with zeros and read once more.
 //
 // With bfloat16 products (tile_bf16.h) keep P and dS are rounded to bfloat16, dS after dbias took its part of it, and both
 // are transposed for dV and dK: those products have K, the queries, in pairs, and K lies along the rows of an operand.
@@ -194,6 +195,12 @@ template <class T> struct Backward {
     const int64_t keys = std::min(kCols, s.seqlen_k - j);
     // The first query that sees this block under the causal rule, rounded down to a whole block.
     const int64_t begin = a->causal ? std::max<int64_t>(0, j - s.offset) / kRows * kRows : 0;
+    const bool rowless = a->dbias && a->dbias_stride[2] == 0;  // one row for all queries: summed by block first
+    const bool first = a->dbias && (s.index == 0 || a->dbias_stride[0]) && (h == 0 || a->dbias_stride[1]);
+    auto no_gradient = [&](int64_t from, int64_t to) {
+      for (int64_t i = from; first && i < to; i++) std::fill_n(dbias(s, h, i, j), keys, A(0));
+    };
+    no_gradient(0, rowless ? 1 : std::min(begin, s.seqlen_q));
     for (int64_t i = begin; i < s.seqlen_q; i += kRows) {
       const int64_t rows = std::min(kRows, s.seqlen_q - i), strips = round_up(rows, MR);
       Range seen[kRows];  // by each query, from 0
@@ -205,7 +212,9 @@ template <class T> struct Backward {
         if (seen[r].end > seen[r].begin) last = std::max(last, seen[r].end);
       }
       if (last == 0) {
-        if (s.visible(a, i).begin >= j + keys) break;  // the window has passed these keys
+        const bool passed = s.visible(a, i).begin >= j + keys;  // by the window, which moves on
+        if (!rowless) no_gradient(i, passed ? s.seqlen_q : i + rows);
+        if (passed) break;
         continue;
       }
       // On the edges of what is visible about half of each product is known to vanish.
@@ -227,12 +236,11 @@ template <class T> struct Backward {
       };
       dot_rows(scores, q, k_t, plan.depth_q, p);
       dot_rows(gradients, dout, v_t, plan.depth_v, ds);
-      const bool rowless = a->dbias && a->dbias_stride[2] == 0;  // one row for all queries: summed by block first
       if (rowless) std::fill(dbias_of_block, dbias_of_block + kCols, A(0));
       if (additions.any(a) || a->dropout_p > 0)
-        for (int64_t r = 0; r < rows; r++) gradient_row<false>(s, h, i, r, j, seen[r], wide);
+        for (int64_t r = 0; r < rows; r++) gradient_row<false>(s, h, i, r, j, seen[r], wide, first && !rowless ? keys : 0);
       else
-        for (int64_t r = 0; r < rows; r++) gradient_row<true>(s, h, i, r, j, seen[r], wide);
+        for (int64_t r = 0; r < rows; r++) gradient_row<true>(s, h, i, r, j, seen[r], wide, 0);
       if (rowless) add_row(dbias_of_block, dbias(s, h, 0, j), {0, keys});
       for (int64_t r = rows; r < strips; r++) std::fill(ds + r * kCols, ds + r * kCols + wide, A(0));
       // The left operands of the last three: (keep P)^T and dS^T, dS.
@@ -260,9 +268,10 @@ template <class T> struct Backward {
 
   // In row r of the block: scores -> probabilities, dP -> dS, where the keys [seen.begin, seen.end) count; the other
   // elements up to `padded` become 0. Adds dZ to the gradients of what was added to the scores. Plain: nothing was, and
-  // nothing dropped.
+  // nothing dropped. `written`: elements of dbias that become dZ instead of growing by it.
   template <bool Plain>
-  FF_INLINE void gradient_row(const Sequence& s, int64_t h, int64_t i, int64_t r, int64_t j, Range seen, int64_t padded) {
+  FF_INLINE void gradient_row(const Sequence& s, int64_t h, int64_t i, int64_t r, int64_t j, Range seen, int64_t padded,
+                              int64_t written) {
     A *const pr = p + r * kCols, *const dr = ds + r * kCols, *const out = Plain ? pr : dropped + r * kCols;
     A* const t = Plain || !tanh ? nullptr : tanh + r * kCols;
     const int64_t begin = seen.begin / W * W, end = round_up(seen.end, W);
@@ -311,7 +320,11 @@ template <class T> struct Backward {
     };
     clear(out), clear(dr);
     if (Plain) return;
-    if (a->dbias) add_row(dr, a->dbias_stride[2] ? dbias(s, h, i + r, j) : dbias_of_block, seen);
+    if (written) {
+      A* to = dbias(s, h, i + r, j);
+      std::copy_n(dr, std::min(written, padded), to);
+      if (padded < written) std::fill(to + padded, to + written, A(0));
+    } else if (a->dbias) add_row(dr, a->dbias_stride[2] ? dbias(s, h, i + r, j) : dbias_of_block, seen);
     if (a->ddistance_bias) add_row(dr, dline + additions.zero() - (i + r + s.offset) + j, seen);
     if (t) {
       for (int64_t c = begin; c < seen.end; c += W) store(dr + c, load(dr + c) * (A(1) - load(t + c) * load(t + c)));

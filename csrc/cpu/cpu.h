@@ -77,6 +77,8 @@ template <class F> int for_dtypes(int dtype, int param_dtype, F f) {
   });
 }
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // Threads worth waking for `work` elements: one per 16k, at most OpenMP's current limit. In a PyTorch process that
 // limit is torch.get_num_threads(), and the threads are PyTorch's own (the same OpenMP runtime is already loaded).
 inline int num_threads(int64_t work) {

@@ -9,7 +9,7 @@
 // any batch and at any number of threads. Floor: the bytes of K and V over the memory bandwidth.
 #include <vector>
 
-#include "cpu.h"
+#include "softmax_row.h"
 
 FF_DECLARE_IMPL(decode_attention)
 FF_DECLARE_IMPL(decode_attention_workspace)
@@ -20,8 +20,6 @@ namespace FF_ISA {
 constexpr int64_t kSplit = 512;  // keys of a task
 constexpr int64_t kKeys = 128;   // keys whose scores are held at once: with their values they fit L2
 constexpr int64_t kRows = 64;    // query rows of a task; a longer prompt reads the cache once per 64
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Keys of sequence b that some query sees: [begin, end).
 struct Keys { int64_t begin, end; };
@@ -39,9 +37,6 @@ static Keys visible_to_any(const ff_decode_attention_args* a, int64_t b) {
 static int64_t splits_of(Keys keys) {
   return keys.end > keys.begin ? (keys.end - 1) / kSplit - keys.begin / kSplit + 1 : 0;
 }
-
-// What a row has gathered so far: out = o / sum with scores relative to max.
-template <class A> struct Row { A max, sum; };
 
 // How the work is cut, and where its buffers lie in the workspace.
 template <class T> struct Plan {
@@ -189,7 +184,7 @@ template <class T> struct Task {
       int64_t c = 0;
       for (; c + W <= a->head_dim; c += W) store(to + c, load(from + c) * sign);
       if (c < a->head_dim) store(to + c, load_partial(from + c, int(a->head_dim - c)) * sign);
-      state[r] = {-kInf, 0};
+      state[r] = {};
     }
     std::fill(o, o + rows * plan.ldo, A(0));
   }
@@ -252,21 +247,9 @@ template <class T> struct Task {
     if (seen.begin > j) std::fill(z, z + std::min(n, seen.begin - j), -kInf);
     if (seen.end < j + n) std::fill(z + std::max<int64_t>(0, seen.end - j), z + n, -kInf);
 
-    vec_t<A> most = splat(-kInf);
-    for (int64_t i = 0; i < padded; i += W) most = vmax(most, load(z + i));
-    Row<A>& row = state[r];
-    const A top = std::max(row.max, factor_of_z * hmax(most));
-    const A shift = top == -kInf ? A(0) : top;  // a row that has seen no key yet: all terms exp(-inf) = 0
-    vec_t<A> total{};
-    for (int64_t i = 0; i < padded; i += W) {
-      const vec_t<A> p = vexp_below(load(z + i), factor_of_z, shift);
-      store(z + i, p);
-      total += p;
-    }
-    const A factor = row.max == -kInf ? A(0) : std::exp(row.max - shift);
+    const A factor = state[r].add(z, factor_of_z, 0, padded);
     if (factor != 1)
       for (int64_t c = 0; c < plan.ldo; c += W) store(o + r * plan.ldo + c, load(o + r * plan.ldo + c) * factor);
-    row = {top, row.sum * factor + hsum(total)};
   }
 
   // z = cap(scale z) - slope |distance|; `distance` is the first key's.
@@ -283,28 +266,12 @@ template <class T> struct Task {
   }
 };
 
-// out = o / sum and the log-sum-exp of one row.
+// Query head h's result at new position i of sequence b.
 template <class T>
 FF_INLINE void write_row(const ff_decode_attention_args* a, int64_t b, int64_t h, int64_t i, Row<acc_t<T>> row,
                          const acc_t<T>* o) {
-  using A = acc_t<T>;
-  constexpr int W = vec<A>::W;
   T* to = (T*)a->out + b * a->out_stride[0] + h * a->out_stride[1] + i * a->out_stride[2];
-  const bool nan = std::isnan(row.sum);
-  if (a->lse) {
-    A* lse = (A*)a->lse + (b * a->num_heads + h) * a->seqlen_q + i;
-    *lse = nan           ? row.sum
-           : row.sum > 0 ? A(double(row.max) + std::log(double(row.sum)))
-                         : -std::numeric_limits<A>::infinity();
-  }
-  if (nan) {  // a NaN among the inputs stays visible
-    for (int64_t c = 0; c < a->head_dim_v; c++) to[c] = from_float<T>(row.sum);
-    return;
-  }
-  const A inverse = row.sum > 0 ? 1 / row.sum : A(0);
-  int64_t c = 0;
-  for (; c + W <= a->head_dim_v; c += W) store(to + c, load(o + c) * inverse);
-  if (c < a->head_dim_v) store_partial(to + c, load(o + c) * inverse, int(a->head_dim_v - c));
+  row.write(o, a->head_dim_v, to, a->lse ? (acc_t<T>*)a->lse + (b * a->num_heads + h) * a->seqlen_q + i : nullptr);
 }
 
 // The partial results of one row, n of them, added up in order; o has room for the sum.
@@ -313,7 +280,8 @@ template <class A> FF_INLINE Row<A> merge(const Row<A>* parts, const A* part_o, 
   A top = parts[0].max;
   for (int64_t s = 1; s < n; s++) top = std::max(top, parts[s].max);
   const A shift = top == -std::numeric_limits<A>::infinity() ? A(0) : top;
-  Row<A> row{top, 0};
+  Row<A> row;
+  row.max = top;
   std::fill(o, o + ldo, A(0));
   for (int64_t s = 0; s < n; s++) {
     const A factor = std::exp(parts[s].max - shift);

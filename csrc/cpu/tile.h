@@ -28,8 +28,6 @@ template <class E> struct tile_shape {
   static constexpr int kKR = 1;
 };
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 template <class A, int MR, bool AColumns>
 FF_INLINE void tile(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t ldc, bool accumulate,
                     int64_t ldb = tile_shape<A>::kNR) {

@@ -231,7 +231,7 @@ typedef struct ff_attention_args {
   int64_t alibi_stride;       /* between batches, 0 broadcasts */
   const int32_t *cu_seqlens_q, *cu_seqlens_k;
   int64_t total_q, total_k;   /* packed positions */
-  void* dbias;             /* backward: acc, zeros on entry, or NULL; where its stride is 0 the gradient is summed */
+  void* dbias;             /* backward: acc, or NULL; where its stride is 0 the gradient is summed. CUDA: zeros on entry */
   int64_t dbias_stride[4]; /* the last is 1 */
   void* ddistance_bias;    /* backward: (Hq, 2 * max_distance + 1) acc, or NULL */
 } ff_attention_args;

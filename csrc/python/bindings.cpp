@@ -1,5 +1,6 @@
 // Python bindings of the CPU kernels: the C functions of fastformer.h with their struct's fields as positional integers
-// and floats, in the struct's order (tensors as data_ptr()). No torch header: one build serves every torch version.
+// and floats, in the struct's order (tensors as data_ptr()); those of attention take tensors (attention_args.h). No torch
+// header: one build serves every torch version.
 //
 // Checks live in Python, before the call; a status other than FF_OK that still comes back becomes an exception.
 #include <pybind11/pybind11.h>
@@ -12,7 +13,6 @@
 #include <vector>
 
 #include "attention_args.h"
-#include "exchange.h"
 
 #ifndef FF_MODULE
 #define FF_MODULE _C
@@ -60,6 +60,20 @@ struct Scratch {
   std::unique_ptr<char[]> large;
 };
 
+static void attention_forward(ff_attention_args a) {
+  const Scratch scratch(ff_cpu_attention_forward_workspace(&a));
+  a.workspace = scratch.data;
+  run(ff_cpu_attention_forward, a);
+}
+
+static void decode_attention(ff_decode_attention_args a) {
+  const size_t bytes = ff_cpu_decode_attention_workspace(&a);
+  if (bytes == 0) throw py::value_error(ff_last_error());
+  const Scratch scratch(bytes);
+  a.workspace = scratch.data;
+  run(ff_cpu_decode_attention, a);
+}
+
 // Up to this many rows of scores per key/value head decode_attention, which reads keys and values as they lie, is faster.
 static constexpr int64_t kFewRows = 4;
 
@@ -74,9 +88,7 @@ static void few_queries(const ff_attention_args& a) {
     d.q_stride[i] = a.q_stride[i], d.k_stride[i] = a.k_stride[i];
     d.v_stride[i] = a.v_stride[i], d.out_stride[i] = a.out_stride[i];
   }
-  const Scratch scratch(ff_cpu_decode_attention_workspace(&d));
-  d.workspace = scratch.data;
-  run(ff_cpu_decode_attention, d);
+  decode_attention(d);
 }
 
 PYBIND11_MODULE(FF_MODULE, m) {
@@ -200,116 +212,50 @@ PYBIND11_MODULE(FF_MODULE, m) {
           run(ff_cpu_cross_entropy_backward, a);
         });
 
-  m.def("attention_forward_workspace",
-        [](int dtype, const py::tuple& sizes, double scale, bool causal, const py::object& extras) {
-          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
-          ff::set_extras(a, extras);
-          return ff_cpu_attention_forward_workspace(&a);
-        });
-  m.def("attention_backward_workspace",
-        [](int dtype, const py::tuple& sizes, double scale, bool causal, const py::object& extras) {
-          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
-          ff::set_extras(a, extras);
-          return ff_cpu_attention_backward_workspace(&a);
-        });
+  // Whether tensors are read through torch's table of functions (tensor.h); returns whether they are from here on.
   m.def("use_exchange", ff::use_exchange);
-  // Attention of tensors with nothing beside them, into out (B, Hq, Sq, Dv); false if anything about them is unusual or
-  // wrong, and nothing was done. Twenty attribute reads in Python cost more than a small call's arithmetic.
-  m.def("attention_plain", [](py::handle q, py::handle k, py::handle v, py::handle out, double scale, bool causal) {
-    ff::DLTensor t[4];
-    py::handle objects[] = {q, k, v, out};
-    for (int i = 0; i < 4; i++) {
-      if (ff::exchange->view_of_object(objects[i].ptr(), &t[i])) throw py::error_already_set();
-      if (t[i].device.type != 1 || t[i].ndim != 4 || ff::dtype_of(t[i]) != ff::dtype_of(t[0])) return false;
-      if (t[i].strides[3] != 1 && t[i].shape[3] != 1) return false;
-    }
-    const int64_t *qs = t[0].shape, *ks = t[1].shape, *vs = t[2].shape, *os = t[3].shape;
+  ff::use_exchange(true);
+  // Attention of tensors with nothing beside them, into out (B, Hq, Sq, Dv) and, if it is not None, lse (B, Hq, Sq); false
+  // if anything about them is unusual or wrong, and nothing was done. The checks in Python cost more than a small call's
+  // arithmetic.
+  m.def("attention_plain", [](py::handle q_, py::handle k_, py::handle v_, py::handle out_, py::handle lse_,
+                              double scale, bool causal) {
+    const ff::Tensor q(q_), k(k_), v(v_), out(out_), lse(lse_);
+    for (const ff::Tensor* t : {&q, &k, &v, &out})
+      if (t->ndim != 4 || t->dtype < 0 || t->dtype != q.dtype || (t->stride[3] != 1 && t->shape[3] != 1)) return false;
+    const int64_t *qs = q.shape, *ks = k.shape, *vs = v.shape, *os = out.shape;
     const bool fits = qs[0] == ks[0] && qs[0] == vs[0] && qs[0] == os[0] && ks[1] > 0 && ks[1] == vs[1] &&
                       qs[1] % ks[1] == 0 && qs[1] == os[1] && ks[2] == vs[2] && qs[2] == os[2] && qs[3] == ks[3] &&
                       vs[3] == os[3] && qs[3] >= 1 && qs[3] <= 256 && vs[3] >= 1 && vs[3] <= 256;
-    if (!fits || ff::dtype_of(t[0]) < 0) return false;
-    ff_attention_args a{};
-    a.dtype = ff_dtype(ff::dtype_of(t[0])), a.scale = scale, a.causal = causal;
-    a.batch = qs[0], a.num_heads = qs[1], a.num_kv_heads = ks[1], a.seqlen_q = qs[2], a.seqlen_k = ks[2];
-    a.head_dim = qs[3], a.head_dim_v = vs[3];
-    auto data = [](const ff::DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; };
-    a.q = data(t[0]), a.k = data(t[1]), a.v = data(t[2]), a.out = data(t[3]);
-    for (int d = 0; d < 3; d++) {
-      a.q_stride[d] = t[0].strides[d], a.k_stride[d] = t[1].strides[d];
-      a.v_stride[d] = t[2].strides[d], a.out_stride[d] = t[3].strides[d];
-    }
-    // A few queries do not repay the packing of every key and value for the tile products.
-    if (a.seqlen_q * (a.num_heads / a.num_kv_heads) <= kFewRows && a.seqlen_k < (int64_t(1) << 31)) few_queries(a);
-    else {
-      const Scratch scratch(ff_cpu_attention_forward_workspace(&a));
-      a.workspace = scratch.data;
-      run(ff_cpu_attention_forward, a);
-    }
+    if (!fits) return false;
+    ff_attention_args a = ff::attention_args(q, k, v, out, lse);
+    a.scale = scale, a.causal = causal;
+    // A few queries do not repay the packing of every key and value for the tile products. Backward has to find the very
+    // sums it recomputes.
+    const bool few = a.seqlen_q * (a.num_heads / a.num_kv_heads) <= kFewRows && a.seqlen_k < (int64_t(1) << 31);
+    if (few && !a.lse) few_queries(a);
+    else attention_forward(a);
     return true;
   });
-  m.def("attention_forward",
-        [](int dtype, const py::tuple& sizes, double scale, bool causal, Ptr q, Ptr k, Ptr v, Ptr out, Ptr lse,
-           const py::tuple& q_stride, const py::tuple& k_stride, const py::tuple& v_stride, const py::tuple& out_stride,
-           const py::object& extras) {
-          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
-          ff::set_extras(a, extras);
-          a.q = ptr(q), a.k = ptr(k), a.v = ptr(v), a.out = ptr(out), a.lse = ptr(lse);
-          ff::set_strides(a.q_stride, q_stride), ff::set_strides(a.k_stride, k_stride);
-          ff::set_strides(a.v_stride, v_stride), ff::set_strides(a.out_stride, out_stride);
-          const Scratch scratch(ff_cpu_attention_forward_workspace(&a));
-          a.workspace = scratch.data;
-          run(ff_cpu_attention_forward, a);
-        });
-  m.def("attention_backward",
-        [](int dtype, const py::tuple& sizes, double scale, bool causal, Ptr q, Ptr k, Ptr v, Ptr out, Ptr lse,
-           const py::tuple& q_stride, const py::tuple& k_stride, const py::tuple& v_stride, const py::tuple& out_stride,
-           Ptr dout, Ptr dlse, Ptr dq, Ptr dk, Ptr dv, const py::tuple& dout_stride, const py::tuple& dq_stride,
-           const py::tuple& dk_stride, const py::tuple& dv_stride, const py::object& extras) {
-          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
-          ff::set_extras(a, extras);
-          a.q = ptr(q), a.k = ptr(k), a.v = ptr(v), a.out = ptr(out), a.lse = ptr(lse);
-          ff::set_strides(a.q_stride, q_stride), ff::set_strides(a.k_stride, k_stride);
-          ff::set_strides(a.v_stride, v_stride), ff::set_strides(a.out_stride, out_stride);
-          a.dout = ptr(dout), a.dlse = ptr(dlse), a.dq = ptr(dq), a.dk = ptr(dk), a.dv = ptr(dv);
-          ff::set_strides(a.dout_stride, dout_stride), ff::set_strides(a.dq_stride, dq_stride);
-          ff::set_strides(a.dk_stride, dk_stride), ff::set_strides(a.dv_stride, dv_stride);
-          const Scratch scratch(ff_cpu_attention_backward_workspace(&a));
-          a.workspace = scratch.data;
-          run(ff_cpu_attention_backward, a);
-        });
-
-  // sizes (B, Hq, Hkv, Sq, D, Dv, rows or pages of the cache, capacity, page_size); strides as torch's; indices
-  // (cache_seqlens, cache_leftpad, cache_batch_idx, page_table, between its rows). Without a workspace, returns its size.
-  m.def("decode_attention", [](int dtype, const py::tuple& sizes, double scale, double softcap, bool causal,
-                               int64_t window_left, int64_t window_right, Ptr q, Ptr k_cache, Ptr v_cache, Ptr out,
-                               Ptr lse, const py::tuple& q_stride, const py::tuple& k_stride, const py::tuple& v_stride,
-                               const py::tuple& out_stride, const py::tuple& indices, Ptr alibi_slopes,
-                               int64_t alibi_stride, Ptr workspace) {
-    ff_decode_attention_args a{};
-    int64_t* fields[] = {&a.batch,      &a.num_heads,  &a.num_kv_heads, &a.seqlen_q, &a.head_dim,
-                         &a.head_dim_v, &a.cache_rows, &a.capacity,     &a.page_size};
-    if (sizes.size() != 9) throw py::value_error("sizes: expected nine");
-    for (size_t i = 0; i < 9; i++) *fields[i] = sizes[i].cast<int64_t>();
-    a.dtype = ff_dtype(dtype), a.scale = scale, a.softcap = softcap, a.causal = causal;
-    a.window_left = window_left, a.window_right = window_right, a.windowed = window_left >= 0 || window_right >= 0;
-    a.q = ptr(q), a.k_cache = ptr(k_cache), a.v_cache = ptr(v_cache), a.out = ptr(out), a.lse = ptr(lse);
-    ff::set_strides(a.q_stride, q_stride), ff::set_strides(a.k_stride, k_stride);
-    ff::set_strides(a.v_stride, v_stride), ff::set_strides(a.out_stride, out_stride);
-    if (indices.size() != 5) throw py::value_error("indices: expected five");
-    a.cache_seqlens = ff::as_pointer<const int32_t>(indices[0]);
-    a.cache_leftpad = ff::as_pointer<const int32_t>(indices[1]);
-    a.cache_batch_idx = ff::as_pointer<const int32_t>(indices[2]);
-    a.page_table = ff::as_pointer<const int32_t>(indices[3]);
-    a.page_table_stride = indices[4].cast<int64_t>();
-    a.alibi_slopes = ptr<const float>(alibi_slopes), a.alibi_stride = alibi_stride;
-    a.workspace = ptr(workspace);
-    if (!workspace) {
-      const size_t bytes = ff_cpu_decode_attention_workspace(&a);
-      if (bytes == 0) throw py::value_error(ff_last_error());
-      return bytes;
-    }
-    run(ff_cpu_decode_attention, a);
-    return size_t(0);
+  m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options) {
+    attention_forward(ff::attention_args(tensors, options));
+  });
+  m.def("attention_backward", [](const py::tuple& tensors, const py::tuple& options, const py::tuple& gradients) {
+    ff_attention_args a = ff::attention_args(tensors, options);
+    ff::set_gradients(a, gradients);
+    const Scratch scratch(ff_cpu_attention_backward_workspace(&a));
+    a.workspace = scratch.data;
+    run(ff_cpu_attention_backward, a);
+  });
+  // Bytes that forward and backward take beside their arguments.
+  m.def("attention_workspace", [](const py::tuple& tensors, const py::tuple& options, const py::tuple& gradients) {
+    ff_attention_args a = ff::attention_args(tensors, options);
+    ff::set_gradients(a, gradients);
+    return py::make_tuple(ff_cpu_attention_forward_workspace(&a), ff_cpu_attention_backward_workspace(&a));
+  });
+  m.def("decode_attention", [](const py::tuple& tensors, double scale, bool causal, int64_t window_left,
+                               int64_t window_right, double softcap) {
+    decode_attention(ff::decode_attention_args(tensors, scale, causal, window_left, window_right, softcap));
   });
 
   m.def("decoder_step_workspace", [](int64_t batch, int64_t num_layers, int64_t hidden_size, int64_t num_heads,

@@ -1,5 +1,6 @@
 // Python bindings of the CUDA kernels: the C functions of fastformer.h with their struct's fields as positional
-// integers and floats, in the struct's order (tensors as data_ptr()), then the stream; attention_args.h has attention's.
+// integers and floats, in the struct's order (tensors as data_ptr()), then the stream; those of attention take tensors
+// (attention_args.h).
 // The same file binds the emulated kernels (-DFF_EMULATE), which run on host memory and ignore the stream.
 #include <pybind11/pybind11.h>
 
@@ -98,45 +99,23 @@ PYBIND11_MODULE(FF_MODULE, m) {
           check(ff_cuda_add_layer_norm_backward(&a, ptr(stream)));
         });
 
-  m.def("attention_forward_workspace",
-        [](int dtype, const py::tuple& sizes, double scale, bool causal, const py::object& extras) {
-          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
-          ff::set_extras(a, extras);
-          return ff_cuda_attention_forward_workspace(&a);
-        });
+  m.def("use_exchange", ff::use_exchange);
+  ff::use_exchange(true);
+  m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options, Ptr stream) {
+    const ff_attention_args a = ff::attention_args(tensors, options);
+    check(ff_cuda_attention_forward(&a, ptr(stream)));
+  });
   m.def("attention_backward_workspace",
-        [](int dtype, const py::tuple& sizes, double scale, bool causal, const py::object& extras) {
-          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
-          ff::set_extras(a, extras);
+        [](const py::tuple& tensors, const py::tuple& options, const py::tuple& gradients) {
+          ff_attention_args a = ff::attention_args(tensors, options);
+          ff::set_gradients(a, gradients);
           return ff_cuda_attention_backward_workspace(&a);
         });
-  m.def("attention_forward",
-        [](int dtype, const py::tuple& sizes, double scale, bool causal, Ptr q, Ptr k, Ptr v, Ptr out, Ptr lse,
-           const py::tuple& q_stride, const py::tuple& k_stride, const py::tuple& v_stride, const py::tuple& out_stride,
-           Ptr workspace, const py::object& extras, Ptr stream) {
-          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
-          ff::set_extras(a, extras);
-          a.q = ptr(q), a.k = ptr(k), a.v = ptr(v), a.out = ptr(out), a.lse = ptr(lse);
-          ff::set_strides(a.q_stride, q_stride), ff::set_strides(a.k_stride, k_stride);
-          ff::set_strides(a.v_stride, v_stride), ff::set_strides(a.out_stride, out_stride);
-          a.workspace = ptr(workspace);
-          check(ff_cuda_attention_forward(&a, ptr(stream)));
-        });
-  m.def("attention_backward",
-        [](int dtype, const py::tuple& sizes, double scale, bool causal, Ptr q, Ptr k, Ptr v, Ptr out, Ptr lse,
-           const py::tuple& q_stride, const py::tuple& k_stride, const py::tuple& v_stride, const py::tuple& out_stride,
-           Ptr dout, Ptr dlse, Ptr dq, Ptr dk, Ptr dv, const py::tuple& dout_stride, const py::tuple& dq_stride,
-           const py::tuple& dk_stride, const py::tuple& dv_stride, Ptr workspace, const py::object& extras,
-           Ptr stream) {
-          ff_attention_args a = ff::attention_sizes(dtype, sizes, scale, causal);
-          ff::set_extras(a, extras);
-          a.q = ptr(q), a.k = ptr(k), a.v = ptr(v), a.out = ptr(out), a.lse = ptr(lse);
-          ff::set_strides(a.q_stride, q_stride), ff::set_strides(a.k_stride, k_stride);
-          ff::set_strides(a.v_stride, v_stride), ff::set_strides(a.out_stride, out_stride);
-          a.dout = ptr(dout), a.dlse = ptr(dlse), a.dq = ptr(dq), a.dk = ptr(dk), a.dv = ptr(dv);
-          ff::set_strides(a.dout_stride, dout_stride), ff::set_strides(a.dq_stride, dq_stride);
-          ff::set_strides(a.dk_stride, dk_stride), ff::set_strides(a.dv_stride, dv_stride);
-          a.workspace = ptr(workspace);
-          check(ff_cuda_attention_backward(&a, ptr(stream)));
-        });
+  m.def("attention_backward", [](const py::tuple& tensors, const py::tuple& options, const py::tuple& gradients,
+                                 Ptr workspace, Ptr stream) {
+    ff_attention_args a = ff::attention_args(tensors, options);
+    ff::set_gradients(a, gradients);
+    a.workspace = ptr(workspace);
+    check(ff_cuda_attention_backward(&a, ptr(stream)));
+  });
 }

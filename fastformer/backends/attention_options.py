@@ -154,6 +154,8 @@ def empty_out(q: Tensor, v: Tensor) -> Tensor:
 
 def empty_like_input(t: Tensor) -> Tensor:
     """An uninitialised gradient, (B, S, H, D) in memory where ``t`` is a transposed view of that."""
+    if t.is_contiguous():
+        return torch.empty_like(t)
     if t.stride(1) >= t.stride(2):
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
     b, h, s, d = t.shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import registry
 from ..backends.attention_options import Options, acc_dtype, empty_out
 from ..backends.cpu import attention as _cpu
-from ._doors import needs_grad, new_seed, operator, register, register_autograd, through_operator
+from ._doors import needs_grad, new_seed, once_differentiable, operator, register, register_autograd, through_operator
 
 # Where these stand among the fields of Options.
 _BIAS, _DISTANCE = Options._fields.index("bias"), Options._fields.index("distance_bias")
@@ -33,14 +33,19 @@ def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tens
 
 
 def run_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor | None:
-    """:func:`run` for an eager CPU call without options and derivatives, unchecked arguments included; None if this is
-    not one. What a call costs beside its kernel is then a few microseconds."""
+    """:func:`run` for an eager CPU call without options, unchecked arguments included; None if this is not one. What a
+    call costs beside its kernel is then a few microseconds."""
+    derivatives = False
     for t in (q, k, v):
-        if type(t) is not Tensor or not t.is_cpu or (t.requires_grad and torch.is_grad_enabled()):
+        if type(t) is not Tensor or not t.is_cpu:
             return None
-    if registry.overridden() not in (None, "cpu") or through_operator():
+        derivatives = derivatives or t.requires_grad
+    if through_operator() or registry.overridden() not in (None, "cpu"):
         return None
-    return _cpu.plain(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale), bool(causal))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if derivatives and torch.is_grad_enabled():
+        return _PlainAttention.apply(q, k, v, scale, bool(causal))
+    return _cpu.plain(q, k, v, scale, bool(causal))
 
 
 def run_packed(qkv: Tensor, options: Options) -> Tensor:
@@ -125,7 +130,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         options = ctx.options.with_tensors(tensors) if tensors else ctx.options
@@ -133,6 +138,25 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         g = backward(ctx.kernels, dout, dlse, q, k, v, out, lse, options, ctx.needs_input_grad[3:5])
         return *g[:3], _cast(g.dbias, options.bias), _cast(g.ddistance_bias, options.distance_bias), None
+
+
+class _PlainAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, causal):
+        found = _cpu.plain_with_lse(q, k, v, scale, causal)
+        if found is None:
+            return None
+        out, lse = found
+        ctx.options = Options(scale, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv, *_ = _cpu.backward(_inner_contiguous(dout), None, q, k, v, out, lse, ctx.options)
+        return dq, dk, dv, None, None
 
 
 class _AttentionPacked(torch.autograd.Function):
@@ -146,7 +170,7 @@ class _AttentionPacked(torch.autograd.Function):
         return out.transpose(1, 2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         qkv, out, lse, *tensors = ctx.saved_tensors
         options = ctx.options.with_tensors(tensors) if tensors else ctx.options

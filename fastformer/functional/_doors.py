@@ -8,6 +8,7 @@ operation rather than run it (``torch.compile``, ``torch.export``, fake tensors,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,17 @@ def needs_grad(*tensors: Tensor | None) -> bool:
         if t is not None and t.requires_grad:
             return True
     return False
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """torch's decorator of this name for an ``autograd.Function``'s backward, at no cost where nothing is recorded."""
+    recorded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx, *grads):
+        return recorded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return call
 
 
 def register(schema: str, implementation: Callable, fake: Callable, *, mutates: bool = False) -> Callable:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, new_seed, operator, register, register_autograd, through_operator
+from ._doors import needs_grad, new_seed, once_differentiable, operator, register, register_autograd, through_operator
 from .layer_norm import _check as _check_layer_norm
 from .layer_norm import _flat
 
@@ -120,7 +120,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return out, summed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout, dsummed):
         summed, weight, mean, rstd = ctx.saved_tensors
         if dout is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, operator, register, register_autograd, through_operator
+from ._doors import needs_grad, once_differentiable, operator, register, register_autograd, through_operator
 from .softmax import log_softmax
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -164,7 +164,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dloss):
         logits, target, weight, lse, total = ctx.saved_tensors
         if total is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, gelu
-from ._doors import needs_grad, through_operator
+from ._doors import needs_grad, once_differentiable, through_operator
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
@@ -77,7 +77,7 @@ class _FeedForward(torch.autograd.Function):
         return out.view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         rows, w1, b1, w2, hidden, activated = ctx.saved_tensors
         need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, operator, register, register_autograd, through_operator
+from ._doors import needs_grad, once_differentiable, operator, register, register_autograd, through_operator
 
 _FORMS = ("none", "tanh")
 
@@ -61,7 +61,7 @@ class _Gelu(torch.autograd.Function):
         return kernels.forward(x, bias, tanh)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         x, bias = ctx.saved_tensors
         return *ctx.kernels.backward(dout.contiguous(), x, bias, ctx.tanh, ctx.needs_input_grad[1]), None, None

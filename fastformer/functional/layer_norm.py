@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, operator, register, register_autograd, through_operator
+from ._doors import needs_grad, once_differentiable, operator, register, register_autograd, through_operator
 
 
 def layer_norm(
@@ -96,7 +96,7 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         x, weight, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

@@ -14,7 +14,7 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
 from ..backends import registry
 from . import _checks
-from ._doors import needs_grad, operator, register, register_autograd, through_operator
+from ._doors import needs_grad, once_differentiable, operator, register, register_autograd, through_operator
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -86,7 +86,7 @@ class _Softmax(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         (out,) = ctx.saved_tensors
         return _backward(ctx.kernels, dout, out, ctx.log), None, None

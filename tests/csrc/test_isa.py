@@ -37,8 +37,6 @@ def kernels(request, monkeypatch):
         module.set_cpu_isa(isa)
     except NotImplementedError:
         pytest.skip(f"this CPU cannot run {isa}")
-    if hasattr(Tensor, "__dlpack_c_exchange_api__"):  # as backends/cpu/attention.py does for _C
-        module.use_exchange(Tensor.__dlpack_c_exchange_api__)
     for op in (*registry.OPS, "_call"):
         monkeypatch.setattr(importlib.import_module(f"fastformer.backends.cpu.{op}"), "_C", module)
     torch.set_num_threads(1)  # thousands of tiny calls

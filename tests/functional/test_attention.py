@@ -215,3 +215,24 @@ def test_vmap_and_grad_of_torch_func():
 
     results = [torch.func.vmap(torch.func.grad(f))(q) for f in (ours, theirs)]
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": (3, -1), "softcap": 2.0}], ids=["plain", "options"])
+def test_tensors_are_read_alike_with_and_without_torchs_table(options):
+    from fastformer import _C
+
+    q, k, v = (torch.randn(2, 9, 2, 8).transpose(1, 2).requires_grad_() for _ in range(3))
+    bias, mask = torch.randn(1, 2, 1, 9, requires_grad=True), torch.rand(2, 1, 9, 9) < 0.7
+    more = {"bias": bias, "attn_mask": mask, "alibi_slopes": torch.rand(2)} if options else {}
+    lengths, new, cached = torch.tensor([4, 9], dtype=torch.int32), q.detach()[:, :, :1], k.detach()
+    results = []
+    try:
+        for wanted in (True, False):
+            assert _C.use_exchange(wanted) is (wanted and hasattr(Tensor, "__dlpack_c_exchange_api__"))
+            out = F.attention(q, k, v, **options, **more)
+            leaves = (q, k, v, bias) if options else (q, k, v)
+            grads = torch.autograd.grad(out.square().sum(), leaves)
+            results.append([out, *grads, F.decode_attention(new, cached, v.detach(), lengths)])
+    finally:
+        _C.use_exchange(True)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

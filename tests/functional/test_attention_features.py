@@ -246,14 +246,10 @@ def test_buckets_are_t5s():
 def test_relative_bias_takes_memory_for_one_row_only():
     # 12 heads x 3000^2 scores are 432 MB in float32; the kernels' own memory is counted by their workspace.
     from fastformer import _C
-    from fastformer.backends.attention_call import extras, sizes
 
-    q = torch.empty(1, 12, 3000, 64)
+    q, gradient = torch.empty(1, 12, 3000, 64), torch.empty(12, 257)
     options = Options(1.0, distance_bias=torch.empty(12, 257))
-    gradient = torch.empty(12, 257)
-    call = (0, sizes(q, q, q, options), 1.0, False)
-    used = _C.attention_backward_workspace(*call, extras(q, q, options, None, gradient))
-    used += _C.attention_forward_workspace(*call, extras(q, q, options))
+    used = sum(_C.attention_workspace((q, q, q, q, None), options, (q, None, q, q, q, None, gradient)))
     assert used < 12 * 3000**2 * 4 / 4
 
 

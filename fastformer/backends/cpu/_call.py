@@ -26,13 +26,17 @@ def pointer(t: Tensor | None) -> int:
 _HUGE_BYTES = 4 << 20
 
 
+def on_huge_pages(t: Tensor) -> Tensor:
+    """``t``, new and uninitialised, on huge pages where it is large: first touching small ones would cost more than the
+    kernel that fills it."""
+    if t.numel() > _HUGE_BYTES // 8 and (size := t.nbytes) >= _HUGE_BYTES:
+        _C.advise_huge_pages(t.data_ptr(), size)
+    return t
+
+
 def empty_like(x: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of x's shape and dtype, on huge pages where it is large: first touching small
-    ones would cost more than the kernel that fills it."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel() > _HUGE_BYTES // 2 and (size := out.nbytes) >= _HUGE_BYTES:
-        _C.advise_huge_pages(out.data_ptr(), size)
-    return out
+    """An uninitialised contiguous tensor of x's shape and dtype."""
+    return on_huge_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 def workspace(size: int) -> Tensor:

@@ -6,34 +6,19 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ..attention_call import extras, sizes
 from ..attention_options import FEATURES as ALL_FEATURES
 from ..attention_options import Gradients, Options, empty_like_input, empty_out
-from ._call import DTYPE, DTYPES, acc_dtype, pointer
+from ._call import DTYPES, acc_dtype, on_huge_pages
 
 FEATURES = frozenset(ALL_FEATURES)
-__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain", "plain_with_lse"]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq)."""
-    common = (DTYPE[q.dtype], sizes(q, k, v, options), options.scale, options.causal)
-    more = extras(q, k, options)
     out = empty_out(q, v)
     lse = torch.empty(q.shape[:3], dtype=acc_dtype(q.dtype))
-    _C.attention_forward(
-        *common,
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        out.stride(),
-        more,
-    )
+    _C.attention_forward((q, k, v, out, lse), options)
     return out, lse
 
 
@@ -58,34 +43,12 @@ def backward(
     dbias = ddistance = None
     if needs[0]:
         assert options.bias is not None
-        dbias = torch.zeros(options.bias.shape, dtype=acc_dtype(q.dtype))
+        make = torch.empty if q.numel() else torch.zeros  # nothing is written for an empty batch
+        dbias = on_huge_pages(make(options.bias.shape, dtype=acc_dtype(q.dtype)))
     if needs[1]:
         assert options.distance_bias is not None
         ddistance = torch.zeros_like(options.distance_bias)
-    common = (DTYPE[q.dtype], sizes(q, k, v, options), options.scale, options.causal)
-    more = extras(q, k, options, dbias, ddistance)
-    _C.attention_backward(
-        *common,
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        out.stride(),
-        dout.data_ptr(),
-        pointer(dlse),
-        dq.data_ptr(),
-        dk.data_ptr(),
-        dv.data_ptr(),
-        dout.stride(),
-        dq.stride(),
-        dk.stride(),
-        dv.stride(),
-        more,
-    )
+    _C.attention_backward((q, k, v, out, lse), options, (dout, dlse, dq, dk, dv, dbias, ddistance))
     return Gradients(dq, dk, dv, dbias, ddistance)
 
 
@@ -94,12 +57,15 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor
 
     For calls so small that the Python of the general way would take longer than the kernel.
     """
-    if not _EXCHANGE or q.dim() != 4 or v.dim() != 4:
+    if q.dim() != 4 or v.dim() != 4:
         return None
-    b, h, s, _ = q.shape
-    out = torch.empty((b, s, h, v.shape[3]), dtype=q.dtype).transpose(1, 2)
-    return out if _C.attention_plain(q, k, v, out, scale, causal) else None
+    out = empty_out(q, v)
+    return out if _C.attention_plain(q, k, v, out, None, scale, causal) else None
 
 
-# Whether torch (2.10 and newer) lets C++ look at its tensors without its headers.
-_EXCHANGE = hasattr(Tensor, "__dlpack_c_exchange_api__") and _C.use_exchange(Tensor.__dlpack_c_exchange_api__)
+def plain_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
+    """:func:`plain`, and the log-sum-exp for ``backward``."""
+    if q.dim() != 4 or v.dim() != 4:
+        return None
+    out, lse = empty_out(q, v), torch.empty(q.shape[:3], dtype=acc_dtype(q.dtype))
+    return (out, lse) if _C.attention_plain(q, k, v, out, lse, scale, causal) else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _C
 from ..attention_options import empty_out
-from ._call import DTYPE, DTYPES, acc_dtype, pointer, workspace
+from ._call import DTYPES, acc_dtype
 
 FEATURES: frozenset[str] = frozenset()
 __all__ = ["DTYPES", "FEATURES", "forward"]
@@ -29,40 +29,8 @@ def forward(
     cache_leftpad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq). Lengths, rows and pages out of range: ValueError."""
-    batch, heads, queries, head_dim = q.shape
-    cache_rows, heads_kv, capacity, head_dim_v = v_cache.shape
-    page_size = 0
-    if page_table is not None:
-        page_size, capacity = capacity, capacity * page_table.shape[1]
     out = empty_out(q, v_cache)
-    lse = torch.empty((batch, heads, queries), dtype=acc_dtype(q.dtype))
-    arguments = (
-        DTYPE[q.dtype],
-        (batch, heads, heads_kv, queries, head_dim, head_dim_v, cache_rows, capacity, page_size),
-        scale,
-        softcap,
-        causal,
-        window_left,
-        window_right,
-        q.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        q.stride(),
-        k_cache.stride(),
-        v_cache.stride(),
-        out.stride(),
-        (
-            cache_seqlens.data_ptr(),
-            pointer(cache_leftpad),
-            pointer(cache_batch_idx),
-            pointer(page_table),
-            0 if page_table is None else page_table.stride(0),
-        ),
-        pointer(alibi_slopes),
-        0 if alibi_slopes is None or len(alibi_slopes) == 1 else alibi_slopes.stride(0),
-    )
-    scratch = workspace(_C.decode_attention(*arguments, 0))
-    _C.decode_attention(*arguments, scratch.data_ptr())
+    lse = torch.empty(q.shape[:3], dtype=acc_dtype(q.dtype))
+    tensors = (q, k_cache, v_cache, out, lse, cache_seqlens, alibi_slopes, page_table, cache_batch_idx, cache_leftpad)
+    _C.decode_attention(tensors, scale, causal, window_left, window_right, softcap)
     return out, lse

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention_call import extras, sizes
 from ..attention_options import FEATURES as ALL_FEATURES
 from ..attention_options import Gradients, Options, empty_like_input, empty_out
-from ._call import DTYPE, empty, library, on_device, pointer, stream
+from ._call import empty, library, on_device, stream
 
 DTYPES = frozenset({torch.bfloat16, torch.float16})
 FEATURES = frozenset(ALL_FEATURES) - {"unaligned"}
@@ -24,24 +23,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     out = empty_out(q, v)
     lse = empty(q, *q.shape[:3], dtype=torch.float32)
     with on_device(q):
-        library().attention_forward(
-            DTYPE[q.dtype],
-            sizes(q, k, v, options),
-            options.scale,
-            options.causal,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            out.stride(),
-            0,
-            extras(q, k, options),
-            stream(q),
-        )
+        library().attention_forward((q, k, v, out, lse), options, stream(q))
     return out, lse
 
 
@@ -70,35 +52,10 @@ def backward(
     if needs[1]:
         assert options.distance_bias is not None
         ddistance = torch.empty_like(options.distance_bias)
-    common = (DTYPE[q.dtype], sizes(q, k, v, options), options.scale, options.causal)
-    more = extras(q, k, options, dbias, ddistance)
-    kernels = library()
+    arguments = ((q, k, v, out, lse), options, (dout, dlse, dq, dk, dv, dbias, ddistance))
     with on_device(q):
-        workspace = empty(q, kernels.attention_backward_workspace(*common, more), dtype=torch.uint8)
-        kernels.attention_backward(
-            *common,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            out.stride(),
-            dout.data_ptr(),
-            pointer(dlse),
-            dq.data_ptr(),
-            dk.data_ptr(),
-            dv.data_ptr(),
-            dout.stride(),
-            dq.stride(),
-            dk.stride(),
-            dv.stride(),
-            workspace.data_ptr(),
-            more,
-            stream(q),
-        )
+        workspace = empty(q, library().attention_backward_workspace(*arguments), dtype=torch.uint8)
+        library().attention_backward(*arguments, workspace.data_ptr(), stream(q))
     for wanted, written in zip(asked, (dq, dk, dv), strict=True):
         if wanted is not None and wanted is not written:
             wanted.copy_(written)
