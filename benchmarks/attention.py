@@ -152,14 +152,15 @@ def eager(case: Case):
     return run
 
 
-def sdpa(backend: SDPBackend):
-    """torch's function held to one of its backends."""
+def sdpa(backend: SDPBackend, eager):
+    """torch's function held to one of its backends. ``eager(case)`` is how it is called."""
 
     def build(case: Case, problem: Problem):
         if problem.device == "cpu" and not rehearsing():
             raise Unavailable("measured on GPUs")
-        batch, heads, length, _ = case.shape
-        if backend is SDPBackend.MATH and batch * heads * length**2 > 1 << 32:
+        batch, heads, keys, _ = case.shape
+        queries = case.options.get("queries", keys)
+        if backend is SDPBackend.MATH and batch * heads * queries * keys > 1 << 32:
             raise Unavailable("its score matrix would need over 8 GB")
         call = timed(eager)(case, problem)
 
@@ -178,13 +179,20 @@ def sdpa(backend: SDPBackend):
     return build
 
 
+def peers(eager):
+    """PyTorch as it chooses, then each of its backends by name."""
+    return {
+        "eager": timed(eager),
+        "flash": sdpa(SDPBackend.FLASH_ATTENTION, eager),
+        "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, eager),
+        "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION, eager),
+        "math": sdpa(SDPBackend.MATH, eager),
+    }
+
+
 PROVIDERS = {
     "ours": timed(ours),
-    "eager": timed(eager),
-    "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-    "math": sdpa(SDPBackend.MATH),
+    **peers(eager),
     "triton": on_backend("triton", OP, ours),
     "cuda": on_backend("cuda", OP, ours),
 }

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as TF
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastformer.functional as F
-from benchmarks.runner import Case, Cost, Problem, Unavailable, on_backend, rehearsing, timed
+from benchmarks.attention import peers
+from benchmarks.runner import Case, Cost, Problem, on_backend, timed
 
 OP = "decode_attention"
 
@@ -88,34 +88,4 @@ def eager(case: Case):
     return run
 
 
-def sdpa(backend: SDPBackend):
-    """torch's function held to one of its backends."""
-
-    def build(case: Case, problem: Problem):
-        if problem.device == "cpu" and not rehearsing():
-            raise Unavailable("measured on GPUs")
-        call = timed(eager)(case, problem)
-
-        def run():
-            with sdpa_kernel(backend):
-                return call()
-
-        try:
-            run()
-        except RuntimeError as error:
-            if "No viable backend" in str(error) or "No available kernel" in str(error):
-                raise Unavailable("does not cover this case") from None
-            raise
-        return run
-
-    return build
-
-
-PROVIDERS = {
-    "ours": timed(ours),
-    "eager": timed(eager),
-    "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-    "triton": on_backend("triton", OP, ours),
-}
+PROVIDERS = {"ours": timed(ours), **peers(eager), "triton": on_backend("triton", OP, ours)}

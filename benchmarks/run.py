@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     import pytest
     import torch
 
-    from benchmarks import machine, report
+    from benchmarks import machine, memory, report
     from benchmarks.recorder import Recorder
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     code = pytest.main([*options, *(str(ROOT / "benchmarks" / f"{op}.py") for op in args.ops)], plugins=[recorder])
     results = recorder.results
+    if "attention" in args.ops and device == "cpu" and not args.quick:
+        print(f"\n{memory.report()}")
     goals = ["Tiny shapes: these times mean nothing."] if args.quick else report.goal_lines(results.rows, device)
     print("\n".join(["", *goals]))
     for note in results.broken:

@@ -165,7 +165,10 @@ template <class T> struct Forward {
   }
 };
 
-static int forward_threads(const ff_attention_args* a) { return num_threads(score_count(a)); }
+static int forward_threads(const ff_attention_args* a) {
+  const int64_t blocks = a->num_heads * ((a->cu_seqlens_q ? a->total_q : a->batch * a->seqlen_q) / kQueries + a->batch);
+  return int(std::min<int64_t>(num_threads(work_of_scores(a)), std::max<int64_t>(1, blocks)));
+}
 
 template <class T> static void forward(const ff_attention_args* a) {
   const Shares shares{a, kQueries, a->num_heads};

@@ -30,7 +30,7 @@ struct BackwardSplit {
   bool by_part;  // thread t takes part t of every head, because the heads' gradients of the bias share memory
 };
 static BackwardSplit split(const ff_attention_args* a) {
-  const int threads = num_threads(2 * score_count(a));
+  const int threads = num_threads(2 * work_of_scores(a));
   const int64_t heads = a->batch * a->num_kv_heads, blocks = (a->seqlen_k + kCols - 1) / kCols;
   const int parts = int(std::max<int64_t>(1, std::min<int64_t>(threads, blocks)));
   const bool shared_bias =

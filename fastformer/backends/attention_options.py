@@ -96,7 +96,7 @@ class Options(NamedTuple):
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
         """The optional parts this call uses, in the order of :data:`FEATURES`."""
         used: tuple[str, ...] = ("causal",) if self.causal else ()
-        if self.top_left and (self.causal or self.window_left >= 0 or self.window_right >= 0):
+        if self.top_left:
             used += ("top_left",)
         if self.window_left >= 0 or self.window_right >= 0:
             used += ("window",)
