@@ -5,6 +5,7 @@
 
 #include "../include/fastformer.h"
 #include "attention_args.h"
+#include "decode_attention_args.h"
 #ifdef FF_EMULATE
 #include "../emulation/emulator.h"
 #endif
@@ -138,5 +139,22 @@ PYBIND11_MODULE(FF_MODULE, m) {
           ff::set_strides(a.dk_stride, dk_stride), ff::set_strides(a.dv_stride, dv_stride);
           a.workspace = ptr(workspace);
           check(ff_cuda_attention_backward(&a, ptr(stream)));
+        });
+
+  m.def("decode_attention_workspace",
+        [](int dtype, const py::tuple& sizes, double scale, double softcap, bool causal, int64_t window_left,
+           int64_t window_right, const py::tuple& pointers, const py::tuple& strides, const py::tuple& indices) {
+          const ff_decode_attention_args a = ff::decode_attention_args(
+              dtype, sizes, scale, softcap, causal, window_left, window_right, pointers, strides, indices);
+          return ff_cuda_decode_attention_workspace(&a);
+        });
+  m.def("decode_attention",
+        [](int dtype, const py::tuple& sizes, double scale, double softcap, bool causal, int64_t window_left,
+           int64_t window_right, const py::tuple& pointers, const py::tuple& strides, const py::tuple& indices,
+           Ptr workspace, Ptr stream) {
+          ff_decode_attention_args a = ff::decode_attention_args(
+              dtype, sizes, scale, softcap, causal, window_left, window_right, pointers, strides, indices);
+          a.workspace = ptr(workspace);
+          check(ff_cuda_decode_attention(&a, ptr(stream)));
         });
 }
