@@ -30,6 +30,18 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kFar = 1 << 30;          // a distance beyond all others
 constexpr int kMaxSeqlen = 1 << 29;    // so that positions and distances, kFar included, are ints
 
+struct Range {
+  int begin, end;
+};
+
+// The first and the last distance j - p(i) at which query i sees key j.
+inline Range seen_distances(bool causal, bool windowed, int64_t left, int64_t right) {
+  Range r{-kFar, causal ? 0 : kFar};
+  if (windowed && left >= 0) r.begin = -int(std::min<int64_t>(left, kFar));
+  if (windowed && right >= 0) r.end = std::min(r.end, int(std::min<int64_t>(right, kFar)));
+  return r;
+}
+
 // ff_attention_args as the kernels read it; one kernel parameter.
 struct Attention {
   const void *q, *k, *v, *dout;
@@ -71,10 +83,8 @@ inline Attention make_attention(const ff_attention_args* a) {
   k.batch = int(a->batch), k.num_heads = int(a->num_heads), k.heads_per_kv = int(a->num_heads / a->num_kv_heads);
   k.seqlen_q = int(a->seqlen_q), k.seqlen_k = int(a->seqlen_k);
   k.head_dim = int(a->head_dim), k.head_dim_v = int(a->head_dim_v);
-  k.first_distance = -kFar, k.last_distance = a->causal ? 0 : kFar;
-  if (a->windowed && a->window_left >= 0) k.first_distance = -int(std::min<int64_t>(a->window_left, kFar));
-  if (a->windowed && a->window_right >= 0)
-    k.last_distance = std::min(k.last_distance, int(std::min<int64_t>(a->window_right, kFar)));
+  const Range distances = seen_distances(a->causal, a->windowed, a->window_left, a->window_right);
+  k.first_distance = distances.begin, k.last_distance = distances.end;
   k.top_left = a->top_left;
   k.scale = float(a->scale), k.scale_log2 = float(a->scale * 1.4426950408889634);
   k.softcap = float(a->softcap), k.softcap_log2 = float(a->softcap * 1.4426950408889634);
@@ -128,9 +138,6 @@ FF_DEVICE int64_t first_row(const Attention& a, const Sequence& s, int batch, in
   return a.cu_seqlens_q ? head * a.total_q + s.first_q : (int64_t(batch) * a.num_heads + head) * a.seqlen_q;
 }
 
-struct Range {
-  int begin, end;
-};
 // The keys that any of the queries [begin, end) sees, as far as distance says; may be empty (begin >= end).
 FF_DEVICE Range keys_of(const Attention& a, const Sequence& s, int begin, int end) {
   return {max(0, begin + s.offset + a.first_distance), min(s.seqlen_k, end + s.offset + a.last_distance)};
@@ -151,6 +158,16 @@ template <bool Transposed> struct Place {
   FF_DEVICE int query_of(int i) const { return query + (Transposed ? 8 * (i / 4) + i % 2 : 8 * (i / 2 % 2)); }
   FF_DEVICE int key_of(int i) const { return key + (Transposed ? 8 * (i / 2 % 2) : 8 * (i / 4) + i % 2); }
 };
+
+// The sum, or maximum, over the 4 threads that hold a row of a fragment.
+FF_DEVICE float sum_of_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+FF_DEVICE float max_of_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
 
 // Hides, as -inf, what lies outside of the interval of distances or behind the last key.
 template <bool Transposed, int N>

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Forward<D, Plain>::kThreads) attention_forward
         float most = top[m][h];
 #pragma unroll
         for (int i = 2 * h; i < N; i += i % 2 ? 3 : 1) most = fmaxf(most, p[m][i]);
-        most = max_of_row(most);
+        most = max_of_quad(most);
         shift[h] = most == -INFINITY ? 0.f : most * scale;
         factor[h] = exp2f(top[m][h] * scale - shift[h]);
         top[m][h] = most;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(Forward<D, Plain>::kThreads) attention_forward
   for (int m = 0; m < M; m++) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const float total = sum_of_row(sum[m][h]);  // NaN passes through
+      const float total = sum_of_quad(sum[m][h]);  // NaN passes through
       const float inverse = total == 0.f ? 0.f : (Plain ? 1.f : a.dropout.scale) / total;
 #pragma unroll
       for (int i = 2 * h; i < D / 2; i += i % 2 ? 3 : 1) out[m][i] *= inverse;

@@ -95,18 +95,6 @@ FF_DEVICE void multiply_transposed(float (&product)[M][N], const Rows& left, con
   }
 }
 
-template <class T> FF_DEVICE uint32_t pack(float x, float y) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
-    memcpy(&bits, &two, 4);
-  } else {
-    const __half2 two = __floats2half2_rn(x, y);
-    memcpy(&bits, &two, 4);
-  }
-  return bits;
-}
-
 // sum (16 M x D) += left (16 M x 2 N, a product rounded to T) right, right: a tile of 2 N rows.
 template <class T, int D, int M, int N>
 FF_DEVICE void multiply_add(float (&sum)[M][D / 2], const float (&left)[M][N], const T* right) {
@@ -117,7 +105,7 @@ FF_DEVICE void multiply_add(float (&sum)[M][D / 2], const float (&left)[M][N], c
 #pragma unroll
     for (int m = 0; m < M; m++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) a[m][i] = pack<T>(left[m][step * 8 + 2 * i], left[m][step * 8 + 2 * i + 1]);
+      for (int i = 0; i < 4; i++) a[m][i] = pack_two<T>(left[m][step * 8 + 2 * i], left[m][step * 8 + 2 * i + 1]);
     }
 #pragma unroll
     for (int n = 0; n < D / 2; n += 8) {
@@ -144,7 +132,7 @@ FF_DEVICE void store_rows(const float (&values)[M][D / 2], T* tile, int row, T* 
   for (int m = 0; m < M; m++) {
 #pragma unroll
     for (int i = 0; i < D / 2; i += 2) {
-      const uint32_t bits = pack<T>(values[m][i], values[m][i + 1]);
+      const uint32_t bits = pack_two<T>(values[m][i], values[m][i + 1]);
       const int to = row + m * 16 + lane / 4 + i / 2 % 2 * 8;
       memcpy(tile + swizzled<D>(to, i / 4) + lane % 4 * 2, &bits, 4);
     }
@@ -159,30 +147,21 @@ FF_DEVICE void store_rows(const float (&values)[M][D / 2], T* tile, int row, T* 
   }
 }
 
-// The sum, or maximum, over the 4 threads that hold a row of a fragment.
-FF_DEVICE float sum_of_row(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-FF_DEVICE float max_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-// Calls f(T{}, integral_constant<int, D>{}, bool_constant<Plain>{}) for the dtype, the bucket of the head dimension and
-// whether anything is added to the scores.
-template <class F> int for_attention_kernels(const ff_attention_args* a, bool plain, F f) {
-  const int64_t dim = std::max(a->head_dim, a->head_dim_v);
-  const auto with_plain = [&](auto t, auto d) {
-    return plain ? f(t, d, std::true_type{}) : f(t, d, std::false_type{});
-  };
+// Calls f(T{}, integral_constant<int, D>{}) for the dtype and the bucket of the head dimension.
+template <class F> int for_tiles(int dtype, int64_t dim, F f) {
   const auto with_dim = [&](auto t) {
-    if (dim <= 64) return with_plain(t, std::integral_constant<int, 64>{});
-    if (dim <= 96) return with_plain(t, std::integral_constant<int, 96>{});
-    if (dim <= 128) return with_plain(t, std::integral_constant<int, 128>{});
-    return with_plain(t, std::integral_constant<int, 256>{});
+    if (dim <= 64) return f(t, std::integral_constant<int, 64>{});
+    if (dim <= 96) return f(t, std::integral_constant<int, 96>{});
+    if (dim <= 128) return f(t, std::integral_constant<int, 128>{});
+    return f(t, std::integral_constant<int, 256>{});
   };
-  return a->dtype == FF_BFLOAT16 ? with_dim(__nv_bfloat16{}) : with_dim(__half{});
+  return dtype == FF_BFLOAT16 ? with_dim(__nv_bfloat16{}) : with_dim(__half{});
+}
+// The same for attention, with bool_constant<Plain>{}: whether nothing is added to the scores.
+template <class F> int for_attention_kernels(const ff_attention_args* a, bool plain, F f) {
+  return for_tiles(a->dtype, std::max(a->head_dim, a->head_dim_v), [&](auto t, auto d) {
+    return plain ? f(t, d, std::true_type{}) : f(t, d, std::false_type{});
+  });
 }
 
 }  // namespace ff

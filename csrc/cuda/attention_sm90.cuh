@@ -64,17 +64,6 @@ template <int Rows, class T> FF_DEVICE uint64_t k_across_rows(const T* tile, int
 // The element of panel column `col` (of 64) in row `row`.
 FF_DEVICE int swizzled(int row, int col) { return row * 64 + ((col / 8 ^ row % 8) * 8 + col % 8); }
 
-template <class T> FF_DEVICE uint32_t pack_two(float x, float y) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
-    memcpy(&bits, &two, 4);
-  } else {
-    const __half2 two = __floats2half2_rn(x, y);
-    memcpy(&bits, &two, 4);
-  }
-  return bits;
-}
 // Keeps the conversion of a product's left operand where it is: left to itself the compiler moves it into the time in
 // which the previous product still reads the registers, and has to serialise the two.
 FF_DEVICE void pin(uint32_t& word) {
@@ -121,15 +110,6 @@ FF_DEVICE void store_tile(const float (&values)[Count][N], T* tile, int barrier,
       *reinterpret_cast<uint4*>(matrix + int64_t(first + row) * stride + col) =
           *reinterpret_cast<const uint4*>(tile + col / 64 * 64 * 64 + swizzled(row, col % 64));
   }
-}
-
-FF_DEVICE float sum_of_quad(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-FF_DEVICE float max_of_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
 // ---- which calls ----------------------------------------------------------------------------------------------------

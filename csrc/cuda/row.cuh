@@ -19,6 +19,19 @@ template <class T> FF_DEVICE T from_float(float x) {
   else return x;
 }
 
+// Two floats as neighbouring elements of 16 bits: one instruction converts both.
+template <class T> FF_DEVICE uint32_t pack_two(float x, float y) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+    memcpy(&bits, &two, 4);
+  } else {
+    const __half2 two = __floats2half2_rn(x, y);
+    memcpy(&bits, &two, 4);
+  }
+  return bits;
+}
+
 // The machine word as wide as E elements, at most 16 bytes.
 template <int bytes> struct word;
 template <> struct word<16> { using type = uint4; };
@@ -87,16 +100,11 @@ template <class T, int E> FF_DEVICE Pack<T, E> zero_pack() {
 }
 template <class T, int E> FF_DEVICE Pack<T, E> make_pack(const float (&x)[E]) {
   Pack<T, E> pack;
-  if constexpr (E > 1 && sizeof(T) == 2) {  // one instruction converts two
+  if constexpr (E > 1 && sizeof(T) == 2) {
 #pragma unroll
     for (int e = 0; e < E; e += 2) {
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(x[e], x[e + 1]);
-        memcpy(&pack.value[e], &two, sizeof two);
-      } else {
-        const __half2 two = __floats2half2_rn(x[e], x[e + 1]);
-        memcpy(&pack.value[e], &two, sizeof two);
-      }
+      const uint32_t two = pack_two<T>(x[e], x[e + 1]);
+      memcpy(&pack.value[e], &two, sizeof two);
     }
   } else {
 #pragma unroll

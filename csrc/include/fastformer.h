@@ -279,10 +279,12 @@ typedef struct ff_decode_attention_args {
   int64_t page_table_stride, page_size;
   const float* alibi_slopes;      /* (B, Hq) or NULL */
   int64_t alibi_stride;           /* between batches, 0 broadcasts */
-  void* workspace;         /* its size depends on the values of cache_seqlens */
+  void* workspace;         /* on the CPU its size depends on the values of cache_seqlens */
 } ff_decode_attention_args;
 FF_KERNEL(cpu, decode_attention, ff_decode_attention_args);
+FF_KERNEL(cuda, decode_attention, ff_decode_attention_args);
 FF_WORKSPACE(cpu, decode_attention, ff_decode_attention_args);
+FF_WORKSPACE(cuda, decode_attention, ff_decode_attention_args);
 
 /* ---- decoder_step ----------------------------------------------------------------------------------------------------
  * One token through a whole pre-norm GPT-2 decoder with a key/value cache, for each of `batch` sequences:

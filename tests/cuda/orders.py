@@ -1,13 +1,58 @@
-"""The kernels of tests/cuda/kernels as a library for ctypes, and the modes in which the emulator runs them."""
+"""What tests of emulated kernels share: the modes in which the emulator runs them, outputs between margins, and the
+kernels of tests/cuda/kernels as a library for ctypes."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
 
 from fastformer.backends.cuda import emulation
 
 KERNELS = Path(__file__).resolve().parent / "kernels"
-# Every order of threads, with asynchronous operations done at once, at the last moment, and now one way, now the other.
-MODES = [(order, completion) for order in emulation.ORDERS for completion in ("at_once", "late", "mixed")]
+# When asynchronous operations happen: at once, at the last moment, and now one way, now the other.
+COMPLETIONS = ("at_once", "late", "mixed")
+# The same in every order of threads.
+MODES = [(order, completion) for order in emulation.ORDERS for completion in COMPLETIONS]
+
+
+def set_completion(name: str) -> None:
+    """When the asynchronous operations of fastformer's emulated kernels happen: one of COMPLETIONS."""
+    function = ctypes.CDLL(emulation.load().__file__).ff_emulation_set_completion
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_bool
+    assert function(name.encode())
+
+
+@contextmanager
+def guarded_outputs(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> Iterator[None]:
+    """What ``module`` (of backends/cuda) allocates starts as NaN between two margins, untouched at the end."""
+    buffers = []
+
+    def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or like.dtype
+        count, margin = torch.Size(shape).numel(), 1024
+        fill = float("nan") if dtype.is_floating_point else 0xFF
+        buffer = torch.full((count + 2 * margin,), fill, dtype=dtype, device=like.device)
+        buffers.append((buffer, margin, buffer[:margin].clone()))
+        return buffer[margin : margin + count].view(shape)
+
+    def empty_out(q: Tensor, v: Tensor) -> Tensor:
+        b, h, s, _ = q.shape
+        return empty(q, b, s, h, v.shape[3]).transpose(1, 2)
+
+    monkeypatch.setattr(module, "empty", empty)
+    monkeypatch.setattr(module, "empty_out", empty_out)
+    if hasattr(module, "empty_like_input"):
+        monkeypatch.setattr(module, "empty_like_input", lambda t: empty_out(t, t))
+    yield
+    for buffer, margin, untouched in buffers:
+        for edge in (buffer[:margin], buffer[-margin:]):
+            assert torch.equal(edge.view(torch.uint8), untouched.view(torch.uint8)), "a kernel wrote out of bounds"
+
 
 _POINTER, _INT, _BOOL = ctypes.c_void_p, ctypes.c_int, ctypes.c_bool
 _FUNCTIONS = {

@@ -8,6 +8,7 @@ from fastformer.backends.attention_options import Options
 from fastformer.backends.cuda import attention, emulation
 from fastformer.backends.reference import attention as reference
 from fastformer.functional import attention as public_attention
+from tests.cuda.orders import guarded_outputs
 from tests.numerics import assert_close_to_fp64
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -27,29 +28,9 @@ SHAPES = [  # B, Hq, Hkv, Sq, Sk, D, Dv
 
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
-    """Outputs start as NaN between two margins that must still be untouched at the end; workspaces too."""
     monkeypatch.setenv("FASTFORMER_CUDA_FAMILY", "sm80")
-    buffers = []
-
-    def empty(like, *shape, dtype=None):
-        dtype = dtype or like.dtype
-        count, margin = torch.Size(shape).numel(), 1024
-        fill = float("nan") if dtype.is_floating_point else 0xFF
-        buffer = torch.full((count + 2 * margin,), fill, dtype=dtype, device=like.device)
-        buffers.append((buffer, margin, buffer[:margin].clone()))
-        return buffer[margin : margin + count].view(shape)
-
-    def empty_out(q, v):
-        b, h, s, _ = q.shape
-        return empty(q, b, s, h, v.shape[3]).transpose(1, 2)
-
-    monkeypatch.setattr(attention, "empty", empty)
-    monkeypatch.setattr(attention, "empty_out", empty_out)
-    monkeypatch.setattr(attention, "empty_like_input", lambda t: empty_out(t, t))
-    yield
-    for buffer, margin, untouched in buffers:
-        for edge in (buffer[:margin], buffer[-margin:]):
-            assert torch.equal(edge.view(torch.uint8), untouched.view(torch.uint8)), "a kernel wrote out of bounds"
+    with guarded_outputs(monkeypatch, attention):
+        yield
 
 
 def inputs(shape, dtype, device, seed=0):

@@ -5,14 +5,13 @@ those in which these kernels differ: asynchronous copies and products, tiles of 
 blocks that take turns at dq.
 """
 
-import ctypes
-
 import pytest
 import torch
 
 from fastformer.backends.attention_options import Options
 from fastformer.backends.cuda import attention, emulation
 from fastformer.backends.reference import attention as reference
+from tests.cuda.orders import COMPLETIONS, set_completion
 from tests.cuda.test_attention_cuda import (  # noqa: F401  guarded: outputs between margins
     BF16,
     F16,
@@ -49,13 +48,6 @@ def hopper(guarded, device, monkeypatch):  # noqa: F811
     yield
     if device == "cpu":
         set_completion("at_once")
-
-
-def set_completion(name):
-    """When the emulator's asynchronous operations happen."""
-    function = ctypes.CDLL(emulation.load().__file__).ff_emulation_set_completion
-    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_bool
-    assert function(name.encode())
 
 
 def check(q, k, v, dout, dlse, options):
@@ -148,7 +140,7 @@ def test_broadcast_tensors(device):
     check(q, k, v, dout[:, :, :1].expand(2, 4, 140, 64), dlse, Options(0.125))  # between positions: the other family's
 
 
-@pytest.mark.parametrize("completion", ["at_once", "late", "mixed"])
+@pytest.mark.parametrize("completion", COMPLETIONS)
 @pytest.mark.parametrize("order", emulation.ORDERS)
 @pytest.mark.parametrize("name", ["plain", "everything", "packed"])
 def test_any_order_of_threads(name, order, completion, device):
