@@ -1,6 +1,6 @@
 """What Python costs between a call and its kernel: layer_norm of (8, 64), where the arithmetic takes next to nothing.
 
-``bare`` calls the extension module with addresses of tensors that already exist; ours on top of it checks the
+``bare`` calls the extension module with tensors that already exist; ours on top of it checks the
 arguments, chooses the backend and allocates, and where gradients are needed goes through autograd."""
 
 from __future__ import annotations
@@ -56,19 +56,15 @@ def bare(case: Case, problem: Problem):
         raise Unavailable(str(error)) from None
     x, weight, bias = (t.detach() for t in problem.args)
     (dout,) = problem.douts
-    rows, cols = x.shape
-    mean, rstd = torch.empty(rows), torch.empty(rows)
+    mean, rstd = torch.empty(len(x)), torch.empty(len(x))
     out, dx, dweight, dbias = (torch.empty_like(t) for t in (x, x, weight, bias))
-    workspace = torch.empty(_C.layer_norm_backward_workspace(0, rows, cols), dtype=torch.uint8)
-    tensors = (x, weight, bias, out, mean, rstd), (x, weight, mean, rstd, dout, dx, dweight, dbias, workspace)
-    addresses, gradients = ([t.data_ptr() for t in group] for group in tensors)
 
-    def forward(keep=tensors):  # the addresses do not keep their tensors alive
-        _C.layer_norm_forward(0, 0, rows, cols, cols, 1e-5, *addresses)
+    def forward():
+        _C.layer_norm_forward(x, weight, bias, out, mean, rstd, 1e-5)
 
-    def forward_backward(keep=tensors):
-        _C.layer_norm_forward(0, 0, rows, cols, cols, 1e-5, *addresses)
-        _C.layer_norm_backward(0, 0, rows, cols, cols, cols, *gradients)
+    def forward_backward():
+        forward()
+        _C.layer_norm_backward(dout, x, weight, mean, rstd, dx, dweight, dbias)
 
     return forward_backward if case.backward else forward
 

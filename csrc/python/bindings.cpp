@@ -1,6 +1,5 @@
-// Python bindings of the CPU kernels: the C functions of fastformer.h with their struct's fields as positional integers
-// and floats, in the struct's order (tensors as data_ptr()); those of attention take tensors (attention_args.h). No torch
-// header: one build serves every torch version.
+// Python bindings of the CPU kernels: the C functions of fastformer.h on torch's tensors (tensor.h), which Python has
+// allocated. No torch header: one build serves every torch version.
 //
 // Checks live in Python, before the call; a status other than FF_OK that still comes back becomes an exception.
 #include <pybind11/pybind11.h>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "attention_args.h"
+#include "row_args.h"
 
 #ifndef FF_MODULE
 #define FF_MODULE _C
@@ -94,6 +94,9 @@ static void few_queries(const ff_attention_args& a) {
 PYBIND11_MODULE(FF_MODULE, m) {
   m.def("cpu_isa", [] { return ff_cpu_isa(); });
   m.def("set_cpu_isa", [](const char* name) { check(ff_cpu_set_isa(name)); });
+  // Whether tensors are read through torch's table of functions (tensor.h); returns whether they are from here on.
+  m.def("use_exchange", ff::use_exchange);
+  ff::use_exchange(true);
   // Asks for 2 MiB pages behind [address, address + bytes): memory fresh from the system is then faulted in 512 times
   // less often, which otherwise takes longer than filling it.
   m.def("advise_huge_pages", [](Ptr address, size_t bytes) {
@@ -104,117 +107,95 @@ PYBIND11_MODULE(FF_MODULE, m) {
 #endif
   });
 
-  m.def("layer_norm_forward", [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t x_stride, double eps,
-                                 Ptr x, Ptr weight, Ptr bias, Ptr out, Ptr mean, Ptr rstd) {
-    ff_layer_norm_args a{};
-    a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
-    a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.eps = eps;
-    a.x = ptr(x), a.weight = ptr(weight), a.bias = ptr(bias);
-    a.out = ptr(out), a.mean = ptr(mean), a.rstd = ptr(rstd);
-    run(ff_cpu_layer_norm_forward, a);
+  m.def("layer_norm_forward", [](py::handle x, py::handle weight, py::handle bias, py::handle out, py::handle mean,
+                                 py::handle rstd, double eps) {
+    run(ff_cpu_layer_norm_forward, ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps));
   });
-  m.def("layer_norm_backward_workspace", [](int dtype, int64_t rows, int64_t cols) {
-    ff_layer_norm_args a{};
-    a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols;
-    return ff_cpu_layer_norm_backward_workspace(&a);
+  m.def("layer_norm_backward", [](py::handle dout, py::handle x, py::handle weight, py::handle mean, py::handle rstd,
+                                  py::handle dx, py::handle dweight, py::handle dbias) {
+    auto a = ff::layer_norm_backward_args(dout, x, weight, mean, rstd, dx, dweight, dbias);
+    const Scratch scratch(a.dweight || a.dbias ? ff_cpu_layer_norm_backward_workspace(&a) : 0);
+    a.workspace = scratch.data;
+    run(ff_cpu_layer_norm_backward, a);
   });
-  m.def("layer_norm_backward",
-        [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t x_stride, int64_t dout_stride, Ptr x,
-           Ptr weight, Ptr mean, Ptr rstd, Ptr dout, Ptr dx, Ptr dweight, Ptr dbias, Ptr workspace) {
-          ff_layer_norm_args a{};
-          a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
-          a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.dout_stride = dout_stride;
-          a.x = ptr(x), a.weight = ptr(weight), a.mean = ptr(mean), a.rstd = ptr(rstd);
-          a.dout = ptr(dout), a.dx = ptr(dx), a.dweight = ptr(dweight), a.dbias = ptr(dbias);
-          a.workspace = ptr(workspace);
-          run(ff_cpu_layer_norm_backward, a);
-        });
-
   m.def("add_layer_norm_forward",
-        [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride,
-           double eps, double dropout_p, uint64_t seed, Ptr x, Ptr residual, Ptr weight, Ptr bias, Ptr out, Ptr summed,
-           Ptr mean, Ptr rstd) {
-          ff_add_layer_norm_args a{};
-          a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
-          a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.residual_stride = residual_stride;
-          a.eps = eps, a.dropout_p = dropout_p, a.seed = seed;
-          a.x = ptr(x), a.residual = ptr(residual), a.weight = ptr(weight), a.bias = ptr(bias);
-          a.out = ptr(out), a.summed = ptr(summed), a.mean = ptr(mean), a.rstd = ptr(rstd);
-          run(ff_cpu_add_layer_norm_forward, a);
+        [](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, py::handle summed,
+           py::handle mean, py::handle rstd, double eps, double dropout_p, uint64_t seed) {
+          run(ff_cpu_add_layer_norm_forward,
+              ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed));
         });
   m.def("add_layer_norm_backward",
-        [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t dout_stride, int64_t dsummed_stride,
-           double dropout_p, uint64_t seed, Ptr weight, Ptr summed, Ptr mean, Ptr rstd, Ptr dout, Ptr dsummed, Ptr dx,
-           Ptr dresidual, Ptr dweight, Ptr dbias, Ptr workspace) {
-          ff_add_layer_norm_args a{};
-          a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
-          a.rows = rows, a.cols = cols, a.dout_stride = dout_stride, a.dsummed_stride = dsummed_stride;
-          a.dropout_p = dropout_p, a.seed = seed;
-          a.weight = ptr(weight), a.summed = ptr(summed), a.mean = ptr(mean), a.rstd = ptr(rstd);
-          a.dout = ptr(dout), a.dsummed = ptr(dsummed), a.dx = ptr(dx), a.dresidual = ptr(dresidual);
-          a.dweight = ptr(dweight), a.dbias = ptr(dbias), a.workspace = ptr(workspace);
+        [](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean, py::handle rstd,
+           py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, double dropout_p, uint64_t seed) {
+          auto a = ff::add_layer_norm_backward_args(dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight,
+                                                    dbias, dropout_p, seed);
+          const Scratch scratch(a.dweight || a.dbias ? ff_cpu_add_layer_norm_backward_workspace(&a) : 0);
+          a.workspace = scratch.data;
           run(ff_cpu_add_layer_norm_backward, a);
         });
 
-  m.def("softmax_forward", [](int dtype, int64_t rows, int64_t cols, int64_t x_stride, double scale, bool log, Ptr x,
-                              Ptr out) {
+  m.def("softmax_forward", [](py::handle x_, py::handle out, double scale, bool log) {
+    const ff::Tensor x(x_);
     ff_softmax_args a{};
-    a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.scale = scale, a.log = log;
-    a.x = ptr(x), a.out = ptr(out);
+    a.dtype = ff_dtype(x.dtype), a.rows = x.rows(), a.cols = x.cols, a.x_stride = x.row_stride();
+    a.scale = scale, a.log = log;
+    a.x = x.data, a.out = ff::Tensor(out).data;
     run(ff_cpu_softmax_forward, a);
   });
-  m.def("softmax_backward", [](int dtype, int64_t rows, int64_t cols, int64_t dout_stride, double scale, bool log,
-                               Ptr out, Ptr dout, Ptr dx) {
+  m.def("softmax_backward", [](py::handle dout_, py::handle out_, py::handle dx, double scale, bool log) {
+    const ff::Tensor out(out_), dout(dout_);
     ff_softmax_args a{};
-    a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols, a.dout_stride = dout_stride, a.scale = scale, a.log = log;
-    a.out = ptr(out), a.dout = ptr(dout), a.dx = ptr(dx);
+    a.dtype = ff_dtype(out.dtype), a.rows = out.rows(), a.cols = out.cols, a.dout_stride = dout.row_stride();
+    a.scale = scale, a.log = log;
+    a.out = out.data, a.dout = dout.data, a.dx = ff::Tensor(dx).data;
     run(ff_cpu_softmax_backward, a);
   });
 
-  m.def("gelu_forward", [](int dtype, int64_t rows, int64_t cols, bool tanh, Ptr x, Ptr bias, Ptr out) {
+  // Without a bias everything is one row.
+  auto gelu_args = [](const ff::Tensor& x, const ff::Tensor& bias, const ff::Tensor& dbias, bool tanh) {
     ff_gelu_args a{};
-    a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols, a.tanh = tanh;
-    a.x = ptr(x), a.bias = ptr(bias), a.out = ptr(out);
+    const bool in_rows = bias.data || dbias.data;
+    a.dtype = ff_dtype(x.dtype), a.rows = in_rows ? x.rows() : 1, a.cols = in_rows ? x.cols : x.numel, a.tanh = tanh;
+    a.x = x.data, a.bias = bias.data, a.dbias = dbias.data;
+    return a;
+  };
+  m.def("gelu_forward", [=](py::handle x, py::handle bias, py::handle out, bool tanh) {
+    ff_gelu_args a = gelu_args(x, bias, py::none(), tanh);
+    a.out = ff::Tensor(out).data;
     run(ff_cpu_gelu_forward, a);
   });
-  m.def("gelu_backward_workspace", [](int dtype, int64_t rows, int64_t cols) {
-    ff_gelu_args a{};
-    a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols;
-    return ff_cpu_gelu_backward_workspace(&a);
-  });
-  m.def("gelu_backward", [](int dtype, int64_t rows, int64_t cols, bool tanh, Ptr x, Ptr bias, Ptr dout, Ptr dx,
-                            Ptr dbias, Ptr workspace) {
-    ff_gelu_args a{};
-    a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols, a.tanh = tanh;
-    a.x = ptr(x), a.bias = ptr(bias), a.dout = ptr(dout);
-    a.dx = ptr(dx), a.dbias = ptr(dbias), a.workspace = ptr(workspace);
-    run(ff_cpu_gelu_backward, a);
-  });
-
-  m.def("cross_entropy_forward",
-        [](int dtype, int64_t rows, int64_t cols, int64_t logits_stride, int64_t ignore_index, double label_smoothing,
-           Ptr logits, Ptr target, Ptr weight, Ptr loss, Ptr lse) {
-          ff_cross_entropy_args a{};
-          a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols, a.logits_stride = logits_stride;
-          a.ignore_index = ignore_index, a.label_smoothing = label_smoothing;
-          a.logits = ptr(logits), a.target = ptr<const int64_t>(target), a.weight = ptr(weight);
-          a.loss = ptr(loss), a.lse = ptr(lse);
-          run(ff_cpu_cross_entropy_forward, a);
+  m.def("gelu_backward",
+        [=](py::handle dout, py::handle x, py::handle bias, py::handle dx, py::handle dbias, bool tanh) {
+          ff_gelu_args a = gelu_args(x, bias, dbias, tanh);
+          a.dout = ff::Tensor(dout).data, a.dx = ff::Tensor(dx).data;
+          const Scratch scratch(a.dbias ? ff_cpu_gelu_backward_workspace(&a) : 0);
+          a.workspace = scratch.data;
+          run(ff_cpu_gelu_backward, a);
         });
+
+  auto cross_entropy_args = [](const ff::Tensor& logits, const ff::Tensor& target, const ff::Tensor& weight,
+                               const ff::Tensor& lse, int64_t ignore_index, double label_smoothing) {
+    ff_cross_entropy_args a{};
+    a.dtype = ff_dtype(logits.dtype), a.rows = logits.shape[0], a.cols = logits.shape[1];
+    a.logits_stride = logits.stride[0], a.ignore_index = ignore_index, a.label_smoothing = label_smoothing;
+    a.logits = logits.data, a.target = target.as<const int64_t>(), a.weight = weight.data, a.lse = lse.data;
+    return a;
+  };
+  m.def("cross_entropy_forward", [=](py::handle logits, py::handle target, py::handle weight, py::handle loss,
+                                     py::handle lse, int64_t ignore_index, double label_smoothing) {
+    ff_cross_entropy_args a = cross_entropy_args(logits, target, weight, lse, ignore_index, label_smoothing);
+    a.loss = ff::Tensor(loss).data;
+    run(ff_cpu_cross_entropy_forward, a);
+  });
   m.def("cross_entropy_backward",
-        [](int dtype, int64_t rows, int64_t cols, int64_t logits_stride, int64_t ignore_index, double label_smoothing,
-           Ptr logits, Ptr target, Ptr weight, Ptr lse, Ptr dloss, int64_t dloss_stride, Ptr dlogits) {
-          ff_cross_entropy_args a{};
-          a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols, a.logits_stride = logits_stride;
-          a.ignore_index = ignore_index, a.label_smoothing = label_smoothing;
-          a.logits = ptr(logits), a.target = ptr<const int64_t>(target), a.weight = ptr(weight), a.lse = ptr(lse);
-          a.dloss = ptr(dloss), a.dloss_stride = dloss_stride, a.dlogits = ptr(dlogits);
+        [=](py::handle dloss_, py::handle logits, py::handle target, py::handle weight, py::handle lse,
+            py::handle dlogits, int64_t ignore_index, double label_smoothing) {
+          const ff::Tensor dloss(dloss_);
+          ff_cross_entropy_args a = cross_entropy_args(logits, target, weight, lse, ignore_index, label_smoothing);
+          a.dloss = dloss.data, a.dloss_stride = dloss.stride[0], a.dlogits = ff::Tensor(dlogits).data;
           run(ff_cpu_cross_entropy_backward, a);
         });
 
-  // Whether tensors are read through torch's table of functions (tensor.h); returns whether they are from here on.
-  m.def("use_exchange", ff::use_exchange);
-  ff::use_exchange(true);
   // Attention of tensors with nothing beside them, into out (B, Hq, Sq, Dv) and, if it is not None, lse (B, Hq, Sq); false
   // if anything about them is unusual or wrong, and nothing was done. The checks in Python cost more than a small call's
   // arithmetic.

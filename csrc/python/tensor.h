@@ -63,11 +63,16 @@ struct Tensor {
   int ndim = 0;
   int dtype = -1;  // ff_dtype, -1 for any other
   int64_t shape[kMostDims] = {}, stride[kMostDims] = {};
+  int64_t numel = 1, cols = 1;  // cols: the last dimension
 
   Tensor(pybind11::handle t) {  // NOLINT: implicit, as arguments of the bindings come
     if (t.is_none()) return;
     exchange ? read_table(t) : read_attributes(t);
   }
+
+  // As the rows a kernel walks over: the tensor is contiguous, or two-dimensional with contiguous rows at any distance.
+  int64_t rows() const { return cols ? numel / cols : 0; }
+  int64_t row_stride() const { return ndim == 2 ? stride[0] : cols; }
 
   template <class T> T* as() const { return reinterpret_cast<T*>(data); }
   template <size_t N> void strides_to(int64_t (&to)[N]) const {
@@ -80,12 +85,16 @@ struct Tensor {
   }
 
 private:
+  void add_dimension(int d, int64_t size, int64_t distance) {
+    if (d < kMostDims) shape[d] = size, stride[d] = distance;
+    numel *= size, cols = size;
+  }
   void read_table(pybind11::handle t) {
     DLTensor view;
     if (exchange->view_of_object(t.ptr(), &view)) throw pybind11::error_already_set();
     data = static_cast<char*>(view.data) + view.byte_offset;
     ndim = view.ndim;
-    for (int d = 0; d < ndim && d < kMostDims; d++) shape[d] = view.shape[d], stride[d] = view.strides[d];
+    for (int d = 0; d < ndim; d++) add_dimension(d, view.shape[d], view.strides[d]);
     const int bits = view.dtype.bits;
     if (view.dtype.lanes != 1) return;
     if (view.dtype.code == 4 && bits == 16) dtype = FF_BFLOAT16;
@@ -96,8 +105,7 @@ private:
     data = reinterpret_cast<char*>(t.attr("data_ptr")().cast<uintptr_t>());
     const pybind11::tuple sizes = t.attr("shape"), strides = t.attr("stride")();
     ndim = int(sizes.size());
-    for (int d = 0; d < ndim && d < kMostDims; d++)
-      shape[d] = sizes[d].cast<int64_t>(), stride[d] = strides[d].cast<int64_t>();
+    for (int d = 0; d < ndim; d++) add_dimension(d, sizes[d].cast<int64_t>(), strides[d].cast<int64_t>());
     const auto name = pybind11::str(t.attr("dtype")).cast<std::string>();
     if (name == "torch.float32") dtype = FF_FLOAT32;
     if (name == "torch.float64") dtype = FF_FLOAT64;

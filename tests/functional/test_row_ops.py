@@ -330,3 +330,22 @@ def test_torch_func_transforms():
 
     transform = lambda f: torch.func.vmap(torch.func.grad(f))(x)  # noqa: E731
     torch.testing.assert_close(transform(ours), transform(theirs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", OPS)
+def test_tensors_are_read_alike_with_and_without_torchs_table(name, dtype):
+    from fastformer import _C
+
+    op = OPS[name]
+    x = torch.randn(6, 20).to(dtype)[:, 3:16].requires_grad_()  # rows at a distance
+    parameters = [torch.randn(shape).to(dtype).requires_grad_() for shape in op.parameters(13)]
+    results = []
+    try:
+        for wanted in (True, False):
+            _C.use_exchange(wanted)
+            out = op.ours(x, *parameters)
+            results.append([out, *torch.autograd.grad(out.double().square().sum(), [x, *parameters])])
+    finally:
+        _C.use_exchange(True)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

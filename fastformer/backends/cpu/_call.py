@@ -1,4 +1,4 @@
-"""What every CPU backend file needs to call ``fastformer._C``: dtype codes, pointers and workspaces."""
+"""What the CPU backend's files share: dtypes, and memory for outputs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ from torch import Tensor
 
 from ... import _C
 
-# The values of ff_dtype in csrc/include/fastformer.h.
-DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-DTYPES = frozenset(DTYPE)
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype kernels accumulate in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def pointer(t: Tensor | None) -> int:
-    """The address of a tensor's first element, 0 for None."""
-    return 0 if t is None else t.data_ptr()
 
 
 # Blocks from here on come straight from the system, page by page as they are first written.
@@ -39,6 +32,7 @@ def empty_like(x: Tensor) -> Tensor:
     return on_huge_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
-def workspace(size: int) -> Tensor:
-    """``size`` bytes of uninitialised memory, from torch's allocator."""
-    return torch.empty(size, dtype=torch.uint8)
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the mean and 1 / standard deviation of each row of x ``(*, cols)``."""
+    mean = torch.empty(x.numel() // max(x.shape[-1], 1), dtype=acc_dtype(x.dtype))
+    return mean, torch.empty_like(mean)  # two allocations: an operator's outputs may not share memory

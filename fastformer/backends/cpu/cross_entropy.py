@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ._call import DTYPE, DTYPES, acc_dtype, empty_like, pointer
+from ._call import DTYPES, acc_dtype, empty_like
 
 FEATURES = frozenset({"weight", "label_smoothing"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -19,24 +19,10 @@ def forward(
 
     Raises IndexError for a target outside [0, cols) that is not ``ignore_index``.
     """
-    rows, cols = logits.shape
-    target = target.contiguous()
-    loss = torch.empty(rows, dtype=acc_dtype(logits.dtype))
+    loss = torch.empty(len(logits), dtype=acc_dtype(logits.dtype))
     lse = torch.empty_like(loss)
     try:
-        _C.cross_entropy_forward(
-            DTYPE[logits.dtype],
-            rows,
-            cols,
-            logits.stride(0),
-            ignore_index,
-            label_smoothing,
-            logits.data_ptr(),
-            target.data_ptr(),
-            pointer(weight),
-            loss.data_ptr(),
-            lse.data_ptr(),
-        )
+        _C.cross_entropy_forward(logits, target.contiguous(), weight, loss, lse, ignore_index, label_smoothing)
     except ValueError as error:
         raise (IndexError(str(error)) if str(error).startswith("target") else error) from None
     return loss, lse
@@ -52,22 +38,6 @@ def backward(
     label_smoothing: float,
 ) -> Tensor:
     """dloss (rows) acc (an expanded scalar is fine) -> dlogits (rows, cols) in the dtype of logits."""
-    rows, cols = logits.shape
-    target = target.contiguous()
     dlogits = empty_like(logits)
-    _C.cross_entropy_backward(
-        DTYPE[logits.dtype],
-        rows,
-        cols,
-        logits.stride(0),
-        ignore_index,
-        label_smoothing,
-        logits.data_ptr(),
-        target.data_ptr(),
-        pointer(weight),
-        lse.data_ptr(),
-        dloss.data_ptr(),
-        dloss.stride(0),
-        dlogits.data_ptr(),
-    )
+    _C.cross_entropy_backward(dloss, logits, target.contiguous(), weight, lse, dlogits, ignore_index, label_smoothing)
     return dlogits

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ..layout import bias_layout
-from ._call import DTYPE, DTYPES, empty_like, pointer, workspace
+from ._call import DTYPES, empty_like
 
 FEATURES = frozenset({"bias"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -15,9 +14,8 @@ __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
 
 def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """x (*, cols) contiguous, bias (cols) or None -> out (*, cols)."""
-    rows, cols = bias_layout(x, bias)
     out = empty_like(x)
-    _C.gelu_forward(DTYPE[x.dtype], rows, cols, tanh, x.data_ptr(), pointer(_contiguous(bias)), out.data_ptr())
+    _C.gelu_forward(x, _contiguous(bias), out, tanh)
     return out
 
 
@@ -25,24 +23,9 @@ def backward(
     dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dout, x (*, cols) contiguous -> dx (*, cols), dbias (cols) or None."""
-    bias = _contiguous(bias)
-    rows, cols = bias_layout(x, bias)
-    code = DTYPE[x.dtype]
     dx = empty_like(x)
-    dbias = torch.empty(cols, dtype=x.dtype) if need_dbias else None
-    scratch = workspace(_C.gelu_backward_workspace(code, rows, cols)) if need_dbias else None
-    _C.gelu_backward(
-        code,
-        rows,
-        cols,
-        tanh,
-        x.data_ptr(),
-        pointer(bias),
-        dout.data_ptr(),
-        dx.data_ptr(),
-        pointer(dbias),
-        pointer(scratch),
-    )
+    dbias = torch.empty(x.shape[-1], dtype=x.dtype) if need_dbias else None
+    _C.gelu_backward(dout, x, _contiguous(bias), dx, dbias, tanh)
     return dx, dbias
 
 
