@@ -24,7 +24,7 @@ enum Barriers { kBoth = 1, kPieceFull = 2, kPieceEmpty = 4, kWarpgroup = 6 };
 struct Walk {
   int first, count;
   bool keys_descend;  // blocks from the last key to the first, and tiles from the first to the last; or both reversed
-  FF_DEVICE int tile(int i) const { return keys_descend ? first + i : first + count - 1 - i; }
+  [[maybe_unused]] FF_DEVICE int tile(int i) const { return keys_descend ? first + i : first + count - 1 - i; }
 };
 // What a block does. In shared memory, since registers are scarce.
 struct Job {
@@ -36,8 +36,9 @@ struct Job {
 
 template <class T, int D> struct BackwardTiles {
   static constexpr int kQueries = kTileQueries<D>, kSubs = kQueries / 64;
-  T k[kKeys * D], v[kKeys * D];
-  T q[kStages][kSubs][64 * D], dout[kStages][kSubs][64 * D];
+  static constexpr int kRow = kRowElements<D>;
+  T k[kKeys * kRow], v[kKeys * kRow];
+  T q[kStages][kSubs][64 * kRow], dout[kStages][kSubs][64 * kRow];
   T ds[2][kSubs][kKeys * 64];
   float dq[2][kPiece];
   float statistics[kStages][2][kQueries];  // lse in units of log2, delta
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef FF_HOPPER
   using Tiles = BackwardTiles<T, D>;
   constexpr int kSubs = Tiles::kSubs, kQueries = Tiles::kQueries;
+  constexpr int kSecondPart = D == 96 ? 2 : 1;  // of the second piece of dq, half is columns that are not there
   FF_DYNAMIC_SHARED(Tiles, tiles);
   const Attention& a = params.a;
   const int warpgroup = int(threadIdx.x / 128), t = int(threadIdx.x % 128), lane = t % 32;
@@ -161,7 +163,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         named_barrier_sync(kPieceFull + piece, 160);
         if (lane == 0) {
           if (params.ordered) wait_for_turn(params.turns + index, turn_of<kQueries>(a, job, tile));
-          bulk_reduce_add(params.dq + index * kPiece, tiles->dq[piece], sizeof tiles->dq[piece]);
+          bulk_reduce_add(params.dq + index * kPiece, tiles->dq[piece],
+                          sizeof tiles->dq[piece] / (piece == 0 ? 1 : kSecondPart));
           bulk_commit();
           bulk_wait_read<0>();
         }
@@ -291,10 +294,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     // The other warpgroup's half of ds is there, and nobody reads the half that will be written next.
     named_barrier_sync(kBoth, 256);
     float dq[32];
-    const T* keys = tiles->k + (D == 64 ? 0 : warpgroup * kKeys * 64);
+    const T* keys = tiles->k + (kSubs == 2 ? 0 : warpgroup * kKeys * 64);
 #pragma unroll
     for (int i = 0; i < kKeys; i += 16)
-      wgmma_m64k16<T, 1, 1>(dq, k_across_rows<kKeys>(ds_tiles[D == 64 ? warpgroup : 0], i),
+      wgmma_m64k16<T, 1, 1>(dq, k_across_rows<kKeys>(ds_tiles[kSubs == 2 ? warpgroup : 0], i),
                             k_across_rows<kKeys>(keys, i), i > 0);
     wgmma_commit();
     wgmma_wait<1>();
@@ -305,9 +308,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     pin(dq);
     if (step > 0) named_barrier_sync(kPieceEmpty + warpgroup, 160);
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i++) {
+      if (i >= 8 / kSecondPart && warpgroup == 1) break;
       reinterpret_cast<float4*>(tiles->dq[warpgroup])[i * 128 + t] =
           make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    }
     fence_async_proxy();
     named_barrier_arrive(kPieceFull + warpgroup, 160);
     if (++walked == job.walk.count) walked = 0, head++;
@@ -322,9 +327,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own_key = job.block * kKeys + warpgroup * 64;
   T* to_k = sequence_start(a, static_cast<T*>(a.dk), a.dk_stride, job.batch, job.kv_head, s.first_k);
   T* to_v = sequence_start(a, static_cast<T*>(a.dv), a.dv_stride, job.batch, job.kv_head, s.first_k);
-  store_tile(dk, tiles->k + warpgroup * 64 * D, kWarpgroup + warpgroup, to_k, a.dk_stride[2], own_key, s.seqlen_k,
+  store_tile(dk, tiles->k + warpgroup * 64 * Tiles::kRow, kWarpgroup + warpgroup, to_k, a.dk_stride[2], own_key, s.seqlen_k,
              a.head_dim);
-  store_tile(dv, tiles->v + warpgroup * 64 * D, kWarpgroup + warpgroup, to_v, a.dv_stride[2], own_key, s.seqlen_k,
+  store_tile(dv, tiles->v + warpgroup * 64 * Tiles::kRow, kWarpgroup + warpgroup, to_v, a.dv_stride[2], own_key, s.seqlen_k,
              a.head_dim_v);
 #endif
 }

@@ -60,10 +60,9 @@ __global__ void __launch_bounds__(128) attention_backward_begin(const __grid_con
 }
 
 // ---- after: dq from its accumulator ---------------------------------------------------------------------------------
-template <class T, int D>
+template <class T, int kQueries>
 __global__ void __launch_bounds__(256) attention_backward_end(const __grid_constant__ BackwardParams p) {
 #ifdef FF_HOPPER
-  constexpr int kQueries = kTileQueries<D>;
   FF_SHARED(T, rows, [2][64 * 64]);
   const Attention& a = p.a;
   const int tiles = (a.seqlen_q + kQueries - 1) / kQueries, tile = int(blockIdx.x % tiles);
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(256) attention_backward_end(const __grid_const
     values[0][4 * i] = four.x * a.scale, values[0][4 * i + 1] = four.y * a.scale;
     values[0][4 * i + 2] = four.z * a.scale, values[0][4 * i + 3] = four.w * a.scale;
   }
-  const int col = D == 64 ? 0 : piece * 64, query = tile * kQueries + (D == 64 ? piece * 64 : 0);
+  const int col = kQueries == 128 ? 0 : piece * 64, query = tile * kQueries + (kQueries == 128 ? piece * 64 : 0);
   T* to = sequence_start(a, static_cast<T*>(a.dq), a.dq_stride, batch, head, s.first_q);
   store_tile(values, rows[piece], 1 + piece, to + col, a.dq_stride[2], query, s.seqlen_q, a.head_dim - col);
 #endif
@@ -126,7 +125,7 @@ int run_backward(const ff_attention_args* args, void* stream, bool ordered) {
   if (!status) status = attention_backward_kv(args, p, stream);
   if (status) return status;
   return for_backward_kernels(
-      args, [&](auto t, auto d) { return run(attention_backward_end<decltype(t), d.value>, 256); });
+      args, [&](auto t, auto d) { return run(attention_backward_end<decltype(t), kTileQueries<d.value>>, 256); });
 }
 
 }  // namespace

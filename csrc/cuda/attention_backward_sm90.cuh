@@ -14,7 +14,8 @@ namespace attention_sm90 {
 
 constexpr int kKeys = 128;       // of a block of the second kernel
 constexpr int kPiece = 64 * 64;  // floats of dq that one of its warpgroups has after a step, in the order of fragments
-// Queries of a step: then each of the two warpgroups has one piece of dq, of 64 queries or of 64 columns.
+// Queries of a step: then each of the two warpgroups has one piece of dq, of 64 queries or of 64 columns (of 96 columns
+// the second has 32).
 template <int D> constexpr int kTileQueries = D == 64 ? 128 : 64;
 
 struct BackwardParams {
@@ -40,6 +41,7 @@ template <class F> int for_backward_kernels(const ff_attention_args* a, F f) {
   const int64_t dim = std::max(a->head_dim, a->head_dim_v);
   const auto with_dim = [&](auto t) {
     if (dim <= 64) return f(t, std::integral_constant<int, 64>{});
+    if (dim <= 96) return f(t, std::integral_constant<int, 96>{});
     return f(t, std::integral_constant<int, 128>{});
   };
   return a->dtype == FF_BFLOAT16 ? with_dim(__nv_bfloat16{}) : with_dim(__half{});

@@ -18,7 +18,8 @@ constexpr int kQueries = 128, kThreads = 384;
 template <class T, int D, bool Plain> struct ForwardTiles {
   static constexpr int kKeys = D > 128 || !Plain ? 64 : 128;  // what is added to scores takes registers
   static constexpr int kStages = D > 128 ? 2 : 256 / kKeys;
-  T q[2][64 * D], k[kStages][kKeys * D], v[kStages][kKeys * D];
+  static constexpr int kRow = kRowElements<D>;
+  T q[2][64 * kRow], k[kStages][kKeys * kRow], v[kStages][kKeys * kRow];
   uint64_t full_q, full_k[kStages], full_v[kStages], empty_k[kStages], empty_v[kStages], landed;
 };
 
@@ -281,6 +282,7 @@ template <class T, int D, bool Plain> int run(const ff_attention_args* args, For
 template <class T> int run_dim(const ff_attention_args* args, ForwardParams& p, bool plain, void* stream) {
   const int64_t dim = std::max(args->head_dim, args->head_dim_v);
   if (dim <= 64) return plain ? run<T, 64, true>(args, p, stream) : run<T, 64, false>(args, p, stream);
+  if (dim <= 96) return plain ? run<T, 96, true>(args, p, stream) : run<T, 96, false>(args, p, stream);
   if (dim <= 128) return plain ? run<T, 128, true>(args, p, stream) : run<T, 128, false>(args, p, stream);
   return plain ? run<T, 256, true>(args, p, stream) : run<T, 256, false>(args, p, stream);
 }

@@ -1,8 +1,8 @@
 // Pieces of the Hopper attention kernels: tensors as TMA maps, tiles in shared memory, products of tiles by wgmma.
 //
 // A tile is rows of D 16-bit elements in panels of 64 columns, each panel rows of 128 bytes in the 128-byte swizzle of
-// sm90.h. TMA fills it, with zeros beyond the tensor's last position and column: head dimensions between the buckets
-// 64, 128 and 256 cost time, no copies. In a packed tensor the rows after a sequence's last are its neighbour's: they
+// sm90.h; of 96 columns the second panel is half empty. TMA fills it, with zeros beyond the tensor's last position and
+// column: head dimensions between the buckets 64, 96, 128 and 256 cost time, no copies. In a packed tensor the rows after a sequence's last are its neighbour's: they
 // are overwritten with zeros where a product sums over them, since 0 times NaN is NaN, and else hidden or not stored.
 #pragma once
 #include "attention.cuh"
@@ -35,11 +35,14 @@ inline int64_t positions_q(const ff_attention_args* a) { return a->cu_seqlens_q 
 inline int64_t positions_k(const ff_attention_args* a) { return a->cu_seqlens_q ? a->total_k : a->seqlen_k; }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
+template <int D> constexpr int kPanels = (D + 63) / 64;
+template <int D> constexpr int kRowElements = 64 * kPanels<D>;  // of shared memory, for a row
+
 // One thread starts copying `Rows` rows from `row` on; the map's boxes have as many.
 template <int Rows, int D, class T>
 FF_DEVICE void load_tile(T* tile, const Operand& o, uint64_t* barrier, int batch, int head, int row) {
 #pragma unroll
-  for (int panel = 0; panel < D / 64; panel++)
+  for (int panel = 0; panel < kPanels<D>; panel++)
     tma_load_4d(tile + panel * Rows * 64, &o.map, barrier, panel * 64, row, head * o.head_step, batch * o.batch_step);
 }
 
@@ -48,7 +51,7 @@ template <int Rows, int D, class T> FF_DEVICE void clear_rows(T* tile, int first
 #pragma unroll 1
   for (int i = max(first, 0) * 8 + int(threadIdx.x % 32); i < Rows * 8; i += 32) {
 #pragma unroll
-    for (int panel = 0; panel < D / 64; panel++)
+    for (int panel = 0; panel < kPanels<D>; panel++)
       reinterpret_cast<uint4*>(tile + panel * Rows * 64)[i] = make_uint4(0, 0, 0, 0);
   }
 }

@@ -123,14 +123,17 @@ FF_DEVICE uint64_t shared_descriptor(const void* tile, uint32_t leading, uint32_
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define FF_WGMMA_OUT32 FF_WGMMA_OUT8(0), FF_WGMMA_OUT8(8), FF_WGMMA_OUT8(16), FF_WGMMA_OUT8(24)
-#define FF_WGMMA_OUT64 FF_WGMMA_OUT32, FF_WGMMA_OUT8(32), FF_WGMMA_OUT8(40), FF_WGMMA_OUT8(48), FF_WGMMA_OUT8(56)
+#define FF_WGMMA_OUT48 FF_WGMMA_OUT32, FF_WGMMA_OUT8(32), FF_WGMMA_OUT8(40)
+#define FF_WGMMA_OUT64 FF_WGMMA_OUT48, FF_WGMMA_OUT8(48), FF_WGMMA_OUT8(56)
 #define FF_WGMMA_D32                                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FF_WGMMA_D64                                                                                                  \
-  FF_WGMMA_D32                                                                                                        \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
-  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FF_WGMMA_D48 \
+  FF_WGMMA_D32       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FF_WGMMA_D64 \
+  FF_WGMMA_D48       \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // accumulate, a, b, transpose flags: the operands after d.
 #define FF_WGMMA_SHARED(n, type, D, OUT, s, a_, b_, ta, tb)                                                 \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" s ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." \
@@ -143,17 +146,21 @@ FF_DEVICE uint64_t shared_descriptor(const void* tile, uint32_t leading, uint32_
                : OUT                                                                                        \
                : "r"(int(accumulate)), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(transpose_b))
 
-// d (64 x N, float; N / 2 values in each of 128 threads) = a (64 x 16) b (16 x N), added to d if `accumulate`. N is 64
-// or 128, T __nv_bfloat16 or __half. transpose_*: the operand has M or N in its rows. d[i] of thread t is row
+// d (64 x N, float; N / 2 values in each of 128 threads) = a (64 x 16) b (16 x N), added to d if `accumulate`. N is 64,
+// 96 or 128, T __nv_bfloat16 or __half. transpose_*: the operand has M or N in its rows. d[i] of thread t is row
 // 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (t % 4) + i % 2.
 template <class T, int transpose_a, int transpose_b, int half_n>
 FF_DEVICE void wgmma_m64k16(float (&d)[half_n], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(half_n == 32 || half_n == 64, "N is 64 or 128");
+  static_assert(half_n == 32 || half_n == 48 || half_n == 64, "N is 64, 96 or 128");
   constexpr bool bf16 = std::is_same_v<T, __nv_bfloat16>;
   if constexpr (half_n == 32 && bf16)
     FF_WGMMA_SHARED("64", "bf16", FF_WGMMA_D32, FF_WGMMA_OUT32, "32", "33", "34", "35", "36");
   else if constexpr (half_n == 32)
     FF_WGMMA_SHARED("64", "f16", FF_WGMMA_D32, FF_WGMMA_OUT32, "32", "33", "34", "35", "36");
+  else if constexpr (half_n == 48 && bf16)
+    FF_WGMMA_SHARED("96", "bf16", FF_WGMMA_D48, FF_WGMMA_OUT48, "48", "49", "50", "51", "52");
+  else if constexpr (half_n == 48)
+    FF_WGMMA_SHARED("96", "f16", FF_WGMMA_D48, FF_WGMMA_OUT48, "48", "49", "50", "51", "52");
   else if constexpr (bf16)
     FF_WGMMA_SHARED("128", "bf16", FF_WGMMA_D64, FF_WGMMA_OUT64, "64", "65", "66", "67", "68");
   else FF_WGMMA_SHARED("128", "f16", FF_WGMMA_D64, FF_WGMMA_OUT64, "64", "65", "66", "67", "68");
@@ -161,12 +168,16 @@ FF_DEVICE void wgmma_m64k16(float (&d)[half_n], uint64_t a, uint64_t b, bool acc
 // The same with a in registers: each warp's 16 rows as mma_m16n8k16 has them (sm80.h).
 template <class T, int transpose_b, int half_n>
 FF_DEVICE void wgmma_m64k16(float (&d)[half_n], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  static_assert(half_n == 32 || half_n == 64, "N is 64 or 128");
+  static_assert(half_n == 32 || half_n == 48 || half_n == 64, "N is 64, 96 or 128");
   constexpr bool bf16 = std::is_same_v<T, __nv_bfloat16>;
   if constexpr (half_n == 32 && bf16)
     FF_WGMMA_REGISTERS("64", "bf16", FF_WGMMA_D32, FF_WGMMA_OUT32, "32", "33", "34", "35", "36", "37", "38");
   else if constexpr (half_n == 32)
     FF_WGMMA_REGISTERS("64", "f16", FF_WGMMA_D32, FF_WGMMA_OUT32, "32", "33", "34", "35", "36", "37", "38");
+  else if constexpr (half_n == 48 && bf16)
+    FF_WGMMA_REGISTERS("96", "bf16", FF_WGMMA_D48, FF_WGMMA_OUT48, "48", "49", "50", "51", "52", "53", "54");
+  else if constexpr (half_n == 48)
+    FF_WGMMA_REGISTERS("96", "f16", FF_WGMMA_D48, FF_WGMMA_OUT48, "48", "49", "50", "51", "52", "53", "54");
   else if constexpr (bf16)
     FF_WGMMA_REGISTERS("128", "bf16", FF_WGMMA_D64, FF_WGMMA_OUT64, "64", "65", "66", "67", "68", "69", "70");
   else FF_WGMMA_REGISTERS("128", "f16", FF_WGMMA_D64, FF_WGMMA_OUT64, "64", "65", "66", "67", "68", "69", "70");

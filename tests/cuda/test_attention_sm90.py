@@ -34,6 +34,8 @@ SHAPES = [  # B, Hq, Hkv, Sq, Sk, D, Dv
     (2, 4, 2, 129, 257, 128, 128),  # one row more than whole tiles; grouped heads
     (1, 3, 1, 64, 128, 72, 40),  # whole tiles, head dimensions between the buckets, one head for all
     (1, 2, 1, 140, 200, 96, 128),  # v wider than q and k
+    (1, 4, 2, 201, 329, 96, 96),  # a panel and a half; grouped heads, one row more than whole tiles and a few
+    (1, 2, 2, 70, 130, 96, 72),  # v narrower, in the same bucket
     (1, 1, 1, 130, 150, 256, 256),  # the widest: only forward is of this family
     (2, 1, 1, 5, 0, 64, 64),  # no keys
     (2, 1, 1, 0, 5, 64, 64),  # no queries
@@ -95,7 +97,7 @@ def test_windows(window, top_left, device):
     check(*inputs((1, 2, 1, 300, 400, 64, 64), BF16, device), options)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, dim, device):
     options = Options(**{"scale": dim**-0.5, **on(device, OPTIONS[name])})
@@ -108,7 +110,7 @@ def test_everything_in_256_columns(device):
 
 
 @pytest.mark.parametrize("name", PACKED_OPTIONS)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
 def test_packed_sequences(dim, name, device):
     lengths = PACKED[0]
     ends = [torch.tensor([0, *values]).cumsum(0).to(torch.int32).to(device) for values in lengths]
@@ -118,7 +120,7 @@ def test_packed_sequences(dim, name, device):
     check(*tensors, options)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
 def test_a_neighbour_in_the_pack_is_never_used(dim, device):
     """Tiles reach into the next sequence; its NaN stays there."""
     ends = torch.tensor([0, 140, 185], dtype=torch.int32, device=device)
@@ -142,13 +144,14 @@ def test_broadcast_tensors(device):
 
 @pytest.mark.parametrize("completion", COMPLETIONS)
 @pytest.mark.parametrize("order", emulation.ORDERS)
+@pytest.mark.parametrize("dim", [96, 128])
 @pytest.mark.parametrize("name", ["plain", "everything", "packed"])
-def test_any_order_of_threads(name, order, completion, device):
+def test_any_order_of_threads(name, dim, order, completion, device):
     """Bit for bit what the first order gave, whenever copies land and products finish: blocks take turns at dq."""
     if device != "cpu":
         pytest.skip("a GPU chooses its own order")
     dtype = F16 if name == "everything" else BF16
-    q, k, v, dout, dlse = inputs((1, 2, 1, 150, 280, 128, 128), dtype, device)
+    q, k, v, dout, dlse = inputs((1, 2, 1, 150, 280, dim, dim), dtype, device)
     options = Options(0.1, causal=True)
     if name == "everything":
         options = options._replace(softcap=3.0, alibi_slopes=randn(1, 2).abs(), dropout_p=0.2, seed=7)

@@ -196,7 +196,7 @@ def test_gemm_sm90_mistakes(kernels, bug, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n", [64, 128])
+@pytest.mark.parametrize("n", [64, 96, 128])  # 96: a panel and a half
 @pytest.mark.parametrize("layout", ["K-K", "K-N", "M-K", "M-N", "registers-K", "registers-N"])
 def test_wgmma_layouts(kernels, layout, n, dtype):
     index = ["K-K", "K-N", "M-K", "M-N", "registers-K", "registers-N"].index(layout)

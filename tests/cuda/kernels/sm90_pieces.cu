@@ -5,25 +5,27 @@
 
 namespace {
 
+template <class T> struct ProductTiles {
+  T a[64 * 64], b[128 * 64];
+  uint64_t ready;
+};
+
 // d (64, N) = a b for one K of 64. a is given as (64, 64), or (K, 64) when transpose_a; from_registers: read into
 // fragments first. b is given as (N, 64), or (K, N) when transpose_b, in panels of 64 columns.
 template <class T, int N, bool from_registers, int transpose_a, int transpose_b>
 __global__ void __launch_bounds__(128, 1)
     product(const __grid_constant__ ff::TensorMap map_a, const __grid_constant__ ff::TensorMap map_b, const T* a,
             float* d) {
-  struct Tiles {
-    T a[64 * 64], b[N * 64];
-    uint64_t ready;
-  };
-  FF_DYNAMIC_SHARED(Tiles, tiles);
+  constexpr int kPanels = (N + 63) / 64;
+  FF_DYNAMIC_SHARED(ProductTiles<T>, tiles);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32;
   if (t == 0) {
     ff::mbarrier_init(&tiles->ready, 1);
     ff::fence_async_proxy();
-    ff::mbarrier_arrive_expect(&tiles->ready, sizeof tiles->a + sizeof tiles->b);
+    ff::mbarrier_arrive_expect(&tiles->ready, (64 + (transpose_b ? kPanels * 64 : N)) * 128);
     ff::tma_load_2d(tiles->a, &map_a, &tiles->ready, 0, 0);
     if (transpose_b)
-      for (int panel = 0; panel < N / 64; panel++)
+      for (int panel = 0; panel < kPanels; panel++)
         ff::tma_load_2d(tiles->b + panel * 64 * 64, &map_b, &tiles->ready, panel * 64, 0);
     else ff::tma_load_2d(tiles->b, &map_b, &tiles->ready, 0, 0);
   }
@@ -100,8 +102,8 @@ template <class T, int N, bool from_registers, int ta, int tb> int run(const voi
   if (int status = ff::make_tensor_map(&map_a, bf16, a, 64, 64, 64, 64)) return status;
   const int rows = tb ? 64 : N, cols = tb ? N : 64;
   if (int status = ff::make_tensor_map(&map_b, bf16, b, rows, cols, cols, rows)) return status;
-  return ff::launch("product", product<T, N, from_registers, ta, tb>, dim3(1), dim3(128), (64 + N) * 128 + 8, nullptr,
-                    map_a, map_b, static_cast<const T*>(a), d);
+  return ff::launch("product", product<T, N, from_registers, ta, tb>, dim3(1), dim3(128), sizeof(ProductTiles<T>),
+                    nullptr, map_a, map_b, static_cast<const T*>(a), d);
 }
 template <class T, int N> int run_layout(int layout, const void* a, const void* b, float* d) {
   switch (layout) {
@@ -120,6 +122,8 @@ template <class T, int N> int run_layout(int layout, const void* a, const void* 
 extern "C" FF_API int run_product(int layout, bool bf16, int n, const void* a, const void* b, float* d) {
   if (n == 64)
     return bf16 ? run_layout<__nv_bfloat16, 64>(layout, a, b, d) : run_layout<__half, 64>(layout, a, b, d);
+  if (n == 96)
+    return bf16 ? run_layout<__nv_bfloat16, 96>(layout, a, b, d) : run_layout<__half, 96>(layout, a, b, d);
   return bf16 ? run_layout<__nv_bfloat16, 128>(layout, a, b, d) : run_layout<__half, 128>(layout, a, b, d);
 }
 
