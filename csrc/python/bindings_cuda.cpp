@@ -1,11 +1,11 @@
-// Python bindings of the CUDA kernels: the C functions of fastformer.h with their struct's fields as positional
-// integers and floats, in the struct's order (tensors as data_ptr()), then the stream; those of attention take tensors
-// (attention_args.h).
+// Python bindings of the CUDA kernels: the C functions of fastformer.h on torch's tensors (tensor.h), which Python has
+// allocated, and the stream.
 // The same file binds the emulated kernels (-DFF_EMULATE), which run on host memory and ignore the stream.
 #include <pybind11/pybind11.h>
 
 #include "../include/fastformer.h"
 #include "attention_args.h"
+#include "row_args.h"
 #ifdef FF_EMULATE
 #include "../emulation/emulator.h"
 #endif
@@ -42,65 +42,48 @@ PYBIND11_MODULE(FF_MODULE, m) {
   m.def("set_multiprocessors", [](int count) { emulation::settings.multiprocessors = count; });
 #endif
 
-  m.def("layer_norm_forward", [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t x_stride, double eps,
-                                 Ptr x, Ptr weight, Ptr bias, Ptr out, Ptr mean, Ptr rstd, Ptr stream) {
-    ff_layer_norm_args a{};
-    a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
-    a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.eps = eps;
-    a.x = ptr(x), a.weight = ptr(weight), a.bias = ptr(bias);
-    a.out = ptr(out), a.mean = ptr(mean), a.rstd = ptr(rstd);
+  m.def("use_exchange", ff::use_exchange);  // tensor.h
+  ff::use_exchange(true);
+  m.def("layer_norm_forward", [](py::handle x, py::handle weight, py::handle bias, py::handle out, py::handle mean,
+                                 py::handle rstd, double eps, Ptr stream) {
+    const auto a = ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps);
     check(ff_cuda_layer_norm_forward(&a, ptr(stream)));
   });
-  m.def("layer_norm_backward_workspace", [](int dtype, int64_t rows, int64_t cols) {
-    ff_layer_norm_args a{};
-    a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols;
+  m.def("layer_norm_backward_workspace", [](py::handle x) {
+    const py::none none;
+    const auto a = ff::layer_norm_args(x, none, none, none, none, none, 0);
     return ff_cuda_layer_norm_backward_workspace(&a);
   });
-  m.def("layer_norm_backward",
-        [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t x_stride, int64_t dout_stride, Ptr x,
-           Ptr weight, Ptr mean, Ptr rstd, Ptr dout, Ptr dx, Ptr dweight, Ptr dbias, Ptr workspace, Ptr stream) {
-          ff_layer_norm_args a{};
-          a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
-          a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.dout_stride = dout_stride;
-          a.x = ptr(x), a.weight = ptr(weight), a.mean = ptr(mean), a.rstd = ptr(rstd);
-          a.dout = ptr(dout), a.dx = ptr(dx), a.dweight = ptr(dweight), a.dbias = ptr(dbias);
-          a.workspace = ptr(workspace);
-          check(ff_cuda_layer_norm_backward(&a, ptr(stream)));
-        });
+  m.def("layer_norm_backward", [](py::handle dout, py::handle x, py::handle weight, py::handle mean, py::handle rstd,
+                                  py::handle dx, py::handle dweight, py::handle dbias, py::handle workspace,
+                                  Ptr stream) {
+    auto a = ff::layer_norm_backward_args(dout, x, weight, mean, rstd, dx, dweight, dbias);
+    a.workspace = ff::Tensor(workspace).data;
+    check(ff_cuda_layer_norm_backward(&a, ptr(stream)));
+  });
 
   m.def("add_layer_norm_forward",
-        [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride,
-           double eps, double dropout_p, uint64_t seed, Ptr x, Ptr residual, Ptr weight, Ptr bias, Ptr out, Ptr summed,
-           Ptr mean, Ptr rstd, Ptr stream) {
-          ff_add_layer_norm_args a{};
-          a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
-          a.rows = rows, a.cols = cols, a.x_stride = x_stride, a.residual_stride = residual_stride;
-          a.eps = eps, a.dropout_p = dropout_p, a.seed = seed;
-          a.x = ptr(x), a.residual = ptr(residual), a.weight = ptr(weight), a.bias = ptr(bias);
-          a.out = ptr(out), a.summed = ptr(summed), a.mean = ptr(mean), a.rstd = ptr(rstd);
+        [](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, py::handle summed,
+           py::handle mean, py::handle rstd, double eps, double dropout_p, uint64_t seed, Ptr stream) {
+          const auto a =
+              ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed);
           check(ff_cuda_add_layer_norm_forward(&a, ptr(stream)));
         });
-  m.def("add_layer_norm_backward_workspace", [](int dtype, int64_t rows, int64_t cols) {
-    ff_add_layer_norm_args a{};
-    a.dtype = ff_dtype(dtype), a.rows = rows, a.cols = cols;
+  m.def("add_layer_norm_backward_workspace", [](py::handle summed) {
+    const py::none none;
+    const auto a = ff::add_layer_norm_args(summed, none, none, none, none, summed, none, none, 0, 0, 0);
     return ff_cuda_add_layer_norm_backward_workspace(&a);
   });
   m.def("add_layer_norm_backward",
-        [](int dtype, int param_dtype, int64_t rows, int64_t cols, int64_t dout_stride, int64_t dsummed_stride,
-           double dropout_p, uint64_t seed, Ptr weight, Ptr summed, Ptr mean, Ptr rstd, Ptr dout, Ptr dsummed, Ptr dx,
-           Ptr dresidual, Ptr dweight, Ptr dbias, Ptr workspace, Ptr stream) {
-          ff_add_layer_norm_args a{};
-          a.dtype = ff_dtype(dtype), a.param_dtype = ff_dtype(param_dtype);
-          a.rows = rows, a.cols = cols, a.dout_stride = dout_stride, a.dsummed_stride = dsummed_stride;
-          a.dropout_p = dropout_p, a.seed = seed;
-          a.weight = ptr(weight), a.summed = ptr(summed), a.mean = ptr(mean), a.rstd = ptr(rstd);
-          a.dout = ptr(dout), a.dsummed = ptr(dsummed), a.dx = ptr(dx), a.dresidual = ptr(dresidual);
-          a.dweight = ptr(dweight), a.dbias = ptr(dbias), a.workspace = ptr(workspace);
+        [](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean, py::handle rstd,
+           py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, double dropout_p, uint64_t seed,
+           py::handle workspace, Ptr stream) {
+          auto a = ff::add_layer_norm_backward_args(dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight,
+                                                    dbias, dropout_p, seed);
+          a.workspace = ff::Tensor(workspace).data;
           check(ff_cuda_add_layer_norm_backward(&a, ptr(stream)));
         });
 
-  m.def("use_exchange", ff::use_exchange);
-  ff::use_exchange(true);
   m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options, Ptr stream) {
     const ff_attention_args a = ff::attention_args(tensors, options);
     check(ff_cuda_attention_forward(&a, ptr(stream)));
@@ -112,10 +95,10 @@ PYBIND11_MODULE(FF_MODULE, m) {
           return ff_cuda_attention_backward_workspace(&a);
         });
   m.def("attention_backward", [](const py::tuple& tensors, const py::tuple& options, const py::tuple& gradients,
-                                 Ptr workspace, Ptr stream) {
+                                 py::handle workspace, Ptr stream) {
     ff_attention_args a = ff::attention_args(tensors, options);
     ff::set_gradients(a, gradients);
-    a.workspace = ptr(workspace);
+    a.workspace = ff::Tensor(workspace).data;
     check(ff_cuda_attention_backward(&a, ptr(stream)));
   });
   m.def("decode_attention_workspace", [](const py::tuple& tensors, double scale, bool causal, int64_t window_left,
@@ -124,9 +107,9 @@ PYBIND11_MODULE(FF_MODULE, m) {
     return ff_cuda_decode_attention_workspace(&a);
   });
   m.def("decode_attention", [](const py::tuple& tensors, double scale, bool causal, int64_t window_left,
-                               int64_t window_right, double softcap, Ptr workspace, Ptr stream) {
+                               int64_t window_right, double softcap, py::handle workspace, Ptr stream) {
     auto a = ff::decode_attention_args(tensors, scale, causal, window_left, window_right, softcap);
-    a.workspace = ptr(workspace);
+    a.workspace = ff::Tensor(workspace).data;
     check(ff_cuda_decode_attention(&a, ptr(stream)));
   });
 }

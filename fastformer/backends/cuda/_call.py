@@ -1,4 +1,4 @@
-"""What every CUDA backend file needs to call the extension: dtype codes, pointers, the current stream."""
+"""What every CUDA backend file needs to call the extension: memory for outputs, the device, the current stream."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from torch import Tensor
 
 from . import library
 
-__all__ = ["DTYPE", "DTYPES", "empty", "empty_like", "library", "on_device", "pointer", "stream"]
+__all__ = ["DTYPES", "empty", "empty_like", "library", "on_device", "row_statistics", "stream"]
 
-# The values of ff_dtype in csrc/include/fastformer.h.
-DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DTYPES = frozenset(DTYPE)
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
-
-
-def pointer(t: Tensor | None) -> int:
-    """The address of a tensor's first element, 0 for None."""
-    return 0 if t is None else t.data_ptr()
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -31,6 +24,12 @@ def empty_like(x: Tensor) -> Tensor:
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor on ``like``'s device, of its dtype unless another is given."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the mean and 1 / standard deviation of each row of x ``(*, cols)``."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    return empty(x, rows, dtype=torch.float32), empty(x, rows, dtype=torch.float32)
 
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:

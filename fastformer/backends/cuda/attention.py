@@ -55,7 +55,7 @@ def backward(
     arguments = ((q, k, v, out, lse), options, (dout, dlse, dq, dk, dv, dbias, ddistance))
     with on_device(q):
         workspace = empty(q, library().attention_backward_workspace(*arguments), dtype=torch.uint8)
-        library().attention_backward(*arguments, workspace.data_ptr(), stream(q))
+        library().attention_backward(*arguments, workspace, stream(q))
     for wanted, written in zip(asked, (dq, dk, dv), strict=True):
         if wanted is not None and wanted is not written:
             wanted.copy_(written)

@@ -42,5 +42,5 @@ def forward(
     kernels = library()
     with on_device(q):
         workspace = empty(q, kernels.decode_attention_workspace(*arguments), dtype=torch.uint8)
-        kernels.decode_attention(*arguments, workspace.data_ptr(), stream(q))
+        kernels.decode_attention(*arguments, workspace, stream(q))
     return out, lse
