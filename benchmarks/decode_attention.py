@@ -118,4 +118,5 @@ PROVIDERS = {
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "triton": on_backend("triton", OP, ours),
+    "cuda": on_backend("cuda", OP, ours),
 }
