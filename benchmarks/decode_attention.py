@@ -88,4 +88,9 @@ def eager(case: Case):
     return run
 
 
-PROVIDERS = {"ours": timed(ours), **peers(eager), "triton": on_backend("triton", OP, ours)}
+PROVIDERS = {
+    "ours": timed(ours),
+    **peers(eager),
+    "triton": on_backend("triton", OP, ours),
+    "cuda": on_backend("cuda", OP, ours),
+}

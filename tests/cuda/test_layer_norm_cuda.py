@@ -237,7 +237,7 @@ def test_errors_name_the_argument(device):
     def call(x=x, weight=None, out=x, mean=row, eps=EPS):
         _call.library().layer_norm_forward(x, weight, None, out, mean, row, eps, 0)
 
-    with pytest.raises(ValueError, match="rows, cols: .* x 0"):
+    with pytest.raises(ValueError, match=r"rows, cols: \d+ x 0"):
         call(x[:, :0])
     with pytest.raises(ValueError, match="x, mean, rstd"):
         call(mean=None)
