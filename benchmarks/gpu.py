@@ -13,6 +13,8 @@ runs in a process of its own with its own time limit: one that crashes or hangs 
 Needs Python 3.10, torch with CUDA, triton, nvcc, ninja, pybind11 and pytest-benchmark; no network. Writes
 benchmarks/results/<card>/<date>/: report.md, results.json, results.md, results.png, sections.json and log.txt; the same
 files go to $OUT if that is set.
+
+Tiles are measured as they are; ``python -m fastformer.backends.triton.tune --op attention`` looks for better ones.
 """
 
 from __future__ import annotations

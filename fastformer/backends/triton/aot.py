@@ -127,7 +127,8 @@ def _sizes_of_one(chosen: Iterable[Configuration]) -> Iterator[Configuration]:
             continue
         seen.add(variant)
         kinds = configuration.signature()
-        ones = {p.name: 1 for p in kernel.params if kinds[p.name] == "i32" and not p.do_not_specialize}
+        sizes = [p.name for p in kernel.params if kinds[p.name] == "i32" and not p.do_not_specialize]
+        ones = dict.fromkeys((name for name in sizes if name not in configuration.above_one), 1)
         yield replace(
             configuration, label=f"{configuration.label} sizes of 1", constants={**configuration.constants, **ones}
         )

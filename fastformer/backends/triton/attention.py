@@ -15,12 +15,11 @@ second kernel has one loop only: a second one costs more registers than the comp
 bias needs a gradient, owns elements of the bias, or diagonals of the score matrix.
 
 The kernels are in attention_kernels.py (forward), attention_backward_kernels.py and attention_bias_kernels.py; what is
-added to and hidden from the scores is in attention_scores.py.
+added to and hidden from the scores is in attention_scores.py, block sizes are in attention_tiles.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,10 +29,11 @@ from torch import Tensor
 from ..attention_options import FEATURES as ALL_FEATURES
 from ..attention_options import Gradients, Options, empty_out, sequences
 from . import attention_backward_kernels, attention_bias_kernels, attention_kernels
-from .attention_tiles import BIAS_TILES, BiasTiles, Tile, Tiles, block_dim, tiles_for, tiles_on
+from .attention_builds import configurations as configurations
+from .attention_tiles import Tile, Tiles, block_dim, tiles_on
 from .dropout import dropout
 from .launch import DTYPES as DTYPES
-from .launch import TYPES, Configuration, launch, program_limit, unit_stride
+from .launch import launch, program_limit, unit_stride
 
 FEATURES = frozenset(ALL_FEATURES)
 
@@ -83,7 +83,7 @@ def _call(q: Tensor, k: Tensor, options: Options) -> _Call:
     return _Call(batch, heads, heads // max(k.shape[1], 1), seqlen_q, seqlen_k, cu_seqlens, scores, flags)
 
 
-def _tiles(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tiles, BiasTiles]:
+def _tiles(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tiles:
     return tiles_on(q.device, q.element_size(), q.shape[3], v.shape[3], options.features(q, k, v))
 
 
@@ -127,7 +127,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     call = _call(q, k, options)
     out = empty_out(q, v)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile = _tiles(q, k, v, options)[0].forward
+    tile = _tiles(q, k, v, options).forward
     launch(
         attention_kernels.forward, (call.batch * call.heads * triton.cdiv(call.seqlen_q, tile.block_q),), q.device,
         q, k, v, out, lse, call.heads, call.groups, call.seqlen_q, call.seqlen_k, options.scale,
@@ -159,7 +159,7 @@ def backward(
     dv = torch.empty_like(v) if dv is None else dv
     dout = unit_stride(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    tiles, bias_tiles = _tiles(q, k, v, options)
+    tiles = _tiles(q, k, v, options)
     # Both kernels read and write whole blocks of the two statistics, without comparing, unless sequences are packed.
     block = max(tiles.backward_q.block_q, tiles.backward_k.block_q)
     padded = triton.cdiv(call.seqlen_q, block) * block
@@ -181,7 +181,7 @@ def backward(
         *_layout(call, q, k, v, dout, dk, dv), *call.packed, *call.scores,
         **_blocks(q, v, call, tiles.backward_k, k, dout, dk, dv),
     )  # fmt: skip
-    shared = call, (q, k, v, dout, lse_log2, delta), padded, bias_tiles, options
+    shared = call, (q, k, v, dout, lse_log2, delta), padded, tiles, options
     return Gradients(
         dq, dk, dv,
         _bias_gradient(*shared) if needs[0] else None,
@@ -189,12 +189,12 @@ def backward(
     )  # fmt: skip
 
 
-def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], padded: int, tiles: BiasTiles, options: Options) -> Tensor:
+def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], padded: int, tiles: Tiles, options: Options) -> Tensor:
     """dbias. Where few blocks share long sums, these are split among programs, ``splits`` times the bias in float32."""
-    assert options.bias is not None
+    tile = tiles.backward_bias
+    assert options.bias is not None and tile is not None
     q, k, v, dout = tensors[:4]
     shape = options.bias.shape
-    tile = tiles.backward_bias
     rows = shape[2] != 1
     blocks = triton.cdiv(call.seqlen_k, tile.block_k) * (triton.cdiv(call.seqlen_q, tile.block_q) if rows else 1)
     blocks *= shape[0] * shape[1]
@@ -214,14 +214,14 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], padded: int, tiles:
 
 
 def _distance_bias_gradient(
-    call: _Call, tensors: tuple[Tensor, ...], padded: int, tiles: BiasTiles, options: Options
+    call: _Call, tensors: tuple[Tensor, ...], padded: int, tiles: Tiles, options: Options
 ) -> Tensor:
     """ddistance_bias. A number for each head and distance, and for each of a few groups of sequences, lies between the
     kernel and the table."""
-    assert options.distance_bias is not None
+    tile = tiles.backward_distance_bias
+    assert options.distance_bias is not None and tile is not None
     q, k, v, dout = tensors[:4]
     most = options.distance_bias.shape[1] // 2
-    tile = tiles.backward_distance_bias
     block = tile.block_k
     # Distances there are: in rows that are aligned at the end, and in those that are aligned at the beginning.
     lowest, highest = (call.seqlen_q, call.seqlen_k) if options.top_left else (call.seqlen_k, call.seqlen_q)
@@ -259,105 +259,3 @@ def _distance_bias_gradient(
 def _splits(device: torch.device, blocks: int, loops: int) -> int:
     """Among how many programs to split each of ``blocks`` sums of ``loops`` summands, to fill the device."""
     return max(1, min(loops, program_limit(device) // max(blocks, 1)))
-
-
-# Head sizes that are built off-line: each line of TILES, and sizes between two powers of two.
-HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
-
-KERNELS = {
-    "forward": attention_kernels.forward,
-    "backward_q": attention_backward_kernels.backward_q,
-    "backward_k": attention_backward_kernels.backward_k,
-    "backward_bias": attention_bias_kernels.backward_bias,
-    "backward_distance_bias": attention_bias_kernels.backward_distance_bias,
-}
-# Feature -> the arguments that are not None with it, and what they are ("data": the dtype of q).
-_ARGUMENTS = {
-    "varlen": {"cu_seqlens_q_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "total_q": "i32"},
-    "key_padding_mask": {"padding_ptr": "*u8", "padding_stride": "i32"},
-    "mask": {"mask_ptr": "*u8", "mask_stride_b": "i32", "mask_stride_h": "i32", "mask_stride_q": "i32"},
-    "bias": {"bias_ptr": "data", "bias_stride_b": "i32", "bias_stride_h": "i32", "bias_stride_q": "i32"},
-    "relative_bias": {"distance_bias_ptr": "*fp32", "max_distance": "i32"},
-    "alibi": {"slopes_ptr": "*fp32", "slopes_stride": "i32"},
-    "window": {"window_left": "i32", "window_right": "i32"},
-    "softcap": {"softcap": "fp32"},
-}
-_ALIGNED = ("stride", "padded")  # what the names of integers contain that are multiples of 16
-
-
-def configuration(
-    direction: str, sm_family: int, kind: str, head_dim: int, features: tuple[str, ...], tile: Tile
-) -> Configuration:
-    """One build of the kernel ``direction`` with ``tile``. ``features``: "causal", "dropout" and keys of _ARGUMENTS."""
-    kernel = KERNELS[direction]
-    data = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "dbias_ptr")
-    statistics = ("lse_ptr", "lse_log2_ptr", "delta_ptr", "dlse_ptr", "line_ptr")
-    types: dict[str, str | None] = dict.fromkeys(data, f"*{kind}") | dict.fromkeys(statistics, "*fp32")
-    types |= {"scale": "fp32", "keep_scale": "fp32", "seed": "u64", "threshold": "u32"}
-    for feature, arguments in _ARGUMENTS.items():
-        for name, argument in arguments.items():
-            types[name] = (f"*{kind}" if argument == "data" else argument) if feature in features else None
-    if "causal" in features:
-        types["window_right"] = "i32"
-    constants = {
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim,
-        "BLOCK_D": block_dim(head_dim),
-        "BLOCK_DV": block_dim(head_dim),
-        "BLOCK_Q": tile.block_q,
-        "BLOCK_K": tile.block_k,
-        "BLOCK": tile.block_k,
-        "TOP_LEFT": False,
-        "DROPOUT": "dropout" in features,
-        "WIDE": False,
-        "ROWS": True,
-    }
-    names = kernel.arg_names
-    return Configuration(
-        kernel,
-        f"attention {direction} {kind} D={head_dim} {'+'.join(features) or 'full'}",
-        {name: type for name, type in types.items() if name in names},
-        {name: value for name, value in constants.items() if name in names},
-        tile.num_warps,
-        tile.num_stages,
-        capabilities=(sm_family,),
-        tensor_cores=kind != "fp32",  # float32 is multiplied exactly, which no matrix instruction does
-        unaligned=frozenset(name for name in names if not any(part in name for part in _ALIGNED))
-        - {name for name in names if name.endswith("_ptr")},
-    )
-
-
-# Combinations that are built beside the plain ones: all of them for 16-bit data and the two most common head sizes, the
-# last two for everything but float32 in larger heads.
-COMBINATIONS = (
-    ("bias", "dropout"),
-    ("causal", "softcap", "window"),  # Gemma 2
-    ("causal", "alibi"),
-    ("causal", "dropout", "varlen"),
-    ("key_padding_mask", "relative_bias", "dropout"),  # T5's encoder, training
-    ("causal", "window", "key_padding_mask", "mask", "bias", "relative_bias", "alibi", "softcap", "dropout"),
-)
-BIAS_COMBINATIONS = {
-    "backward_bias": ("key_padding_mask", "bias", "dropout"),
-    "backward_distance_bias": ("key_padding_mask", "relative_bias", "dropout"),
-}
-
-
-def configurations() -> Iterator[Configuration]:
-    """Every line of TILES in each dtype, causal and not, and with a padding mask where it adds most, under causal;
-    :data:`COMBINATIONS`; every line of BIAS_TILES."""
-    plain: tuple[tuple[str, ...], ...] = ((), ("causal",), ("causal", "key_padding_mask"))
-    for dtype, kind in sorted(TYPES.items(), key=str):
-        for head_dim in HEAD_DIMS:
-            for sm_family in (80, 90):
-                dim = block_dim(head_dim)
-                combinations = COMBINATIONS if head_dim in (64, 128) and dtype.itemsize == 2 else COMBINATIONS[-2:]
-                if head_dim > 64 and dtype.itemsize == 4:  # these spill: see attention_tiles.py
-                    combinations = ()
-                for direction in Tiles._fields:
-                    for features in plain + combinations:
-                        tile = getattr(tiles_for(sm_family, dtype.itemsize, dim, features), direction)
-                        yield configuration(direction, sm_family, kind, head_dim, features, tile)
-                for direction, features in BIAS_COMBINATIONS.items():
-                    tile = getattr(BIAS_TILES[sm_family, dtype.itemsize, dim], direction)
-                    yield configuration(direction, sm_family, kind, head_dim, features, tile)

@@ -17,6 +17,7 @@ from .attention_scores import (
     kept,
     key_ranges,
     load_block,
+    products,
     query_range,
     scored,
     sequence,
@@ -31,22 +32,28 @@ def _keys(
     q,  # (BLOCK_Q, BLOCK_D)
     dout,  # (BLOCK_Q, BLOCK_DV)
     lse_log2, delta,  # (BLOCK_Q) float32
-    i,  # (BLOCK_Q) int32
-    k_ptr, v_ptr,  # one (batch, head)
-    begin, end, k_stride, v_stride,
+    start_q, index_q,  # the queries are start_q + index_q
+    q_ptr, dout_ptr, k_ptr, v_ptr,  # one (batch, head)
+    begin, end, q_stride, dout_stride, k_stride, v_stride,
     x,  # Scores
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys [begin, end) contribute; EDGE: some of them may be hidden from some queries."""
-    index = tl.arange(0, BLOCK_K)
+    i, index = start_q + index_q, tl.arange(0, BLOCK_K)
     for start in tl.range(begin, end, BLOCK_K):
         k = load_block(k_ptr, start, index, x.seqlen_k, k_stride, HEAD_DIM, BLOCK_D, EDGE)
         v = load_block(v_ptr, start, index, x.seqlen_k, v_stride, HEAD_DIM_V, BLOCK_DV, EDGE)
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        qk = products(
+            q, q_ptr, start_q, index_q, x.seqlen_q, q_stride, k, k_ptr, start, index, x.seqlen_k, k_stride,
+            HEAD_DIM, BLOCK_D, True, EDGE,
+        )  # fmt: skip
         s, tanh = scored(qk, i, start + index, x, EDGE, EDGE)
         p = tl.exp2(s - lse_log2[:, None])
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        dp = products(
+            dout, dout_ptr, start_q, index_q, x.seqlen_q, dout_stride, v, v_ptr, start, index, x.seqlen_k, v_stride,
+            HEAD_DIM_V, BLOCK_DV, True, EDGE,
+        )  # fmt: skip
         if x.dropout:
             keep = kept(x, i, start, BLOCK_Q, BLOCK_K)
             dp = tl.where(keep, dp * x.keep_scale, 0.0)
@@ -148,18 +155,21 @@ def backward_q(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if x.window_left is not None:
         acc = _keys(
-            acc, q, dout, lse_log2, delta, i, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
-            k_stride_s, v_stride_s, x, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, True,
+            acc, q, dout, lse_log2, delta, start_q, index, q_ptr, dout_ptr, k_ptr, v_ptr,
+            begin, tl.minimum(full_begin, end), q_stride_s, dout_stride_s, k_stride_s, v_stride_s, x,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, True,
         )  # fmt: skip
     acc = _keys(
-        acc, q, dout, lse_log2, delta, i, k_ptr, v_ptr, full_begin, full_end,
-        k_stride_s, v_stride_s, x, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, False,
+        acc, q, dout, lse_log2, delta, start_q, index, q_ptr, dout_ptr, k_ptr, v_ptr,
+        full_begin, full_end, q_stride_s, dout_stride_s, k_stride_s, v_stride_s, x,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, False,
     )  # fmt: skip
     if x.window_left is not None:
         full_end = tl.maximum(full_begin, full_end)
     acc = _keys(
-        acc, q, dout, lse_log2, delta, i, k_ptr, v_ptr, full_end, end,
-        k_stride_s, v_stride_s, x, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, True,
+        acc, q, dout, lse_log2, delta, start_q, index, q_ptr, dout_ptr, k_ptr, v_ptr,
+        full_end, end, q_stride_s, dout_stride_s, k_stride_s, v_stride_s, x,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, True,
     )  # fmt: skip
     store_block(dq_ptr, start_q, index, seqlen_q, dq_stride_s, acc * scale, HEAD_DIM, BLOCK_D)
 
@@ -257,11 +267,17 @@ def backward_k(
             i = start + index
             q = load_block(q_ptr, start, index, seqlen_q, q_stride_s, HEAD_DIM, BLOCK_D, True)
             lse_log2 = load_statistic(lse_log2_ptr + statistics, i, seqlen_q, float("inf"), total_q is not None)
-            qk = tl.dot(k, tl.trans(q), input_precision="ieee")  # transposed: keys by queries
+            qk = products(  # transposed: keys by queries
+                k, k_ptr, start_k, index_k, seqlen_k, k_stride_s, q, q_ptr, start, index, seqlen_q, q_stride_s,
+                HEAD_DIM, BLOCK_D, True, True,
+            )  # fmt: skip
             s, tanh = scored(qk, i, j, x, True, True, TRANSPOSED=True)
             p = tl.exp2(s - lse_log2[None, :])
             dout = load_block(dout_ptr, start, index, seqlen_q, dout_stride_s, HEAD_DIM_V, BLOCK_DV, True)
-            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            dp = products(
+                v, v_ptr, start_k, index_k, seqlen_k, v_stride_s,
+                dout, dout_ptr, start, index, seqlen_q, dout_stride_s, HEAD_DIM_V, BLOCK_DV, True, True,
+            )  # fmt: skip
             p_kept = p
             if DROPOUT:
                 keep = tl.trans(kept(x, i, start_k, BLOCK_Q, BLOCK_K))

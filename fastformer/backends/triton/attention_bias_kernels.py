@@ -17,6 +17,7 @@ from .attention_scores import (
     first_row,
     kept,
     load_block,
+    products,
     query_range,
     scored,
     sequence,
@@ -39,12 +40,18 @@ def _dz(
     in_q = (i >= 0) & (i < x.seqlen_q)
     q = load_block(q_ptr, start_q, index_q, x.seqlen_q, q_stride, HEAD_DIM, BLOCK_D, True, True)
     k = load_block(k_ptr, start_k, index_k, x.seqlen_k, k_stride, HEAD_DIM, BLOCK_D, True)
-    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+    qk = products(
+        q, q_ptr, start_q, index_q, x.seqlen_q, q_stride, k, k_ptr, start_k, index_k, x.seqlen_k, k_stride,
+        HEAD_DIM, BLOCK_D, True, True, True,
+    )  # fmt: skip
     s, _ = scored(qk, i, start_k + index_k, x, True, True)
     p = tl.exp2(s - tl.load(lse_log2_ptr + i, mask=in_q, other=float("inf"))[:, None])
     dout = load_block(dout_ptr, start_q, index_q, x.seqlen_q, dout_stride, HEAD_DIM_V, BLOCK_DV, True, True)
     v = load_block(v_ptr, start_k, index_k, x.seqlen_k, v_stride, HEAD_DIM_V, BLOCK_DV, True)
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dp = products(
+        dout, dout_ptr, start_q, index_q, x.seqlen_q, dout_stride, v, v_ptr, start_k, index_k, x.seqlen_k, v_stride,
+        HEAD_DIM_V, BLOCK_DV, True, True, True,
+    )  # fmt: skip
     if x.dropout:
         dp = tl.where(kept(x, i, start_k, BLOCK_Q, BLOCK_K), dp * x.keep_scale, 0.0)
     return p * (dp - tl.load(delta_ptr + i, mask=in_q, other=0.0)[:, None])

@@ -18,6 +18,7 @@ from .attention_scores import (
     kept,
     key_ranges,
     load_block,
+    products,
     scored,
     sequence,
     slope_of,
@@ -31,18 +32,21 @@ def _keys(
     row_max,  # (BLOCK_Q) running maximum of the scores, times log2(e)
     row_sum,  # (BLOCK_Q)
     q,  # (BLOCK_Q, BLOCK_D)
-    i,  # (BLOCK_Q) int32
-    k_ptr, v_ptr,  # one (batch, head)
-    begin, end, k_stride, v_stride,
+    start_q, index_q,  # its queries are start_q + index_q
+    q_ptr, k_ptr, v_ptr,  # one (batch, head)
+    begin, end, q_stride, k_stride, v_stride,
     x,  # Scores
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [begin, end) to the running softmax; EDGE: some of them may be hidden from some queries."""
-    index = tl.arange(0, BLOCK_K)
+    i, index = start_q + index_q, tl.arange(0, BLOCK_K)
     for start in tl.range(begin, end, BLOCK_K):
         k = load_block(k_ptr, start, index, x.seqlen_k, k_stride, HEAD_DIM, BLOCK_D, EDGE)
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        qk = products(
+            q, q_ptr, start_q, index_q, x.seqlen_q, q_stride, k, k_ptr, start, index, x.seqlen_k, k_stride,
+            HEAD_DIM, BLOCK_D, True, EDGE,
+        )  # fmt: skip
         s, _ = scored(qk, i, start + index, x, EDGE, EDGE)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         shift = new_max
@@ -130,18 +134,21 @@ def forward(
     begin, full_begin, full_end, end = key_ranges(start_q, x, BLOCK_Q, BLOCK_K)
     if x.window_left is not None:
         acc, row_max, row_sum = _keys(
-            acc, row_max, row_sum, q, i, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
-            k_stride_s, v_stride_s, x, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, True,
+            acc, row_max, row_sum, q, start_q, index, q_ptr, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
+            q_stride_s, k_stride_s, v_stride_s, x,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, True,
         )  # fmt: skip
     acc, row_max, row_sum = _keys(
-        acc, row_max, row_sum, q, i, k_ptr, v_ptr, full_begin, full_end,
-        k_stride_s, v_stride_s, x, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, False,
+        acc, row_max, row_sum, q, start_q, index, q_ptr, k_ptr, v_ptr, full_begin, full_end,
+        q_stride_s, k_stride_s, v_stride_s, x,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, False,
     )  # fmt: skip
     if x.window_left is not None:
         full_end = tl.maximum(full_begin, full_end)
     acc, row_max, row_sum = _keys(
-        acc, row_max, row_sum, q, i, k_ptr, v_ptr, full_end, end,
-        k_stride_s, v_stride_s, x, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, True,
+        acc, row_max, row_sum, q, start_q, index, q_ptr, k_ptr, v_ptr, full_end, end,
+        q_stride_s, k_stride_s, v_stride_s, x,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_K, True,
     )  # fmt: skip
     seen = row_sum != 0  # also NaN, which must come out as NaN
     divisor = tl.where(seen, row_sum, 1.0)

@@ -64,23 +64,49 @@ def load_block(
     BLOCK_DIM: tl.constexpr,
     CHECK: tl.constexpr,  # whether the block may reach past `length`
     BELOW: tl.constexpr = False,  # whether `start` may be negative
+    first_dim=0,  # a multiple of BLOCK_DIM
 ):
     """(BLOCK, BLOCK_DIM) of consecutive positions; zeros where there are none and beyond ``HEAD_DIM``."""
-    dim = tl.arange(0, BLOCK_DIM)
+    dim = first_dim + tl.arange(0, BLOCK_DIM)
     block = ptr + tl.cast(start, tl.int64) * stride + (index[:, None] * stride + dim[None, :])
     if CHECK:
         mask = (start + index < length)[:, None]
         if BELOW:
             mask = mask & (start + index >= 0)[:, None]
-        if HEAD_DIM < BLOCK_DIM:
+        if HEAD_DIM % BLOCK_DIM != 0:
             mask = mask & (dim < HEAD_DIM)[None, :]
         loaded = tl.load(block, mask=mask, other=0.0)
     else:
-        if HEAD_DIM < BLOCK_DIM:
+        if HEAD_DIM % BLOCK_DIM != 0:
             loaded = tl.load(block, mask=(dim < HEAD_DIM)[None, :], other=0.0)
         else:
             loaded = tl.load(block)
     return loaded
+
+
+@triton.jit
+def products(
+    a,  # (BLOCK_A, BLOCK_DIM), what load_block makes of the next five
+    a_ptr, a_start, a_index, a_length, a_stride,
+    b,  # (BLOCK_B, BLOCK_DIM), likewise
+    b_ptr, b_start, b_index, b_length, b_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK_A: tl.constexpr, CHECK_B: tl.constexpr,
+    BELOW_A: tl.constexpr = False, SLICE: tl.constexpr = 32,
+):  # fmt: skip
+    """(BLOCK_A, BLOCK_B) of a b^T.
+
+    Without a matrix instruction a thread holds whole rows of both operands in registers, more than it has. Float32 is
+    therefore multiplied in slices of the head dimension, which are read again, from the cache.
+    """
+    if a.dtype == tl.float32 and BLOCK_DIM > SLICE:
+        ab = tl.zeros([a_index.shape[0], b_index.shape[0]], tl.float32)
+        for dim in tl.range(0, HEAD_DIM, SLICE):
+            some_a = load_block(a_ptr, a_start, a_index, a_length, a_stride, HEAD_DIM, SLICE, CHECK_A, BELOW_A, dim)
+            some_b = load_block(b_ptr, b_start, b_index, b_length, b_stride, HEAD_DIM, SLICE, CHECK_B, False, dim)
+            ab = tl.dot(some_a, tl.trans(some_b), ab, input_precision="ieee")
+    else:
+        ab = tl.dot(a, tl.trans(b), input_precision="ieee")
+    return ab
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """How much of the score matrix a program of each attention kernel takes at once, by GPU, dtype, head size and features.
 
-Every number here was found by compiling (aot.py): large blocks that stay in registers and in shared memory. Float32
-with head_dim over 64 and further features fits into shared memory, but not all of it into registers: a block has no
-fewer than 16 queries and 32 keys, the least that tl.dot and dropout take.
+The numbers are in attention_tiles_sm80.py and attention_tiles_sm90.py, which tune.py writes: on a GPU the fastest that
+it finds, without one large blocks that stay in registers and in shared memory. No block has fewer than 16 queries or 32
+keys, the least that tl.dot and dropout take.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from . import attention_tiles_sm80, attention_tiles_sm90
 from .launch import capability
 
 
@@ -30,101 +31,37 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The kernels' tiles for one head size."""
+    """The kernels' tiles of one line of a table. The last two are those for the gradients of biases, which only lines
+    for calls with biases have."""
 
     forward: Tile
     backward_q: Tile
     backward_k: Tile
-
-
-class BiasTiles(NamedTuple):
-    """Those of the kernels for the gradients of the biases."""
-
-    backward_bias: Tile
-    backward_distance_bias: Tile
+    backward_bias: Tile | None = None
+    backward_distance_bias: Tile | None = None
     """Square, because blocks on one diagonal are added up."""
 
-
-# (sm_ family, bytes per element, head_dim rounded up to a power of two) -> tiles, in the sm_80 family within the 99 KiB
-# of shared memory of an sm_86 or sm_89. These are for calls with nothing but causal, a padding mask, ALiBi.
-TILES: dict[tuple[int, int, int], Tiles] = {
-    (80, 2, 16): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
-    (80, 2, 32): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (80, 2, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 2)),
-    (80, 2, 128): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
-    (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 64, 8, 1)),
-    (80, 4, 16): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (80, 4, 32): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (80, 4, 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (80, 4, 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (80, 4, 256): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 2, 16): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
-    (90, 2, 32): Tiles(Tile(128, 128, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 8, 3)),
-    (90, 2, 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 128, 8, 3)),
-    (90, 2, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (90, 2, 256): Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 4, 16): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 4, 32): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 4, 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 4, 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (90, 4, 256): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-}
+    def tile(self, kernel: str) -> Tile:
+        """The tile of one of the fields that is there."""
+        tile: Tile | None = getattr(self, kernel)
+        assert tile is not None
+        return tile
 
 
-# What else is done to a score takes registers away from the block. Where these add up to at most 4, FEATURE_TILES have
-# room for it; beyond that, SMALL has.
-WEIGHTS = {"mask": 2, "bias": 2, "relative_bias": 2, "dropout": 1, "softcap": 1, "window": 1, "varlen": 1}
-FORWARD_FREE = frozenset({"softcap", "window", "varlen"})  # the forward kernel has room for these, from head_dim 64 on
-FEATURE_TILES: dict[tuple[int, int, int], Tiles] = {
-    (80, 2, 16): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
-    (80, 2, 32): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
-    (80, 2, 64): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
-    (80, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
-    (80, 2, 256): Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (80, 4, 16): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
-    (80, 4, 32): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
-    (80, 4, 64): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
-    (80, 4, 128): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-    (80, 4, 256): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 16, 1), Tile(16, 32, 16, 1)),
-    (90, 2, 16): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-    (90, 2, 32): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-    (90, 2, 64): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-    (90, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 2, 256): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (90, 4, 16): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
-    (90, 4, 32): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
-    (90, 4, 64): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 3)),
-    (90, 4, 128): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-    (90, 4, 256): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-}
-# (bytes per element, whether head_dim is over 128) -> tiles
-SMALL: dict[tuple[int, bool], Tiles] = {
-    (2, False): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 8, 1)),
-    (2, True): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (4, False): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-    (4, True): Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 16, 1), Tile(16, 32, 16, 1)),
-}
-BIAS_TILES: dict[tuple[int, int, int], BiasTiles] = {
-    (80, 2, 16): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
-    (80, 2, 32): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
-    (80, 2, 64): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
-    (80, 2, 128): BiasTiles(Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
-    (80, 2, 256): BiasTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
-    (80, 4, 16): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (80, 4, 32): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (80, 4, 64): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (80, 4, 128): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (80, 4, 256): BiasTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (90, 2, 16): BiasTiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (90, 2, 32): BiasTiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (90, 2, 64): BiasTiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (90, 2, 128): BiasTiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (90, 2, 256): BiasTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
-    (90, 4, 16): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 4, 32): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 4, 64): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 4, 128): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (90, 4, 256): BiasTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+Key = tuple[int, int, str]
+"""(bytes per element, head_dim rounded up to a power of two, one of :data:`CLASSES`)."""
+
+# What else is done to a score takes registers away from the block, so calls with different features have tiles of their
+# own: "plain" calls have nothing but causal and a padding mask, "window" calls what is computed from positions and
+# scores alone, "bias" calls anything that adds up to at most 4, "all" calls more.
+CLASSES = ("plain", "window", "bias", "all")
+_WEIGHTS = {"mask": 2, "bias": 2, "relative_bias": 2, "dropout": 1, "softcap": 1, "window": 1, "varlen": 1, "alibi": 1}
+_WINDOW = frozenset({"softcap", "window", "varlen", "alibi"})
+
+# sm_ family -> its table. That of the sm_80 family stays within the 99 KiB of shared memory of an sm_86 or sm_89.
+TILES: dict[int, dict[Key, Tiles]] = {
+    family: {key: Tiles(*(Tile(*tile) for tile in line)) for key, line in table.LINES.items()}
+    for family, table in ((80, attention_tiles_sm80), (90, attention_tiles_sm90))
 }
 
 
@@ -134,28 +71,25 @@ def block_dim(head_dim: int) -> int:
 
 
 def family(sm: int) -> int:
-    """Which lines of TILES a GPU of compute capability ``sm`` uses: 90 from Hopper's data-centre line on, else 80."""
+    """Which table a GPU of compute capability ``sm`` uses: 90 from Hopper's data-centre line on, else 80."""
     return 90 if sm // 10 in (9, 10) else 80
 
 
+def class_of(features: Iterable[str]) -> str:
+    """Which of :data:`CLASSES` a call with ``features``, named as in attention_options.py, belongs to."""
+    used = _WEIGHTS.keys() & features
+    if used <= _WINDOW:
+        return "window" if used else "plain"
+    return "bias" if sum(_WEIGHTS[name] for name in used) <= 4 else "all"
+
+
 def tiles_for(sm_family: int, itemsize: int, dim: int, features: Iterable[str]) -> Tiles:
-    """The tiles of a call with ``features``, named as in attention_options.py. ``dim``: of :func:`block_dim`."""
-    key = (sm_family, itemsize, dim)
-    weight = sum(WEIGHTS.get(name, 0) for name in features)
-    if weight == 0:
-        return TILES[key]
-    if weight > 4:
-        return SMALL[itemsize, dim > 128]
-    tiles = FEATURE_TILES[key]
-    if dim >= 64 and FORWARD_FREE.issuperset(WEIGHTS.keys() & features):
-        tiles = tiles._replace(forward=TILES[key].forward)
-    return tiles
+    """The tiles of a call with ``features``. ``dim``: of :func:`block_dim`."""
+    return TILES[sm_family][itemsize, dim, class_of(features)]
 
 
 @functools.cache
-def tiles_on(
-    device: torch.device, itemsize: int, head_dim: int, head_dim_v: int, features: tuple[str, ...]
-) -> tuple[Tiles, BiasTiles]:
-    """The tiles of a call on ``device``, and those of the gradients of its biases."""
-    sm_family, dim = family(capability(device)), max(block_dim(head_dim), block_dim(head_dim_v))
-    return tiles_for(sm_family, itemsize, dim, features), BIAS_TILES[sm_family, itemsize, dim]
+def tiles_on(device: torch.device, itemsize: int, head_dim: int, head_dim_v: int, features: tuple[str, ...]) -> Tiles:
+    """The tiles of a call on ``device``."""
+    dim = max(block_dim(head_dim), block_dim(head_dim_v))
+    return tiles_for(family(capability(device)), itemsize, dim, features)

@@ -99,6 +99,8 @@ class Configuration:
     """Whether the build must contain matrix instructions."""
     unaligned: frozenset[str] = frozenset()
     """int32 arguments that are not multiples of 16 (all others, and all pointers, are)."""
+    above_one: frozenset[str] = frozenset()
+    """int32 arguments that are never 1."""
     options: dict[str, Any] = field(default_factory=dict)
 
     def signature(self) -> dict[str, str]:
