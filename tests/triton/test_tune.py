@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
+from triton.runtime.errors import OutOfResources
+
 from fastformer.backends.triton import attention, attention_problems, attention_tiles, interpreting, launch, tune
 from fastformer.backends.triton.attention_tiles import TILES, Tile, Tiles
 
@@ -300,3 +302,13 @@ def test_results_that_do_not_repeat_are_refused(device, monkeypatch):
 
     monkeypatch.setattr(attention, "forward", drifting)
     assert "two runs differ" in attention_problems.wrong(family, key, "forward", Tile(32, 32, 4, 1), device)
+
+
+def test_a_tile_that_this_gpu_has_no_room_for_is_refused(device, monkeypatch):
+    def no_room(*args):
+        raise OutOfResources(200_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(attention, "forward", no_room)
+    family = attention_tiles.family(launch.capability(device))
+    reason = attention_problems.wrong(family, (4, 16, "plain"), "forward", Tile(32, 32, 4, 1), device)
+    assert "out of resource: shared memory" in reason
