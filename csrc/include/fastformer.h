@@ -118,7 +118,11 @@ FF_WORKSPACE(cpu, add_layer_norm_backward, ff_add_layer_norm_args);
 FF_WORKSPACE(cuda, add_layer_norm_backward, ff_add_layer_norm_args);
 
 /* ---- softmax ---------------------------------------------------------------------------------------------------------
- * out = softmax(scale * x) over rows, or its logarithm. A row of only -inf gives zeros (-inf for the logarithm). */
+ * out = softmax(scale * x + bias + mask) over rows, or its logarithm. A row without any element gives zeros (-inf for the
+ * logarithm) and no gradient.
+ *
+ * Row r is row (i, j, k) of a tensor whose leading dimensions are row_shape, r = (i * row_shape[1] + j) * row_shape[2] + k.
+ * Column c takes part if mask[i, j, k, c] != 0 and, under causal, c <= k + cols - row_shape[2]. */
 typedef struct ff_softmax_args {
   ff_dtype dtype;
   int64_t rows, cols;
@@ -129,6 +133,14 @@ typedef struct ff_softmax_args {
   void* out;               /* (rows, cols), written by forward, read by backward */
   const void* dout;        /* backward: (rows, cols) */
   void* dx;                /* backward: (rows, cols) */
+  /* All that follows may be zero; row_shape is read where causal, mask or bias is set. */
+  int64_t row_shape[3];    /* their product is rows */
+  int causal;
+  const uint8_t* mask;     /* row_shape x (cols), nonzero = takes part, or NULL; stride 0 broadcasts */
+  int64_t mask_stride[4];  /* the last is 1, or 0 to broadcast */
+  const void* bias;        /* row_shape x (cols) in bias_dtype, the data's or acc, or NULL: added. dbias = dx / scale, summed */
+  ff_dtype bias_dtype;
+  int64_t bias_stride[4];
 } ff_softmax_args;
 FF_KERNEL(cpu, softmax_forward, ff_softmax_args);
 FF_KERNEL(cpu, softmax_backward, ff_softmax_args);
@@ -153,7 +165,8 @@ FF_WORKSPACE(cpu, gelu_backward, ff_gelu_args);
 
 /* ---- cross_entropy ---------------------------------------------------------------------------------------------------
  * With z = logits, V = cols, s = label_smoothing and class weights w (1 where NULL):
- * loss = (1 - s) * w[t] * (lse - z[t]) + s / V * sum_j w[j] * (lse - z[j]);  0 where target == ignore_index.
+ * loss = (1 - s) * w[t] * (lse - z[t]) + s / V * sum_j w[j] * (lse - z[j]) + z_loss * lse^2;  0 where target ==
+ * ignore_index. With probabilities q instead of target: sum_j ((1 - s) q[j] + s / V) * w[j] * (lse - z[j]) + z_loss * lse^2.
  * A target outside [0, V) that is not ignore_index: FF_INVALID_ARGUMENT on the CPU before anything is written; a NaN
  * loss and gradient row on a GPU, where looking first would cost a synchronisation. */
 typedef struct ff_cross_entropy_args {
@@ -169,7 +182,12 @@ typedef struct ff_cross_entropy_args {
   void* lse;               /* (rows) acc, log-sum-exp: written by forward, read by backward */
   const void* dloss;       /* backward: (rows) acc, stride dloss_stride (0 broadcasts one value) */
   int64_t dloss_stride;
-  void* dlogits;           /* backward: (rows, cols) */
+  void* dlogits;           /* backward: (rows, cols); forward: or NULL, the gradient for dloss, from the same pass */
+  /* All that follows may be zero. */
+  double z_loss;
+  const void* probabilities;   /* (rows, cols) in dtype, instead of target */
+  int64_t probabilities_stride;
+  void* dprobabilities;        /* backward: (rows, cols) in dtype, or NULL */
 } ff_cross_entropy_args;
 FF_KERNEL(cpu, cross_entropy_forward, ff_cross_entropy_args);
 FF_KERNEL(cpu, cross_entropy_backward, ff_cross_entropy_args);
