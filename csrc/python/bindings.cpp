@@ -234,9 +234,8 @@ PYBIND11_MODULE(FF_MODULE, m) {
     ff::set_gradients(a, gradients);
     return py::make_tuple(ff_cpu_attention_forward_workspace(&a), ff_cpu_attention_backward_workspace(&a));
   });
-  m.def("decode_attention", [](const py::tuple& tensors, double scale, bool causal, int64_t window_left,
-                               int64_t window_right, double softcap) {
-    decode_attention(ff::decode_attention_args(tensors, scale, causal, window_left, window_right, softcap));
+  m.def("decode_attention", [](const py::tuple& tensors, const py::tuple& options) {
+    decode_attention(ff::decode_attention_args(tensors, options));
   });
 
   m.def("decoder_step_workspace", [](int64_t batch, int64_t num_layers, int64_t hidden_size, int64_t num_heads,
