@@ -11,7 +11,9 @@ gpu.py        the proof on a GPU, section by section; check.py is its correctnes
 
 KERNELS = (
     "layer_norm",
+    "rms_norm",
     "add_layer_norm",
+    "add_rms_norm",
     "softmax",
     "gelu",
     "cross_entropy",
