@@ -29,6 +29,52 @@ static void check(int status) {
   throw std::runtime_error(ff_last_error());
 }
 
+// layer_norm and rms_norm, whose mean is None.
+template <auto* forward, auto* workspace_of, auto* backward> static void bind_norm(py::module_& m, std::string name) {
+  m.def((name + "_forward").c_str(), [](py::handle x, py::handle weight, py::handle bias, py::handle out,
+                                        py::handle mean, py::handle rstd, double eps, Ptr stream) {
+    const auto a = ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps);
+    check(forward(&a, ptr(stream)));
+  });
+  m.def((name + "_backward_workspace").c_str(), [](py::handle x) {
+    const py::none none;
+    const auto a = ff::layer_norm_args(x, none, none, none, none, none, 0);
+    return workspace_of(&a);
+  });
+  m.def((name + "_backward").c_str(), [](py::handle dout, py::handle x, py::handle weight, py::handle mean,
+                                         py::handle rstd, py::handle dx, py::handle dweight, py::handle dbias,
+                                         py::handle workspace, Ptr stream) {
+    auto a = ff::layer_norm_backward_args(dout, x, weight, mean, rstd, dx, dweight, dbias);
+    a.workspace = ff::Tensor(workspace).data;
+    check(backward(&a, ptr(stream)));
+  });
+}
+
+template <auto* forward, auto* workspace_of, auto* backward>
+static void bind_add_norm(py::module_& m, std::string name) {
+  m.def((name + "_forward").c_str(),
+        [](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, py::handle summed,
+           py::handle mean, py::handle rstd, double eps, double dropout_p, uint64_t seed, Ptr stream) {
+          const auto a =
+              ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed);
+          check(forward(&a, ptr(stream)));
+        });
+  m.def((name + "_backward_workspace").c_str(), [](py::handle summed) {
+    const py::none none;
+    const auto a = ff::add_layer_norm_args(summed, none, none, none, none, summed, none, none, 0, 0, 0);
+    return workspace_of(&a);
+  });
+  m.def((name + "_backward").c_str(),
+        [](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean, py::handle rstd,
+           py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, double dropout_p, uint64_t seed,
+           py::handle workspace, Ptr stream) {
+          auto a = ff::add_layer_norm_backward_args(dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight,
+                                                    dbias, dropout_p, seed);
+          a.workspace = ff::Tensor(workspace).data;
+          check(backward(&a, ptr(stream)));
+        });
+}
+
 PYBIND11_MODULE(FF_MODULE, m) {
 #ifdef FF_EMULATE
   namespace emulation = ff::emulation;
@@ -44,45 +90,13 @@ PYBIND11_MODULE(FF_MODULE, m) {
 
   m.def("use_exchange", ff::use_exchange);  // tensor.h
   ff::use_exchange(true);
-  m.def("layer_norm_forward", [](py::handle x, py::handle weight, py::handle bias, py::handle out, py::handle mean,
-                                 py::handle rstd, double eps, Ptr stream) {
-    const auto a = ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps);
-    check(ff_cuda_layer_norm_forward(&a, ptr(stream)));
-  });
-  m.def("layer_norm_backward_workspace", [](py::handle x) {
-    const py::none none;
-    const auto a = ff::layer_norm_args(x, none, none, none, none, none, 0);
-    return ff_cuda_layer_norm_backward_workspace(&a);
-  });
-  m.def("layer_norm_backward", [](py::handle dout, py::handle x, py::handle weight, py::handle mean, py::handle rstd,
-                                  py::handle dx, py::handle dweight, py::handle dbias, py::handle workspace,
-                                  Ptr stream) {
-    auto a = ff::layer_norm_backward_args(dout, x, weight, mean, rstd, dx, dweight, dbias);
-    a.workspace = ff::Tensor(workspace).data;
-    check(ff_cuda_layer_norm_backward(&a, ptr(stream)));
-  });
-
-  m.def("add_layer_norm_forward",
-        [](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, py::handle summed,
-           py::handle mean, py::handle rstd, double eps, double dropout_p, uint64_t seed, Ptr stream) {
-          const auto a =
-              ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed);
-          check(ff_cuda_add_layer_norm_forward(&a, ptr(stream)));
-        });
-  m.def("add_layer_norm_backward_workspace", [](py::handle summed) {
-    const py::none none;
-    const auto a = ff::add_layer_norm_args(summed, none, none, none, none, summed, none, none, 0, 0, 0);
-    return ff_cuda_add_layer_norm_backward_workspace(&a);
-  });
-  m.def("add_layer_norm_backward",
-        [](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean, py::handle rstd,
-           py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, double dropout_p, uint64_t seed,
-           py::handle workspace, Ptr stream) {
-          auto a = ff::add_layer_norm_backward_args(dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight,
-                                                    dbias, dropout_p, seed);
-          a.workspace = ff::Tensor(workspace).data;
-          check(ff_cuda_add_layer_norm_backward(&a, ptr(stream)));
-        });
+  bind_norm<ff_cuda_layer_norm_forward, ff_cuda_layer_norm_backward_workspace, ff_cuda_layer_norm_backward>(
+      m, "layer_norm");
+  bind_norm<ff_cuda_rms_norm_forward, ff_cuda_rms_norm_backward_workspace, ff_cuda_rms_norm_backward>(m, "rms_norm");
+  bind_add_norm<ff_cuda_add_layer_norm_forward, ff_cuda_add_layer_norm_backward_workspace,
+                ff_cuda_add_layer_norm_backward>(m, "add_layer_norm");
+  bind_add_norm<ff_cuda_add_rms_norm_forward, ff_cuda_add_rms_norm_backward_workspace, ff_cuda_add_rms_norm_backward>(
+      m, "add_rms_norm");
 
   m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options, Ptr stream) {
     const ff_attention_args a = ff::attention_args(tensors, options);
