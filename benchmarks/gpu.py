@@ -45,6 +45,8 @@ LEAST_SECONDS = 5  # less is not worth starting anything in
 OPS = (
     "layer_norm",
     "add_layer_norm",
+    "rms_norm",
+    "add_rms_norm",
     "softmax",
     "gelu",
     "cross_entropy",
@@ -52,7 +54,7 @@ OPS = (
     "decode_attention",
     "feed_forward",
 )
-BENCHES = ("attention", "decode_attention", *OPS[:5], "feed_forward", "training_step", "generation", "overhead")
+BENCHES = ("attention", "decode_attention", *OPS[:7], "feed_forward", "training_step", "generation", "overhead")
 BACKENDS = ("triton", "cuda")
 KINDS = ("machine", "build", "check", "tests", "sanitize", "bench")
 PARTS = "parts"  # what sections leave for the report, removed at the end

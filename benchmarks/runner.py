@@ -31,6 +31,8 @@ from benchmarks.machine import CLOCKS
 OPS = (
     "layer_norm",
     "add_layer_norm",
+    "rms_norm",
+    "add_rms_norm",
     "softmax",
     "gelu",
     "cross_entropy",

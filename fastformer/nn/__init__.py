@@ -4,7 +4,7 @@ from .activation import GELU, LogSoftmax, Softmax
 from .attention import MultiheadAttention
 from .feed_forward import FeedForward
 from .loss import CrossEntropyLoss
-from .norm import LayerNorm
+from .norm import LayerNorm, RMSNorm
 
 __all__ = [
     "GELU",
@@ -13,5 +13,6 @@ __all__ = [
     "LayerNorm",
     "LogSoftmax",
     "MultiheadAttention",
+    "RMSNorm",
     "Softmax",
 ]

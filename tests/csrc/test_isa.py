@@ -61,6 +61,14 @@ OPS = {
         lambda x, w: _sum_of_both(F.add_layer_norm(x, x.detach().flip(0), x.shape[1:], w)),
         lambda x, w: _sum_of_both((TF.layer_norm(x + x.detach().flip(0), x.shape[1:], w), x + x.detach().flip(0))),
     ),
+    "rms_norm": (
+        lambda x, w: F.rms_norm(x, x.shape[1:], w, 1e-5, bias=w),
+        lambda x, w: TF.rms_norm(x, x.shape[1:], w, 1e-5) + w,
+    ),
+    "add_rms_norm": (
+        lambda x, w: _sum_of_both(F.add_rms_norm(x, x.detach().flip(0), x.shape[1:], w, 1e-5)),
+        lambda x, w: _sum_of_both((TF.rms_norm(x + x.detach().flip(0), x.shape[1:], w, 1e-5), x + x.detach().flip(0))),
+    ),
     "softmax": (lambda x, w: F.softmax(x, 1), lambda x, w: TF.softmax(x, 1)),
     "log_softmax": (lambda x, w: F.log_softmax(x, 1), lambda x, w: TF.log_softmax(x, 1)),
     "gelu": (F.bias_gelu, lambda x, w: TF.gelu(x + w)),
@@ -140,6 +148,8 @@ def test_nan_and_infinity_pass_through(dtype, kernels):
         assert F.gelu(x)[0, n // 2].isnan() and F.gelu(x)[1, n // 2] == float("inf")
         assert F.gelu(x, "tanh")[0, n // 2].isnan() and F.gelu(x, "tanh")[1, n // 2] == float("inf")
         assert F.layer_norm(x, (n,))[:2].isnan().all()
+        # the infinity is NaN, what is finite beside it is 0
+        assert F.rms_norm(x, (n,))[0].isnan().all() and F.rms_norm(x, (n,))[1, n // 2].isnan()
         assert F.cross_entropy(x[:1], torch.tensor([0])).isnan()
 
 
