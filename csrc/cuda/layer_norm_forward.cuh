@@ -13,11 +13,6 @@
 
 namespace ff {
 
-constexpr int kForwardThreads = 128;  // of a block, unless one row has more
-constexpr int kLongThreads = 512;     // of a block on a row too long for registers
-constexpr int kClusterThreads = 512;  // of each block of a cluster
-constexpr int kForwardClusterPacks = 8;  // in each of its threads
-
 // T: data, P: parameters.
 template <class T, class P> struct NormForward {
   int64_t rows, cols;
@@ -69,9 +64,6 @@ FF_DEVICE void store_normalised(const NormForward<T, P>& a, const Pack<T, E>& x,
   }
   store_streaming(a.out + row * a.cols + col, make_pack<T, E>(y));
 }
-
-// A block of 1024 leaves 64 registers to a thread: enough for float32, not for converted halves.
-template <class T, int E> constexpr int forward_max_threads() { return E > 1 && sizeof(T) == 4 ? 1024 : 512; }
 
 // V packs of E elements per thread (row.cuh). cols is a multiple of E. With CLUSTER, the blocks of one work on a row.
 template <bool ADD, bool RMS, class T, class P, int E, int V, bool CLUSTER>
@@ -209,16 +201,12 @@ __global__ void __launch_bounds__(kLongThreads) norm_forward_long(const NormForw
 }
 
 // ---- launching ------------------------------------------------------------------------------------------------------
-// Few threads for a short row, so that a warp works on several; never more than 64 bytes of it in one thread, so that
-// many threads fit and keep many loads in flight.
-constexpr RowPlan kForwardPlans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},    {128, 32, 4},  {256, 64, 4},
-                                     {512, 128, 4}, {1024, 256, 4}, {2048, 512, 4}, {4096, 1024, 4}};
 constexpr RowPlan kForwardScalarPlans[] = {{256, 32, 8}, {512, 64, 8}, {1024, 128, 8}, {2048, 256, 8}, {4096, 512, 8}};
 
 template <bool ADD, bool RMS, class T, class P, int E>
 int launch_norm_forward(const char* name, NormForward<T, P> a, void* stream) {
-  const RowPlan* plan = E == 1 ? choose_plan(kForwardScalarPlans, a.cols) : choose_plan(kForwardPlans, a.cols / E);
-  if (!plan || plan->threads > forward_max_threads<T, E>()) {
+  const RowPlan* plan = E == 1 ? choose_plan(kForwardScalarPlans, a.cols) : forward_plan<T, E>(a.cols / E);
+  if (!plan) {
     if constexpr (E > 1) {
       if (const int cluster = cluster_for(a.cols, kClusterThreads * kForwardClusterPacks * E)) {
         a.slice = cluster_slice(a.cols, cluster);
@@ -228,8 +216,7 @@ int launch_norm_forward(const char* name, NormForward<T, P> a, void* stream) {
     }
     return launch(name, norm_forward_long<ADD, RMS, T, P, E>, grid_of(a.rows), kLongThreads, 0, stream, a);
   }
-  const int rows_per_block = plan->threads < kForwardThreads ? kForwardThreads / plan->threads : 1;
-  const dim3 grid = grid_of((a.rows + rows_per_block - 1) / rows_per_block), block(plan->threads, rows_per_block);
+  const dim3 block = forward_block(*plan), grid = forward_grid(a.rows, block);
   const auto run = [&](auto packs) {
     return launch(name, norm_forward<ADD, RMS, T, P, E, decltype(packs)::value, false>, grid, block, 0, stream, a);
   };

@@ -98,6 +98,45 @@ PYBIND11_MODULE(FF_MODULE, m) {
   bind_add_norm<ff_cuda_add_rms_norm_forward, ff_cuda_add_rms_norm_backward_workspace, ff_cuda_add_rms_norm_backward>(
       m, "add_rms_norm");
 
+  m.def("softmax_forward", [](py::handle x_, py::handle out, double scale, bool log, py::handle mask, py::handle bias,
+                              py::handle row_shape, bool causal, Ptr stream) {
+    const ff::Tensor x(x_);
+    ff_softmax_args a{};
+    a.dtype = ff_dtype(x.dtype), a.rows = x.rows(), a.cols = x.cols, a.x_stride = x.row_stride();
+    a.scale = scale, a.log = log;
+    a.x = x.data, a.out = ff::Tensor(out).data;
+    if (!row_shape.is_none()) ff::add_to_scores(a, mask, bias, row_shape, causal);
+    check(ff_cuda_softmax_forward(&a, ptr(stream)));
+  });
+  m.def("softmax_backward", [](py::handle dout_, py::handle out_, py::handle dx, double scale, bool log,
+                               py::handle mask, py::handle row_shape, bool causal, Ptr stream) {
+    const ff::Tensor out(out_), dout(dout_);
+    ff_softmax_args a{};
+    a.dtype = ff_dtype(out.dtype), a.rows = out.rows(), a.cols = out.cols, a.dout_stride = dout.row_stride();
+    a.scale = scale, a.log = log;
+    a.out = out.data, a.dout = dout.data, a.dx = ff::Tensor(dx).data;
+    if (!row_shape.is_none()) ff::add_to_scores(a, mask, py::none(), row_shape, causal);
+    check(ff_cuda_softmax_backward(&a, ptr(stream)));
+  });
+  m.def("cross_entropy_forward",
+        [](py::handle logits, py::handle target, py::handle weight, py::handle loss, py::handle lse,
+           int64_t ignore_index, double label_smoothing, double z_loss, py::handle probabilities, py::handle dloss,
+           py::handle dlogits, Ptr stream) {
+          auto a = ff::cross_entropy_args(logits, target, weight, ignore_index, label_smoothing, z_loss, probabilities);
+          a.lse = ff::Tensor(lse).data, a.loss = ff::Tensor(loss).data;
+          ff::set_gradients(a, dloss, dlogits);
+          check(ff_cuda_cross_entropy_forward(&a, ptr(stream)));
+        });
+  m.def("cross_entropy_backward",
+        [](py::handle dloss, py::handle logits, py::handle target, py::handle weight, py::handle lse,
+           py::handle dlogits, int64_t ignore_index, double label_smoothing, double z_loss, py::handle probabilities,
+           py::handle dprobabilities, Ptr stream) {
+          auto a = ff::cross_entropy_args(logits, target, weight, ignore_index, label_smoothing, z_loss, probabilities);
+          a.lse = ff::Tensor(lse).data, a.dprobabilities = ff::Tensor(dprobabilities).data;
+          ff::set_gradients(a, dloss, dlogits);
+          check(ff_cuda_cross_entropy_backward(&a, ptr(stream)));
+        });
+
   m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options, Ptr stream) {
     const ff_attention_args a = ff::attention_args(tensors, options);
     check(ff_cuda_attention_forward(&a, ptr(stream)));
