@@ -29,16 +29,8 @@ def name(shape):
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
     with guarded_outputs(monkeypatch, _call, cross_entropy):
+        assert cross_entropy.empty_like(torch.zeros(1)).isnan()
         yield
-        _call.empty(torch.zeros(1), 1)  # tests of errors allocate nothing else
-
-
-@pytest.fixture
-def hopper(device, monkeypatch):
-    if device != "cpu":
-        pytest.skip("a GPU is what it is")
-    monkeypatch.setenv("FASTFORMER_CUDA_FAMILY", "sm90")
-    return device
 
 
 def expected(logits, target, weight, smoothing, z_loss, dloss):
@@ -132,7 +124,7 @@ def test_class_probabilities(shape, dtype, weighted, device):
         ((3, 16420), torch.bfloat16),  # two blocks
         ((2, 50257), torch.bfloat16),  # GPT-2: two, of rows that start anywhere
         ((1, 1 << 17), torch.float32),  # eight
-        ((1, (1 << 17) + 1), torch.float32),  # eight, the last with little to do
+        ((1, (1 << 17) + 1), torch.float32),  # sixteen, the last with little to do
     ],
     ids=str,
 )
@@ -225,7 +217,7 @@ def test_errors_name_the_argument(device):
         call(x.as_strided((2, 0), (8, 1)))
     with pytest.raises(ValueError, match="target, probabilities: exactly one"):
         call(probabilities=x)
-    with pytest.raises(ValueError, match="label_smoothing: 1.5"):
+    with pytest.raises(ValueError, match=r"label_smoothing: 1\.5"):
         call(smoothing=1.5)
     with pytest.raises(ValueError, match="loss, lse: must not be NULL"):
         call(loss=None)

@@ -45,16 +45,8 @@ def name(value):
 def guarded(monkeypatch):
     """Outputs start as NaN between two margins that must still be untouched at the end."""
     with guarded_outputs(monkeypatch, _call, _norm, rms_norm, add_rms_norm):
+        assert layer_norm.empty_like(torch.zeros(1)).isnan()
         yield
-
-
-@pytest.fixture
-def hopper(device, monkeypatch):
-    """The paths for sm_90: clusters where a row is too long for one block."""
-    if device != "cpu":
-        pytest.skip("a GPU is what it is")
-    monkeypatch.setenv("FASTFORMER_CUDA_FAMILY", "sm90")
-    return device
 
 
 def assert_as_good(ours, theirs, exact, what):

@@ -26,18 +26,10 @@ def name(shape):
 
 
 @pytest.fixture(autouse=True)
-def guarded(monkeypatch, request):
+def guarded(monkeypatch):
     with guarded_outputs(monkeypatch, _call):
+        assert softmax.empty_like(torch.zeros(1)).isnan()
         yield
-        _call.empty(torch.zeros(1), 1)  # tests of errors allocate nothing else
-
-
-@pytest.fixture
-def hopper(device, monkeypatch):
-    if device != "cpu":
-        pytest.skip("a GPU is what it is")
-    monkeypatch.setenv("FASTFORMER_CUDA_FAMILY", "sm90")
-    return device
 
 
 def visible_of(shape, cols, mask, causal):
@@ -60,8 +52,6 @@ def expected(x, dout, scale, log, mask, bias, shape, causal):
         some = visible.any(1, keepdim=True)
         out = (torch.log_softmax if log else torch.softmax)(torch.where(some, z, 0.0), 1)
         out = torch.where(some, out, float("-inf") if log else 0.0)
-        if log:
-            out = torch.where(visible, out, float("-inf"))
     else:
         out = (torch.log_softmax if log else torch.softmax)(z, 1)
     (dx,) = torch.autograd.grad(out, x, dout.cpu()) if x.numel() else (torch.zeros_like(x),)
@@ -99,7 +89,7 @@ def test_softmax(shape, dtype, log, device):
         ((3, 16416), torch.bfloat16),  # two blocks
         ((2, 33001), torch.float32),  # four, of rows that start anywhere
         ((1, 1 << 17), torch.bfloat16),
-        ((1, (1 << 17) + 3), torch.float32),  # eight
+        ((1, (1 << 17) + 3), torch.float32),  # sixteen, the last with little to do
     ],
     ids=str,
 )
