@@ -5,31 +5,10 @@
 //   nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80
 //     -gencode=arch=compute_90a,code=sm_90a -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c attention.cu
 //   g++ -x c++ -std=c++17 -O2 -fno-strict-aliasing -fPIC -fvisibility=hidden -DFF_EMULATE -c attention.cu
-#include <cstdlib>
-
 #include "attention.cuh"
 
 namespace ff {
 namespace {
-
-// Whether the current device runs the sm_90 kernels, as far as they go. Emulated, FASTFORMER_CUDA_FAMILY says.
-bool is_hopper() {
-#ifdef FF_EMULATE
-  const char* family = getenv("FASTFORMER_CUDA_FAMILY");
-  return family && !strcmp(family, "sm90");
-#else
-  static int capabilities[64];  // a repeated first query is harmless
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return false;
-  if (capabilities[device] == 0) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    capabilities[device] = major * 10 + minor;
-  }
-  return capabilities[device] == 90;
-#endif
-}
 
 bool runs_sm90(const ff_attention_args* a, bool backward) {
   return is_hopper() && attention_supported_sm90(a, backward);

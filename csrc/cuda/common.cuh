@@ -4,6 +4,7 @@
 // is CUDA for nvcc and, with -DFF_EMULATE, C++ for csrc/emulation.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
@@ -67,20 +68,40 @@ inline int check_cuda(const char* name) {
   return error == cudaSuccess ? FF_OK : fail(FF_DEVICE_ERROR, "%s: %s", name, cudaGetErrorString(error));
 }
 
-// Enqueues kernel(arguments...) on `stream`. Errors of its execution surface in a later call, as CUDA has it.
+// Enqueues kernel(arguments...) on `stream`, in clusters of `cluster` neighbouring blocks. Errors of its execution
+// surface in a later call, as CUDA has it.
 template <class... P, class... A>
-int launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-           const A&... arguments) {
+int launch_clusters(const char* name, void (*kernel)(P...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                    void* stream, const A&... arguments) {
   if (shared_bytes > (48 << 10) &&  // more than a kernel may have unasked
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)) != cudaSuccess)
     return check_cuda(name);
+  if (cluster > 8 && cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
+    return check_cuda(name);
 #ifdef FF_EMULATE
   (void)stream;
-  emulation::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [=] { kernel(arguments...); });
+  emulation::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [=] { kernel(arguments...); },
+                    cluster);
 #else
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  if (cluster == 1) {
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  } else {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
 #endif
   return check_cuda(name);
+}
+
+template <class... P, class... A>
+int launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+           const A&... arguments) {
+  return launch_clusters(name, kernel, 1, grid, block, shared_bytes, stream, arguments...);
 }
 
 // Streaming multiprocessors of the current device; 0 if the runtime cannot tell.
@@ -93,6 +114,25 @@ inline int multiprocessors() {
   if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 0;
   if (counts[device] == 0) cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device);
   return counts[device];
+#endif
+}
+
+// Whether the current device runs what is made for sm_90. Emulated, FASTFORMER_CUDA_FAMILY says.
+inline bool is_hopper() {
+#ifdef FF_EMULATE
+  const char* family = getenv("FASTFORMER_CUDA_FAMILY");
+  return family && !strcmp(family, "sm90");
+#else
+  static int capabilities[64];  // a repeated first query is harmless
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return false;
+  if (capabilities[device] == 0) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    capabilities[device] = major * 10 + minor;
+  }
+  return capabilities[device] == 90;
 #endif
 }
 

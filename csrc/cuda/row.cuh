@@ -172,4 +172,28 @@ template <int count> const RowPlan* choose_plan(const RowPlan (&plans)[count], i
   return nullptr;
 }
 
+// ---- plans of forward kernels, which hold a row in registers --------------------------------------------------------
+constexpr int kForwardThreads = 128;  // of a block, unless one row has more
+constexpr int kLongThreads = 512;     // of a block on a row too long for registers
+constexpr int kClusterThreads = 512;  // of each block of a cluster
+constexpr int kForwardClusterPacks = 8;  // in each of its threads
+
+// A block of 1024 leaves 64 registers to a thread: enough for float32, not for converted halves.
+template <class T, int E> constexpr int forward_max_threads() { return E > 1 && sizeof(T) == 4 ? 1024 : 512; }
+
+// Few threads for a short row, so that a warp works on several; never more than 64 bytes of it in one thread, so that
+// many threads fit and keep many loads in flight.
+constexpr RowPlan kForwardPlans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},    {128, 32, 4},  {256, 64, 4},
+                                     {512, 128, 4}, {1024, 256, 4}, {2048, 512, 4}, {4096, 1024, 4}};
+
+// The plan of a row of this many packs, or null: too long for one block's registers.
+template <class T, int E> const RowPlan* forward_plan(int64_t packs) {
+  const RowPlan* plan = choose_plan(kForwardPlans, packs);
+  return plan && plan->threads <= forward_max_threads<T, E>() ? plan : nullptr;
+}
+inline dim3 forward_block(const RowPlan& plan) {
+  return dim3(unsigned(plan.threads), unsigned(plan.threads < kForwardThreads ? kForwardThreads / plan.threads : 1));
+}
+inline dim3 forward_grid(int64_t rows, dim3 block) { return grid_of((rows + block.y - 1) / block.y); }
+
 }  // namespace ff

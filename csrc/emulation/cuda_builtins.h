@@ -125,6 +125,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = ff::emulation::settings.multiprocessors;
   return cudaSuccess;
 }
-template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
-  return ff::emulation::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), size_t(value));
+template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  const void* key = reinterpret_cast<const void*>(kernel);
+  return attribute == cudaFuncAttributeMaxDynamicSharedMemorySize
+             ? ff::emulation::allow_dynamic_shared(key, size_t(value))
+             : ff::emulation::allow_large_clusters(key);
 }

@@ -1,10 +1,11 @@
-// Runs a CUDA kernel on a CPU: every thread of a block is a fiber, blocks run one after another.
+// Runs a CUDA kernel on a CPU: every thread of a block is a fiber, blocks run one after another, those of a cluster
+// together.
 //
 // A fiber runs until it reaches something it must wait for (a barrier, a shuffle, an mbarrier) and then hands over to
 // the scheduler, which resumes fibers in one of several orders. Code that is right on a GPU gives the same answer in
 // all of them; code that leans on an order the hardware does not promise (a missing __syncthreads, a buffer reused too
 // early) gives different answers in some. To make such mistakes show
-//   - shared memory starts every block as 0xFF bytes, which read as NaN;
+//   - shared memory starts every block as 0xFF bytes, which read as NaN, and becomes them again when the block ends;
 //   - asynchronous operations can be put off to the last moment the program allows (settings.completion);
 //   - a block in which nothing can run, a barrier left half full, or a misused primitive stops the launch with a
 //     message naming block and cause, which the caller receives as a CUDA error.
@@ -39,10 +40,12 @@ extern uint64_t late_operations;
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 constexpr size_t kDefaultShared = 48 << 10, kMaxShared = 227 << 10;
+constexpr int kPortableCluster = 8, kMaxCluster = 16;  // blocks; more than 8 only for a kernel that allows it
 
 void launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
-            const std::function<void()>& body);
+            const std::function<void()>& body, int cluster = 1);
 cudaError_t allow_dynamic_shared(const void* kernel, size_t bytes);
+cudaError_t allow_large_clusters(const void* kernel);
 cudaError_t take_error();          // the last launch's error; resets it
 const char* error_message();
 
@@ -56,6 +59,7 @@ struct Block {
   dim3 grid_size, block_size;
   uint3 index{};
   int size = 0, current = 0;       // threads, and the linear index of the running one
+  int cluster = 1, rank = 0;       // blocks of a cluster, and which of them this is
   std::vector<uint3> thread_index;
   char* shared = nullptr;          // dynamic shared memory, then what FF_SHARED declares
 };
@@ -95,5 +99,14 @@ void at_block_start(void (*reset)());
 void* shared_variable(const void* key, size_t bytes, size_t alignment);
 // Offset of an address in the block's shared memory, as a 32-bit shared address on a GPU; faults outside of it.
 uint32_t shared_offset(const void* pointer, size_t bytes);
+
+// ---- clusters -------------------------------------------------------------------------------------------------------
+// All threads of the cluster that have not ended arrive before any returns from waiting.
+void cluster_arrive();
+void cluster_wait();
+// A shared address of this block as one of block `rank` of the cluster, which must have started and not ended.
+void* remote_address(const void* pointer, size_t bytes, int rank);
+// Runs `store`, a store to another block's shared memory, now or, if put off, when this thread arrives at the barrier.
+void store_remotely(std::function<void()> store);
 
 }  // namespace ff::emulation

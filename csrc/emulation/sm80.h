@@ -41,14 +41,15 @@ struct Sm80 {
   const char* rows[1024];
   uint32_t fragments[1024][6];
 };
-inline Sm80 sm80;
+inline Sm80 sm80_of_rank[kMaxCluster];
+inline Sm80& sm80() { return sm80_of_rank[block.rank]; }
 inline const bool sm80_registered = [] {
   at_block_start([] {
-    for (Groups& g : sm80.copies) g = {};
+    for (Groups& g : sm80().copies) g = {};
   });
   at_block_end([] {
     for (int t = 0; t < block.size; t++)
-      if (sm80.copies[t].unfinished()) fault("thread %d ended without waiting for its cp.async copies", t);
+      if (sm80().copies[t].unfinished()) fault("thread %d ended without waiting for its cp.async copies", t);
   });
   return true;
 }();
@@ -66,20 +67,20 @@ inline uint32_t shared_address(const void* p) { return emulation::shared_offset(
 inline void cp_async16(void* shared, const void* global, bool valid = true) {
   if (emulation::shared_offset(shared, 16) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulation::fault("cp.async: both addresses must be aligned to 16 bytes");
-  emulation::sm80.copies[emulation::thread()].start([=] {
+  emulation::sm80().copies[emulation::thread()].start([=] {
     if (valid) memcpy(shared, global, 16);
     else memset(shared, 0, 16);
   });
 }
-inline void cp_async_commit() { emulation::sm80.copies[emulation::thread()].commit(); }
-template <int N> void cp_async_wait() { emulation::sm80.copies[emulation::thread()].wait(N); }
+inline void cp_async_commit() { emulation::sm80().copies[emulation::thread()].commit(); }
+template <int N> void cp_async_wait() { emulation::sm80().copies[emulation::thread()].wait(N); }
 
 template <bool transposed> void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   using namespace emulation;
   if (shared_offset(row, 16) % 16) fault("ldmatrix: a row's address must be aligned to 16 bytes");
-  sm80.rows[thread()] = static_cast<const char*>(row);
+  sm80().rows[thread()] = static_cast<const char*>(row);
   warp_barrier(~0u, "ldmatrix");
-  const char** rows = sm80.rows + (thread() & ~31);
+  const char** rows = sm80().rows + (thread() & ~31);
   for (int i = 0; i < 4; i++) {
     uint16_t two[2];
     for (int e = 0; e < 2; e++) {
@@ -94,11 +95,11 @@ template <bool transposed> void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 
 template <class T> void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   using namespace emulation;
-  uint32_t(&mine)[6] = sm80.fragments[thread()];
+  uint32_t(&mine)[6] = sm80().fragments[thread()];
   memcpy(mine, a, 16);
   mine[4] = b0, mine[5] = b1;
   warp_barrier(~0u, "mma");
-  const auto* warp_fragments = sm80.fragments + (thread() & ~31);
+  const auto* warp_fragments = sm80().fragments + (thread() & ~31);
   for (int i = 0; i < 4; i++) {
     const int row = lane() / 4 + 8 * (i / 2), col = lane() % 4 * 2 + i % 2;
     float sum = 0;

@@ -42,19 +42,20 @@ struct Sm90 {
   WarpProducts warps[32];
   Groups bulk[1024];
 };
-inline Sm90 sm90;
+inline Sm90 sm90_of_rank[kMaxCluster];
+inline Sm90& sm90() { return sm90_of_rank[block.rank]; }
 inline const bool sm90_registered = [] {
   at_block_start([] {
-    sm90.barriers.clear();
-    for (WarpProducts& w : sm90.warps) w = {};
-    for (Groups& g : sm90.bulk) g = {};
+    sm90().barriers.clear();
+    for (WarpProducts& w : sm90().warps) w = {};
+    for (Groups& g : sm90().bulk) g = {};
   });
   at_block_end([] {
     for (int t = 0; t < block.size; t++)
-      if (sm90.bulk[t].unfinished()) fault("thread %d ended without waiting for its bulk copies", t);
+      if (sm90().bulk[t].unfinished()) fault("thread %d ended without waiting for its bulk copies", t);
     for (int w = 0; w < 32; w++)
-      if (sm90.warps[w].groups.unfinished()) fault("warp %d ended without waiting for its wgmma", w);
-    for (auto& [offset, m] : sm90.barriers)
+      if (sm90().warps[w].groups.unfinished()) fault("warp %d ended without waiting for its wgmma", w);
+    for (auto& [offset, m] : sm90().barriers)
       if (m.bytes) fault("ended with %lld bytes outstanding at the mbarrier at %u", (long long)m.bytes, offset);
   });
   return true;
@@ -65,8 +66,8 @@ inline uint64_t mbarrier_mark(uint32_t offset) { return 0x6d62617272696572ull ^ 
 
 inline Mbarrier& find_mbarrier(const uint64_t* barrier) {
   const uint32_t offset = shared_offset(barrier, 8);
-  auto found = sm90.barriers.find(offset);
-  if (found == sm90.barriers.end()) fault("the mbarrier at %u is not initialised", offset);
+  auto found = sm90().barriers.find(offset);
+  if (found == sm90().barriers.end()) fault("the mbarrier at %u is not initialised", offset);
   uint64_t mark;
   memcpy(&mark, barrier, 8);
   if (mark != mbarrier_mark(offset)) fault("the mbarrier at %u was overwritten", offset);
@@ -140,7 +141,7 @@ void warp_product(const Product& p, int first_row, bool from_registers, bool acc
 template <class T, bool transpose_a, bool transpose_b, int half_n>
 void warpgroup_product(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate) {
   static_assert(half_n == 32 || half_n == 48 || half_n == 64, "N is 64, 96 or 128");
-  WarpProducts& w = sm90.warps[warp()];
+  WarpProducts& w = sm90().warps[warp()];
   Product& p = w.next;
   p.d[lane()] = d;
   p.a[lane()] = a_registers;
@@ -169,7 +170,7 @@ void warpgroup_product(float* d, const uint32_t* a_registers, uint64_t a, uint64
 inline void mbarrier_init(uint64_t* barrier, int count) {
   const uint32_t offset = emulation::shared_offset(barrier, 8);
   if (offset % 8 || count < 1) emulation::fault("mbarrier at %u with %d arrivals", offset, count);
-  emulation::sm90.barriers[offset] = {0, count, count, 0};
+  emulation::sm90().barriers[offset] = {0, count, count, 0};
   const uint64_t mark = emulation::mbarrier_mark(offset);
   memcpy(barrier, &mark, 8);
 }
@@ -220,7 +221,7 @@ inline void bulk_load(void* shared, const void* global, uint64_t* barrier, uint3
 }
 inline void tma_store_2d(const TensorMap* map, const void* shared, int x, int y) {
   using namespace emulation;
-  sm90.bulk[thread()].start([=, map = *map] {
+  sm90().bulk[thread()].start([=, map = *map] {
     for_box(map, static_cast<char*>(const_cast<void*>(shared)), x, y, 0, 0, [](char* global, const char* from) {
       if (global) memcpy(global, from, 2);
     });
@@ -230,12 +231,12 @@ inline void bulk_reduce_add(float* global, const float* shared, uint32_t bytes) 
   using namespace emulation;
   if (shared_offset(shared, bytes) % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fault("bulk reduction: addresses and size must be multiples of 16 bytes");
-  sm90.bulk[thread()].start([=] {
+  sm90().bulk[thread()].start([=] {
     for (uint32_t i = 0; i < bytes / 4; i++) global[i] += shared[i];
   });
 }
-inline void bulk_commit() { emulation::sm90.bulk[emulation::thread()].commit(); }
-template <int N> void bulk_wait_read() { emulation::sm90.bulk[emulation::thread()].wait(N); }
+inline void bulk_commit() { emulation::sm90().bulk[emulation::thread()].commit(); }
+template <int N> void bulk_wait_read() { emulation::sm90().bulk[emulation::thread()].wait(N); }
 template <int N> void bulk_wait() { bulk_wait_read<N>(); }
 
 // Blocks run one after another: what one waits for must have been done by those that came before.
@@ -243,21 +244,21 @@ inline void wait_for_turn(const int* turn, int mine) {
   if (*turn != mine) emulation::fault("waits for turn %d at turn %d, for a block that has not run", mine, *turn);
 }
 inline void end_turn(int* turn) {
-  if (emulation::sm90.bulk[emulation::thread()].unfinished())
+  if (emulation::sm90().bulk[emulation::thread()].unfinished())
     emulation::fault("ends its turn without waiting for its bulk copies");
   ++*turn;
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
-inline void wgmma_fence() { emulation::sm90.warps[emulation::warp()].fenced = true; }
+inline void wgmma_fence() { emulation::sm90().warps[emulation::warp()].fenced = true; }
 inline void wgmma_commit() {
   emulation::warp_barrier(~0u, "wgmma_commit");
-  if (emulation::lane() == 0) emulation::sm90.warps[emulation::warp()].groups.commit();
+  if (emulation::lane() == 0) emulation::sm90().warps[emulation::warp()].groups.commit();
   emulation::warp_barrier(~0u, "wgmma_commit");
 }
 template <int N> void wgmma_wait() {
   emulation::warp_barrier(~0u, "wgmma_wait");
-  if (emulation::lane() == 0) emulation::sm90.warps[emulation::warp()].groups.wait(N);
+  if (emulation::lane() == 0) emulation::sm90().warps[emulation::warp()].groups.wait(N);
   emulation::warp_barrier(~0u, "wgmma_wait");
 }
 template <int N> void pin(float (&)[N]) {}

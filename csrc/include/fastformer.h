@@ -122,12 +122,18 @@ FF_WORKSPACE(cuda, add_layer_norm_backward, ff_add_layer_norm_args);
  * arguments are those of layer_norm and add_layer_norm; `mean` is neither written nor read. */
 typedef ff_layer_norm_args ff_rms_norm_args;
 FF_KERNEL(cpu, rms_norm_forward, ff_rms_norm_args);
+FF_KERNEL(cuda, rms_norm_forward, ff_rms_norm_args);
 FF_KERNEL(cpu, rms_norm_backward, ff_rms_norm_args);
+FF_KERNEL(cuda, rms_norm_backward, ff_rms_norm_args);
 FF_WORKSPACE(cpu, rms_norm_backward, ff_rms_norm_args);
+FF_WORKSPACE(cuda, rms_norm_backward, ff_rms_norm_args);
 typedef ff_add_layer_norm_args ff_add_rms_norm_args;
 FF_KERNEL(cpu, add_rms_norm_forward, ff_add_rms_norm_args);
+FF_KERNEL(cuda, add_rms_norm_forward, ff_add_rms_norm_args);
 FF_KERNEL(cpu, add_rms_norm_backward, ff_add_rms_norm_args);
+FF_KERNEL(cuda, add_rms_norm_backward, ff_add_rms_norm_args);
 FF_WORKSPACE(cpu, add_rms_norm_backward, ff_add_rms_norm_args);
+FF_WORKSPACE(cuda, add_rms_norm_backward, ff_add_rms_norm_args);
 
 /* ---- softmax ---------------------------------------------------------------------------------------------------------
  * out = softmax(scale * x + bias + mask) over rows, or its logarithm. A row without any element gives zeros (-inf for the
@@ -155,7 +161,9 @@ typedef struct ff_softmax_args {
   int64_t bias_stride[4];
 } ff_softmax_args;
 FF_KERNEL(cpu, softmax_forward, ff_softmax_args);
+FF_KERNEL(cuda, softmax_forward, ff_softmax_args);
 FF_KERNEL(cpu, softmax_backward, ff_softmax_args);
+FF_KERNEL(cuda, softmax_backward, ff_softmax_args);
 
 /* ---- gelu ------------------------------------------------------------------------------------------------------------
  * out = gelu(x + bias), the exact form x * Phi(x) or the tanh approximation; backward also reduces the bias gradient. */
@@ -202,7 +210,9 @@ typedef struct ff_cross_entropy_args {
   void* dprobabilities;        /* backward: (rows, cols) in dtype, or NULL */
 } ff_cross_entropy_args;
 FF_KERNEL(cpu, cross_entropy_forward, ff_cross_entropy_args);
+FF_KERNEL(cuda, cross_entropy_forward, ff_cross_entropy_args);
 FF_KERNEL(cpu, cross_entropy_backward, ff_cross_entropy_args);
+FF_KERNEL(cuda, cross_entropy_backward, ff_cross_entropy_args);
 
 /* ---- attention -------------------------------------------------------------------------------------------------------
  * out = dropout(softmax(cap(scale * q k^T) + bias + mask)) v per batch and head, never holding the (Sq, Sk) matrix, with

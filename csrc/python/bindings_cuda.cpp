@@ -29,6 +29,52 @@ static void check(int status) {
   throw std::runtime_error(ff_last_error());
 }
 
+// layer_norm and rms_norm, whose mean is None.
+template <auto* forward, auto* workspace_of, auto* backward> static void bind_norm(py::module_& m, std::string name) {
+  m.def((name + "_forward").c_str(), [](py::handle x, py::handle weight, py::handle bias, py::handle out,
+                                        py::handle mean, py::handle rstd, double eps, Ptr stream) {
+    const auto a = ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps);
+    check(forward(&a, ptr(stream)));
+  });
+  m.def((name + "_backward_workspace").c_str(), [](py::handle x) {
+    const py::none none;
+    const auto a = ff::layer_norm_args(x, none, none, none, none, none, 0);
+    return workspace_of(&a);
+  });
+  m.def((name + "_backward").c_str(), [](py::handle dout, py::handle x, py::handle weight, py::handle mean,
+                                         py::handle rstd, py::handle dx, py::handle dweight, py::handle dbias,
+                                         py::handle workspace, Ptr stream) {
+    auto a = ff::layer_norm_backward_args(dout, x, weight, mean, rstd, dx, dweight, dbias);
+    a.workspace = ff::Tensor(workspace).data;
+    check(backward(&a, ptr(stream)));
+  });
+}
+
+template <auto* forward, auto* workspace_of, auto* backward>
+static void bind_add_norm(py::module_& m, std::string name) {
+  m.def((name + "_forward").c_str(),
+        [](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, py::handle summed,
+           py::handle mean, py::handle rstd, double eps, double dropout_p, uint64_t seed, Ptr stream) {
+          const auto a =
+              ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed);
+          check(forward(&a, ptr(stream)));
+        });
+  m.def((name + "_backward_workspace").c_str(), [](py::handle summed) {
+    const py::none none;
+    const auto a = ff::add_layer_norm_args(summed, none, none, none, none, summed, none, none, 0, 0, 0);
+    return workspace_of(&a);
+  });
+  m.def((name + "_backward").c_str(),
+        [](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean, py::handle rstd,
+           py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, double dropout_p, uint64_t seed,
+           py::handle workspace, Ptr stream) {
+          auto a = ff::add_layer_norm_backward_args(dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight,
+                                                    dbias, dropout_p, seed);
+          a.workspace = ff::Tensor(workspace).data;
+          check(backward(&a, ptr(stream)));
+        });
+}
+
 PYBIND11_MODULE(FF_MODULE, m) {
 #ifdef FF_EMULATE
   namespace emulation = ff::emulation;
@@ -44,44 +90,51 @@ PYBIND11_MODULE(FF_MODULE, m) {
 
   m.def("use_exchange", ff::use_exchange);  // tensor.h
   ff::use_exchange(true);
-  m.def("layer_norm_forward", [](py::handle x, py::handle weight, py::handle bias, py::handle out, py::handle mean,
-                                 py::handle rstd, double eps, Ptr stream) {
-    const auto a = ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps);
-    check(ff_cuda_layer_norm_forward(&a, ptr(stream)));
-  });
-  m.def("layer_norm_backward_workspace", [](py::handle x) {
-    const py::none none;
-    const auto a = ff::layer_norm_args(x, none, none, none, none, none, 0);
-    return ff_cuda_layer_norm_backward_workspace(&a);
-  });
-  m.def("layer_norm_backward", [](py::handle dout, py::handle x, py::handle weight, py::handle mean, py::handle rstd,
-                                  py::handle dx, py::handle dweight, py::handle dbias, py::handle workspace,
-                                  Ptr stream) {
-    auto a = ff::layer_norm_backward_args(dout, x, weight, mean, rstd, dx, dweight, dbias);
-    a.workspace = ff::Tensor(workspace).data;
-    check(ff_cuda_layer_norm_backward(&a, ptr(stream)));
-  });
+  bind_norm<ff_cuda_layer_norm_forward, ff_cuda_layer_norm_backward_workspace, ff_cuda_layer_norm_backward>(
+      m, "layer_norm");
+  bind_norm<ff_cuda_rms_norm_forward, ff_cuda_rms_norm_backward_workspace, ff_cuda_rms_norm_backward>(m, "rms_norm");
+  bind_add_norm<ff_cuda_add_layer_norm_forward, ff_cuda_add_layer_norm_backward_workspace,
+                ff_cuda_add_layer_norm_backward>(m, "add_layer_norm");
+  bind_add_norm<ff_cuda_add_rms_norm_forward, ff_cuda_add_rms_norm_backward_workspace, ff_cuda_add_rms_norm_backward>(
+      m, "add_rms_norm");
 
-  m.def("add_layer_norm_forward",
-        [](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, py::handle summed,
-           py::handle mean, py::handle rstd, double eps, double dropout_p, uint64_t seed, Ptr stream) {
-          const auto a =
-              ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed);
-          check(ff_cuda_add_layer_norm_forward(&a, ptr(stream)));
-        });
-  m.def("add_layer_norm_backward_workspace", [](py::handle summed) {
-    const py::none none;
-    const auto a = ff::add_layer_norm_args(summed, none, none, none, none, summed, none, none, 0, 0, 0);
-    return ff_cuda_add_layer_norm_backward_workspace(&a);
+  m.def("softmax_forward", [](py::handle x_, py::handle out, double scale, bool log, py::handle mask, py::handle bias,
+                              py::handle row_shape, bool causal, Ptr stream) {
+    const ff::Tensor x(x_);
+    ff_softmax_args a{};
+    a.dtype = ff_dtype(x.dtype), a.rows = x.rows(), a.cols = x.cols, a.x_stride = x.row_stride();
+    a.scale = scale, a.log = log;
+    a.x = x.data, a.out = ff::Tensor(out).data;
+    if (!row_shape.is_none()) ff::add_to_scores(a, mask, bias, row_shape, causal);
+    check(ff_cuda_softmax_forward(&a, ptr(stream)));
   });
-  m.def("add_layer_norm_backward",
-        [](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean, py::handle rstd,
-           py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, double dropout_p, uint64_t seed,
-           py::handle workspace, Ptr stream) {
-          auto a = ff::add_layer_norm_backward_args(dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight,
-                                                    dbias, dropout_p, seed);
-          a.workspace = ff::Tensor(workspace).data;
-          check(ff_cuda_add_layer_norm_backward(&a, ptr(stream)));
+  m.def("softmax_backward", [](py::handle dout_, py::handle out_, py::handle dx, double scale, bool log,
+                               py::handle mask, py::handle row_shape, bool causal, Ptr stream) {
+    const ff::Tensor out(out_), dout(dout_);
+    ff_softmax_args a{};
+    a.dtype = ff_dtype(out.dtype), a.rows = out.rows(), a.cols = out.cols, a.dout_stride = dout.row_stride();
+    a.scale = scale, a.log = log;
+    a.out = out.data, a.dout = dout.data, a.dx = ff::Tensor(dx).data;
+    if (!row_shape.is_none()) ff::add_to_scores(a, mask, py::none(), row_shape, causal);
+    check(ff_cuda_softmax_backward(&a, ptr(stream)));
+  });
+  m.def("cross_entropy_forward",
+        [](py::handle logits, py::handle target, py::handle weight, py::handle loss, py::handle lse,
+           int64_t ignore_index, double label_smoothing, double z_loss, py::handle probabilities, py::handle dloss,
+           py::handle dlogits, Ptr stream) {
+          auto a = ff::cross_entropy_args(logits, target, weight, ignore_index, label_smoothing, z_loss, probabilities);
+          a.lse = ff::Tensor(lse).data, a.loss = ff::Tensor(loss).data;
+          ff::set_gradients(a, dloss, dlogits);
+          check(ff_cuda_cross_entropy_forward(&a, ptr(stream)));
+        });
+  m.def("cross_entropy_backward",
+        [](py::handle dloss, py::handle logits, py::handle target, py::handle weight, py::handle lse,
+           py::handle dlogits, int64_t ignore_index, double label_smoothing, double z_loss, py::handle probabilities,
+           py::handle dprobabilities, Ptr stream) {
+          auto a = ff::cross_entropy_args(logits, target, weight, ignore_index, label_smoothing, z_loss, probabilities);
+          a.lse = ff::Tensor(lse).data, a.dprobabilities = ff::Tensor(dprobabilities).data;
+          ff::set_gradients(a, dloss, dlogits);
+          check(ff_cuda_cross_entropy_backward(&a, ptr(stream)));
         });
 
   m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options, Ptr stream) {

@@ -28,3 +28,12 @@ def device(request, monkeypatch):
         assert reason is None, reason
         emulation.set_order("forward")
     return request.param
+
+
+@pytest.fixture
+def hopper(device, monkeypatch):
+    """Emulated only: the kernels for sm_90, such as clusters where a row is too long for one block."""
+    if device != "cpu":
+        pytest.skip("a GPU is what it is")
+    monkeypatch.setenv("FASTFORMER_CUDA_FAMILY", "sm90")
+    return device

@@ -57,6 +57,7 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> It
 _POINTER, _INT, _BOOL = ctypes.c_void_p, ctypes.c_int, ctypes.c_bool
 _FUNCTIONS = {
     "run_basics": [_INT, _INT, _POINTER, _POINTER],
+    "run_cluster": [_INT, _INT, _INT, _INT, _POINTER, _POINTER],
     "run_gemm_sm80": [_INT, _BOOL, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT],
     "run_gemm_sm90": [_INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT],
     "run_product": [_INT, _BOOL, _INT, _POINTER, _POINTER, _POINTER],

@@ -236,11 +236,84 @@ def test_bulk_store_and_reduction(kernels, bug, message):
     assert_caught(found, message) if bug else assert_right(found)
 
 
+# ---- clusters --------------------------------------------------------------------------------------------------------
+
+
+def clusters(kernels, kernel, bug, cluster, blocks=None):
+    blocks = blocks or 2 * cluster
+    x = torch.arange(32 * blocks, dtype=torch.float32)
+
+    def run():
+        y = torch.full((32 * blocks,), float("nan"))
+        return kernels.run_cluster(kernel, bug, cluster, blocks, x.data_ptr(), y.data_ptr()), y
+
+    return x, run
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 3, 8])
+@pytest.mark.parametrize("kernel", ["pushed", "pulled"])
+def test_clusters(kernels, kernel, cluster):
+    x, run = clusters(kernels, kernel == "pulled", 0, cluster)
+    if kernel == "pushed":
+        expected = x.view(2, -1).sum(1).repeat_interleave(32 * cluster)
+    else:
+        expected = x.view(2, cluster, 32).roll(-1, 1).reshape(-1)
+    assert_right(outcomes(kernels, run, expected))
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (1, "which has not started"),
+        (2, "wrong"),  # a buffer written again while another block reads it
+        (3, "wrong"),  # no barrier
+        (4, "twice without waiting"),
+    ],
+)
+def test_mistakes_in_pushing(kernels, bug, message):
+    x, run = clusters(kernels, 0, bug, 4)
+    assert_caught(outcomes(kernels, run, x.view(2, -1).sum(1).repeat_interleave(128)), message)
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (1, "of the cluster, which has ended"),  # shared memory is gone with its block
+        (2, "block 4 of a cluster of 4"),
+        (3, "without having arrived"),
+    ],
+)
+def test_mistakes_in_pulling(kernels, bug, message):
+    x, run = clusters(kernels, 1, bug, 4)
+    assert_caught(outcomes(kernels, run, x.view(2, 4, 32).roll(-1, 1).reshape(-1)), message)
+
+
+def test_a_cluster_does_not_wait_for_threads_that_have_ended(kernels):
+    x, run = clusters(kernels, 2, 0, 4)
+    assert_right(outcomes(kernels, run, x))
+    x, run = clusters(kernels, 2, 1, 4)
+    assert_caught(
+        outcomes(kernels, run, x), "31 threads wait at __syncthreads (first: thread 1 of block 0 of the cluster)"
+    )
+
+
+def test_cluster_launch_limits(kernels):
+    """16 blocks need a kernel that allows them, which launch_clusters sees to."""
+    x, run = clusters(kernels, 1, 0, 16)
+    assert_right(outcomes(kernels, run, x.view(2, 16, 32).roll(-1, 1).reshape(-1)))
+    for cluster, blocks in ((4, 6), (17, 17)):
+        x, run = clusters(kernels, 1, 0, cluster, blocks)
+        message = f"clusters of {cluster} blocks (at most 16) in a grid of ({blocks}, 1, 1)"
+        assert_caught(outcomes(kernels, run, x), message)
+
+
 # ---- the same files for a GPU ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(resources.find_nvcc() is None, reason="nvcc is not installed")
-@pytest.mark.parametrize(("name", "arch"), [("gemm_sm80", "80"), ("gemm_sm90", "90a"), ("sm90_pieces", "90a")])
+@pytest.mark.parametrize(
+    ("name", "arch"), [("gemm_sm80", "80"), ("gemm_sm90", "90a"), ("sm90_pieces", "90a"), ("cluster", "90a")]
+)
 def test_primitives_assemble(name, arch):
     """The PTX of every primitive is valid and none of the products is serialised."""
     assert not resources.problems(resources.compile_kernels(KERNELS / f"{name}.cu", [arch]))

@@ -1,11 +1,13 @@
-"""layer_norm and add_layer_norm of csrc/cuda against float64, under the emulator or on a GPU."""
+"""layer_norm, rms_norm and both with a residual of csrc/cuda against float64, under the emulator or on a GPU."""
 
 import pytest
 import torch
 
-from fastformer.backends.cuda import _call, add_layer_norm, emulation, layer_norm
+from fastformer.backends.cuda import _call, _norm, add_layer_norm, add_rms_norm, emulation, layer_norm, rms_norm
 from fastformer.backends.reference import add_layer_norm as add_reference
+from fastformer.backends.reference import add_rms_norm as add_rms_reference
 from fastformer.backends.reference import layer_norm as reference
+from fastformer.backends.reference import rms_norm as rms_reference
 from fastformer.backends.reference.philox import dropout_scales
 from tests.cuda.orders import guarded_outputs
 
@@ -41,7 +43,9 @@ def name(value):
 
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
-    with guarded_outputs(monkeypatch, layer_norm, add_layer_norm):
+    """Outputs start as NaN between two margins that must still be untouched at the end."""
+    with guarded_outputs(monkeypatch, _call, _norm, rms_norm, add_rms_norm):
+        assert layer_norm.empty_like(torch.zeros(1)).isnan()
         yield
 
 
@@ -67,40 +71,50 @@ def doubled(*tensors):
     return [None if t is None else t.double() for t in tensors]
 
 
-def check_layer_norm(x, dout, weight, bias, param_dtype):
-    out, mean, rstd = layer_norm.forward(x, weight, bias, EPS)
-    exact = reference.forward(*doubled(x, weight, bias), EPS)
-    theirs = reference.forward(x, weight, bias, EPS)
-    for label, *three in zip(("out", "mean", "rstd"), (out, mean, rstd), theirs, exact, strict=True):
+def check_layer_norm(x, dout, weight, bias, param_dtype, kernels=layer_norm, oracle=reference):
+    ours = kernels.forward(x, weight, bias, EPS)
+    exact = oracle.forward(*doubled(x, weight, bias), EPS)
+    theirs = oracle.forward(x, weight, bias, EPS)
+    labels = ("out", "mean", "rstd") if len(ours) == 3 else ("out", "rstd")
+    for label, *three in zip(labels, ours, theirs, exact, strict=True):
         assert_as_good(*three, label)
 
     needs = True, True, True
-    gradients = layer_norm.backward(dout, x, weight, mean, rstd, *needs, param_dtype)
-    theirs = reference.backward(dout, x, weight, *theirs[1:], *needs, param_dtype)
-    exact = reference.backward(*doubled(dout, x, weight), *exact[1:], *needs, torch.float64)
+    gradients = kernels.backward(dout, x, weight, *ours[1:], *needs, param_dtype)
+    theirs = oracle.backward(dout, x, weight, *theirs[1:], *needs, param_dtype)
+    exact = oracle.backward(*doubled(dout, x, weight), *exact[1:], *needs, torch.float64)
     for label, *three in zip(("dx", "dweight", "dbias"), gradients, theirs, exact, strict=True):
         assert_as_good(*three, label)
 
 
-def check_add_layer_norm(x, residual, dout, dsummed, weight, bias, p, param_dtype):
+def check_rms_norm(*arguments):
+    check_layer_norm(*arguments, rms_norm, rms_reference)
+
+
+def check_add_layer_norm(
+    x, residual, dout, dsummed, weight, bias, p, param_dtype, kernels=add_layer_norm, oracle=add_reference,
+    statistics_of=reference,
+):  # fmt: skip
     seed = 0x123456789ABCDEF
-    ours = add_layer_norm.forward(x, residual, weight, bias, EPS, p, seed)
-    theirs = add_reference.forward(x, residual, weight, bias, EPS, p, seed)
-    exact = add_reference.forward(*doubled(x, residual, weight, bias), EPS, p, seed)
-    labels = "out", "summed", "mean", "rstd"
+    ours = kernels.forward(x, residual, weight, bias, EPS, p, seed)
+    theirs = oracle.forward(x, residual, weight, bias, EPS, p, seed)
+    exact = oracle.forward(*doubled(x, residual, weight, bias), EPS, p, seed)
+    labels = ("out", "summed", "mean", "rstd") if len(ours) == 4 else ("out", "summed", "rstd")
     for label, *three in zip(labels, ours, theirs, exact, strict=True):
         assert_as_good(*three, label)
 
-    summed, mean, rstd = ours[1:]  # backward starts from the same saved values everywhere
-    ours = add_layer_norm.backward(dout, dsummed, summed, weight, mean, rstd, p, seed, True, True, param_dtype)
-    theirs = add_reference.backward(dout, dsummed, summed, weight, mean, rstd, p, seed, True, True, param_dtype)
-    statistics = reference.forward(summed.double(), None, None, EPS)[1:]
-    exact = add_reference.backward(
-        *doubled(dout, dsummed, summed, weight), *statistics, p, seed, True, True, torch.float64
-    )
+    summed, *statistics = ours[1:]  # backward starts from the same saved values everywhere
+    ours = kernels.backward(dout, dsummed, summed, weight, *statistics, p, seed, True, True, param_dtype)
+    theirs = oracle.backward(dout, dsummed, summed, weight, *statistics, p, seed, True, True, param_dtype)
+    statistics = statistics_of.forward(summed.double(), None, None, EPS)[1:]
+    exact = oracle.backward(*doubled(dout, dsummed, summed, weight), *statistics, p, seed, True, True, torch.float64)
     labels = "dx", "dresidual", "dweight", "dbias"
     for label, *three in zip(labels, ours, theirs, exact, strict=True):
         assert_as_good(*three, label)
+
+
+def check_add_rms_norm(*arguments):
+    check_add_layer_norm(*arguments, add_rms_norm, add_rms_reference, rms_reference)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=name)
@@ -117,13 +131,59 @@ def test_add_layer_norm(shape, dtypes, device):
     check_add_layer_norm(*tensors, weight, bias, 0.3, dtypes[1])
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_rms_norm(shape, dtypes, device):
+    x, dout, weight, bias = inputs(shape, *dtypes, device, 2)
+    check_rms_norm(x, dout, weight, bias, dtypes[1])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[::2], ids=name)
+@pytest.mark.parametrize("shape", [(37, 64), (3, 1023), (2, 4099), (2, 16416), (4, 8200)], ids=name)
+def test_add_rms_norm(shape, dtypes, device):
+    *tensors, weight, bias = inputs(shape, *dtypes, device, 4)
+    check_add_rms_norm(*tensors, weight, bias, 0.3, dtypes[1])
+
+
+CLUSTER_SHAPES = [
+    ((3, 4104), 0),  # backward in float32 alone needs a cluster
+    ((2, 16416), 1),  # two blocks that do not share alike
+    ((5, 16416), 0),  # float32, and more rows than clusters in the persistent backward
+    ((1, 40000), 2),  # a cluster of 2 forward, of 8 backward
+    ((1, 1 << 17), 1),  # 16 blocks backward
+    ((1, (1 << 17) + 8), 1),  # too long for a cluster backward, not forward
+]
+
+
+@pytest.mark.parametrize(("shape", "which"), CLUSTER_SHAPES, ids=str)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_clusters(norm, shape, which, hopper):
+    dtypes = DTYPES[which]
+    x, dout, weight, bias = inputs(shape, *dtypes, hopper, 2)
+    (check_layer_norm if norm == "layer_norm" else check_rms_norm)(x, dout, weight, bias, dtypes[1])
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_clusters_with_a_residual(norm, hopper):
+    """Dropout's groups of 32 columns stay whole where a row is cut."""
+    *tensors, weight, bias = inputs((2, 16520), torch.bfloat16, torch.float32, hopper, 4)
+    check = check_add_layer_norm if norm == "layer_norm" else check_add_rms_norm
+    check(*tensors, weight, bias, 0.3, torch.float32)
+
+
+@pytest.mark.parametrize("order", emulation.ORDERS[1:])
+@pytest.mark.parametrize("cols", [16416, 16520])
+def test_clusters_in_any_order(cols, order, hopper):
+    test_any_order_of_threads(cols, order, hopper, rows=2)
+
+
 @pytest.mark.parametrize("order", emulation.ORDERS)
 @pytest.mark.parametrize("cols", [64, 1024, 999, 16416])
-def test_any_order_of_threads(cols, order, device):
+def test_any_order_of_threads(cols, order, device, rows=11):
     """Bit for bit what the first order gave: no result hangs on who runs first."""
     if device != "cpu":
         pytest.skip("a GPU chooses its own order")
-    *tensors, weight, bias = inputs((11, cols), torch.bfloat16, torch.float32, device, 4)
+    *tensors, weight, bias = inputs((rows, cols), torch.bfloat16, torch.float32, device, 4)
 
     def run():
         forward = add_layer_norm.forward(tensors[0], tensors[1], weight, bias, EPS, 0.2, 7)

@@ -9,11 +9,13 @@ from fastformer.backends.cuda import resources
 needs_nvcc = pytest.mark.skipif(resources.find_nvcc() is None, reason="nvcc is not installed")
 SOURCES = sorted(resources.CUDA.glob("*.cu"))
 
-# Kernels of each file: forward and backward for (data, parameter) dtypes; the sum of partial gradients per dtype.
+# Kernels of each file: forward and backward for (data, parameter) dtypes, one of the ways to cover a row being clusters
+# (empty for sm_80); the sum of partial gradients per dtype.
 # Attention: 2 dtypes, 4 head dimensions, scores with and without additions; above dimension 128 dk and dv are apart.
 EXPECTED = {
-    "layer_norm": (5 + 5) * 5 + 3,
-    "add_layer_norm": (5 + 5) * 5 + 3,
+    **dict.fromkeys(("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"), (6 + 6) * 5 + 3),
+    "softmax": (8 + 5) * 3,  # forward: with and without mask, bias and causal where rows fit in registers
+    "cross_entropy": 2 * 5 * 3 + 2 * 3,  # with and without coefficients; backward
     "attention": 0,  # only chooses
     "attention_forward_sm80": 2 * 4 * 2,
     "attention_backward_sm80": 2 * 4 + 2,  # dbias; statistics

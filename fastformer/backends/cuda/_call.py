@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import library
 
-__all__ = ["DTYPES", "empty", "empty_like", "library", "on_device", "row_statistics", "stream"]
+__all__ = ["DTYPES", "empty", "empty_like", "library", "on_device", "row_statistics", "rows_of", "stream"]
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -18,7 +18,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of x's shape, dtype and device."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return empty(x, *x.shape)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -26,9 +26,14 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
+def rows_of(x: Tensor) -> int:
+    """Rows of x ``(*, cols)``."""
+    return x.numel() // max(x.shape[-1], 1)
+
+
 def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the mean and 1 / standard deviation of each row of x ``(*, cols)``."""
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = rows_of(x)
     return empty(x, rows, dtype=torch.float32), empty(x, rows, dtype=torch.float32)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._call import DTYPES, empty, empty_like, library, on_device, row_statistics, stream
+from . import _norm
+from ._call import DTYPES, empty_like, library, on_device, row_statistics, stream
 
 FEATURES = frozenset({"dropout"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -44,15 +45,5 @@ def backward(
     param_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dx, dresidual, dweight, dbias). Without dropout dx and dresidual are the same tensor."""
-    kernels, cols = library(), summed.shape[-1]
-    dresidual = empty_like(summed)
-    dx = empty_like(summed) if dropout_p > 0 else None
-    dweight = empty(summed, cols, dtype=param_dtype) if need_dweight else None
-    dbias = empty(summed, cols, dtype=param_dtype) if need_dbias else None
-    tensors = (dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight, dbias)
-    with on_device(summed):
-        workspace = None
-        if need_dweight or need_dbias:
-            workspace = empty(summed, kernels.add_layer_norm_backward_workspace(summed), dtype=torch.uint8)
-        kernels.add_layer_norm_backward(*tensors, dropout_p, seed, workspace, stream(summed))
-    return dresidual if dx is None else dx, dresidual, dweight, dbias
+    tensors, options = (dout, dsummed, summed, weight, mean, rstd), (dropout_p, seed)
+    return _norm.add_backward("add_layer_norm", tensors, options, need_dweight, need_dbias, param_dtype)

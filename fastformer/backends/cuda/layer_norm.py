@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._call import DTYPES, empty, empty_like, library, on_device, row_statistics, stream
+from . import _norm
+from ._call import DTYPES, empty_like, library, on_device, row_statistics, stream
 
 FEATURES: frozenset[str] = frozenset()
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
@@ -33,13 +34,4 @@ def backward(
     param_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (dx in x's dtype, dweight and dbias in ``param_dtype``), None for those not needed."""
-    kernels, cols = library(), x.shape[-1]
-    dx = empty_like(x) if need_dx else None
-    dweight = empty(x, cols, dtype=param_dtype) if need_dweight else None
-    dbias = empty(x, cols, dtype=param_dtype) if need_dbias else None
-    with on_device(x):
-        workspace = None
-        if need_dweight or need_dbias:
-            workspace = empty(x, kernels.layer_norm_backward_workspace(x), dtype=torch.uint8)
-        kernels.layer_norm_backward(dout, x, weight, mean, rstd, dx, dweight, dbias, workspace, stream(x))
-    return dx, dweight, dbias
+    return _norm.backward("layer_norm", dout, x, weight, mean, rstd, need_dx, need_dweight, need_dbias, param_dtype)
