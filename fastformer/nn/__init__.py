@@ -2,16 +2,22 @@
 
 from .activation import GELU, LogSoftmax, Softmax
 from .attention import MultiheadAttention
+from .embedding import Embedding
 from .feed_forward import FeedForward
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm
+from .positions import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
 
 __all__ = [
     "GELU",
     "CrossEntropyLoss",
+    "Embedding",
     "FeedForward",
     "LayerNorm",
+    "LearnedPositionalEncoding",
     "LogSoftmax",
     "MultiheadAttention",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
     "Softmax",
 ]
