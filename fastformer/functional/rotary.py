@@ -73,7 +73,7 @@ def rotary_embedding(
         if offset + seqlen > cos.shape[0] and batch and seqlen:
             raise IndexError(f"position_ids: {offset + seqlen} positions, but cos and sin have {cos.shape[0]} rows")
     if ids is not None:
-        ids = ids.to(torch.int64).expand(batch, seqlen)
+        ids = ids.to(torch.int64)
     cos, sin = (t if t.stride(1) == 1 else t.contiguous() for t in (cos.detach(), sin.detach()))
     tables = (cos, sin, ids, offset, batch_offset, interleaved)
     if through_operator(q4, k4, cos, sin, ids):
@@ -147,8 +147,11 @@ def _rotate(q, k, tables, inverse, inplace):
     kernels = registry.select("rotary", q.device.type, q.dtype)
     if not inplace:
         q, k = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    cos, sin, ids, *options = tables
+    if ids is not None:
+        ids = ids.expand(q.shape[0], q.shape[2])
     try:
-        return kernels.forward(q, k, *tables, inverse, inplace)
+        return kernels.forward(q, k, cos, sin, ids, *options, inverse, inplace)
     except ValueError as error:
         raise (IndexError(str(error)) if str(error).startswith("position_ids") else error) from None
 
