@@ -11,7 +11,8 @@ from .backends.attention_options import Options
 
 
 def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
-    """Which backend would run ``fastformer.functional.<op>(*args, **kwargs)``, and why not the others.
+    """Which backend would run ``fastformer.functional.<op>(*args, **kwargs)``, and why not the others. ("embedding" is
+    also ``transformer_embedding``, "rotary" ``rotary_embedding``.)
 
     Args:
         op: an operation's name, such as "attention".
@@ -41,7 +42,13 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
             features += ("weight",)
         if float(kwargs.get("label_smoothing", 0.0)) > 0:  # type: ignore[arg-type]
             features += ("label_smoothing",)
-    return registry.explain(op, tensors[0].device.type, tensors[0].dtype, features)
+    if op == "embedding":
+        if kwargs.get("norm_eps") is not None:
+            features += ("norm",)
+        if float(kwargs.get("dropout_p", 0.0)) > 0 and kwargs.get("training", True):  # type: ignore[arg-type]
+            features += ("dropout",)
+    data = next((t for t in tensors if t.is_floating_point()), tensors[0])
+    return registry.explain(op, data.device.type, data.dtype, features)
 
 
 def _attention_features(q: Tensor, k: Tensor, v: Tensor | None = None, **kwargs: Any) -> tuple[str, ...]:

@@ -1,38 +1,11 @@
 // summed = residual + dropout(x), and the layer norm or rms norm of it, in one pass over memory; `Centred` as in
 // layer_norm.h.
-//
-// The dropout mask is recomputed from the seed in a row-sized buffer on the stack's side of the cache, never stored.
 #pragma once
-#include <vector>
-
+#include "dropout.h"
 #include "layer_norm.h"
 
 namespace ff {
 namespace FF_ISA {
-
-// A thread's buffer for one row of dropout scales.
-inline float* keep_row(int64_t cols) {
-  static thread_local std::vector<float> buffer;
-  if (int64_t(buffer.size()) < cols + 64) buffer.resize(size_t(cols) + 64);
-  return buffer.data();
-}
-
-// The dropout scales of a pair of elements from position i, in the order of T's pairs, or of the k elements from there.
-template <class T> FF_INLINE Pair<acc_t<T>> scales(const float* keep, int64_t i) {
-  using A = acc_t<T>;
-  constexpr int W = vec<A>::W;
-  Pair<A> s;
-  for (int j = 0; j < W; j++) {
-    s.first[j] = A(keep[i + (kInOrder<T> ? j : 2 * j)]);
-    s.second[j] = A(keep[i + (kInOrder<T> ? W + j : 2 * j + 1)]);
-  }
-  return s;
-}
-template <class T> FF_INLINE vec_t<acc_t<T>> scales(const float* keep, int64_t i, int) {
-  vec_t<acc_t<T>> s;
-  for (int j = 0; j < vec<acc_t<T>>::W; j++) s[j] = acc_t<T>(keep[i + j]);
-  return s;
-}
 
 template <bool Centred, class T, class P> void add_norm_rows(const ff_add_layer_norm_args* a) {
   using A = acc_t<T>;

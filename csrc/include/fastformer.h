@@ -214,6 +214,77 @@ FF_KERNEL(cuda, cross_entropy_forward, ff_cross_entropy_args);
 FF_KERNEL(cpu, cross_entropy_backward, ff_cross_entropy_args);
 FF_KERNEL(cuda, cross_entropy_backward, ff_cross_entropy_args);
 
+/* ---- embedding -------------------------------------------------------------------------------------------------------
+ * summed = scale * tables[0][ids] + tables[1][ids] + ...;  out = dropout(layer_norm(summed)), the norm where `normalize` is
+ * set. Row r of the output takes row ids[r % period] of each table.
+ * dweight of a table is dense: each of its rows is written once, with the sum over the output's rows that took it in their
+ * order, so it repeats bit for bit.
+ *
+ * An index outside [0, rows): FF_INVALID_ARGUMENT on the CPU before anything is written; on a GPU, where looking first
+ * would cost a synchronisation, a NaN row and no access out of bounds. */
+typedef struct ff_embedding_table {
+  const void* weight;      /* (rows, cols) in dtype */
+  int64_t rows;
+  int64_t stride;          /* between rows of weight (dweight is contiguous) */
+  const int64_t* ids;      /* (period), or NULL: the i-th index is offset + i */
+  int64_t period, offset;
+  int64_t padding_idx;     /* the row whose gradient is zero, -1 = none */
+  void* dweight;           /* backward: (rows, cols) in dtype, or NULL */
+} ff_embedding_table;
+typedef struct ff_embedding_args {
+  ff_dtype dtype;          /* of the tables, out, dout, dsummed */
+  ff_dtype param_dtype;    /* of weight, bias, dweight, dbias, as in layer_norm */
+  int64_t rows, cols;
+  int num_tables;          /* 1 .. 3 */
+  ff_embedding_table tables[3];
+  double scale;            /* of the first table's rows */
+  int normalize;
+  double eps;
+  double dropout_p;        /* 0 = no dropout */
+  uint64_t seed;
+  const void* weight;      /* (cols) or NULL: the norm's */
+  const void* bias;        /* (cols) or NULL */
+  void* out;               /* forward: (rows, cols) */
+  void* mean;              /* (rows) acc, as in layer_norm */
+  void* rstd;              /* (rows) acc */
+  const void* dout;        /* backward: (rows, cols), rows dout_stride apart */
+  int64_t dout_stride;
+  void* dsummed;           /* backward, with normalize or dropout: (rows, cols), written */
+  void* dweight;           /* backward: (cols) or NULL */
+  void* dbias;             /* backward: (cols) or NULL */
+  void* workspace;         /* backward */
+} ff_embedding_args;
+FF_KERNEL(cpu, embedding_forward, ff_embedding_args);
+FF_KERNEL(cpu, embedding_backward, ff_embedding_args);
+FF_WORKSPACE(cpu, embedding_backward, ff_embedding_args);
+
+/* ---- rotary ----------------------------------------------------------------------------------------------------------
+ * Rotary position embedding of q and, where it is not NULL, k: with half = rotary_dim / 2 and i < half each pair
+ *   (x0, x1) = (x[i], x[i + half]), or (x[2 i], x[2 i + 1]) if interleaved,
+ * becomes (x0 cos[p, i] - x1 sin[p, i], x1 cos[p, i] + x0 sin[p, i]); elements from rotary_dim on are copied. Position s of sequence b has the row p = position_ids[b, s] of cos and sin, or
+ * offset + b * batch_offset + s where that is NULL. The gradient is the same with `inverse`, which turns the other way.
+ * Strides are (batch, head, position). q_out may be q and k_out k.
+ *
+ * A row outside [0, positions): as an index of embedding. */
+typedef struct ff_rotary_args {
+  ff_dtype dtype;          /* of q, k */
+  ff_dtype table_dtype;    /* of cos, sin: dtype, or FF_FLOAT32 beside half-precision data */
+  int64_t batch, num_heads, num_kv_heads, seqlen, head_dim, rotary_dim;
+  int interleaved, inverse;
+  const void* q;           /* (B, Hq, S, D) */
+  void* q_out;
+  const void* k;           /* (B, Hkv, S, D) or NULL */
+  void* k_out;
+  int64_t q_stride[3], q_out_stride[3], k_stride[3], k_out_stride[3];
+  const void* cos;         /* (positions, rotary_dim / 2) */
+  const void* sin;
+  int64_t positions, cos_stride, sin_stride;
+  const int64_t* position_ids;     /* (B, S) or NULL */
+  int64_t position_ids_stride[2];  /* 0 broadcasts */
+  int64_t offset, batch_offset;
+} ff_rotary_args;
+FF_KERNEL(cpu, rotary, ff_rotary_args);
+
 /* ---- attention -------------------------------------------------------------------------------------------------------
  * out = dropout(softmax(cap(scale * q k^T) + bias + mask)) v per batch and head, never holding the (Sq, Sk) matrix, with
  * cap(s) = softcap * tanh(s / softcap). Query head h reads key/value head h / (num_heads / num_kv_heads). Strides are

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention_args.h"
+#include "embedding_args.h"
 #include "row_args.h"
 
 #ifndef FF_MODULE
@@ -210,6 +211,32 @@ PYBIND11_MODULE(FF_MODULE, m) {
           a.dloss = dloss.data, a.dloss_stride = dloss.stride[0], a.dlogits = ff::Tensor(dlogits).data;
           run(ff_cpu_cross_entropy_backward, a);
         });
+
+  m.def("embedding_forward", [](const py::tuple& tables, py::handle out_, double scale, bool normalize, double eps,
+                                double dropout_p, uint64_t seed, py::handle weight, py::handle bias, py::handle mean,
+                                py::handle rstd) {
+    const ff::Tensor out(out_);
+    auto a = ff::embedding_args(tables, out.rows(), scale, normalize, eps, dropout_p, seed, weight, bias, mean, rstd);
+    a.out = out.data;
+    run(ff_cpu_embedding_forward, a);
+  });
+  m.def("embedding_backward",
+        [](py::handle dout_, const py::tuple& tables, double scale, bool normalize, double dropout_p, uint64_t seed,
+           py::handle weight, py::handle mean, py::handle rstd, py::handle dsummed, const py::tuple& dtables,
+           py::handle dweight, py::handle dbias) {
+          const ff::Tensor dout(dout_);
+          auto a = ff::embedding_args(tables, dout.rows(), scale, normalize, 0, dropout_p, seed, weight, py::none(), mean,
+                                      rstd);
+          ff::set_gradients(a, dout, dsummed, dtables, dweight, dbias);
+          const Scratch scratch(ff_cpu_embedding_backward_workspace(&a));
+          a.workspace = scratch.data;
+          run(ff_cpu_embedding_backward, a);
+        });
+  m.def("rotary", [](py::handle q, py::handle q_out, py::handle k, py::handle k_out, py::handle cos, py::handle sin,
+                     py::handle position_ids, int64_t offset, int64_t batch_offset, bool interleaved, bool inverse) {
+    run(ff_cpu_rotary, ff::rotary_args(q, q_out, k, k_out, cos, sin, position_ids, offset, batch_offset, interleaved,
+                                       inverse));
+  });
 
   // Attention of tensors with nothing beside them, into out (B, Hq, Sq, Dv) and, if it is not None, lse (B, Hq, Sq); false
   // if anything about them is unusual or wrong, and nothing was done. The checks in Python cost more than a small call's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +29,9 @@ def bias_layout(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
 def as_matrix(x: Tensor) -> Tensor:
     """x ``(*, cols)``, laid out as for :func:`row_layout`, as a view ``(rows, cols)``."""
     return x if x.dim() == 2 else x.view(row_layout(x)[:2])
+
+
+def dense_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape and order of dimensions in memory, without gaps, its last contiguous."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -32,6 +32,8 @@ OPS = (
     "softmax",
     "gelu",
     "cross_entropy",
+    "embedding",
+    "rotary",
     "attention",
     "decode_attention",
 )

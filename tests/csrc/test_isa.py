@@ -54,6 +54,8 @@ def _sum_of_both(pair):
     return pair[0] + 2 * pair[1]
 
 
+ROWS = torch.tensor([2, 0, 2])
+
 # Ours and torch's, of x (3, n) and a row vector w (n).
 OPS = {
     "layer_norm": (lambda x, w: F.layer_norm(x, x.shape[1:], w, w), lambda x, w: TF.layer_norm(x, x.shape[1:], w, w)),
@@ -69,6 +71,11 @@ OPS = {
         lambda x, w: _sum_of_both(F.add_rms_norm(x, x.detach().flip(0), x.shape[1:], w, 1e-5)),
         lambda x, w: _sum_of_both((TF.rms_norm(x + x.detach().flip(0), x.shape[1:], w, 1e-5), x + x.detach().flip(0))),
     ),
+    "embedding": (
+        lambda x, w: F.transformer_embedding(ROWS, x, None, w[None], scale=2.0, norm_weight=w, norm_eps=1e-5),
+        lambda x, w: TF.layer_norm(2 * x[ROWS] + w, w.shape, w),
+    ),
+    "embedding, no norm": (lambda x, w: F.transformer_embedding(ROWS, x, x), lambda x, w: x[ROWS] + x),
     "softmax": (lambda x, w: F.softmax(x, 1), lambda x, w: TF.softmax(x, 1)),
     "log_softmax": (lambda x, w: F.log_softmax(x, 1), lambda x, w: TF.log_softmax(x, 1)),
     "gelu": (F.bias_gelu, lambda x, w: TF.gelu(x + w)),
@@ -114,6 +121,26 @@ def test_every_length_of_row(name, dtype, kernels):
         for what, *results in zip(("output", "dx", "dw"), mine, same, exact):
             scale = _terms(name, *tensors) * upstream.abs().max().item() if what != "output" else 0.0
             assert_close_to_fp64(f"{name} {what}, {n} columns", *results, scale=scale)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_rotary_of_every_size(dtype, interleaved, kernels):
+    g = torch.Generator().manual_seed(4)
+    for rotated in [*range(2, 67, 2), 130]:
+        x = torch.randn(1, 2, 3, rotated + rotated % 3, generator=g).to(dtype)
+        angle = torch.randn(
+            3, rotated // 2, generator=g, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+        )
+        results = []
+        for backend in ("cpu", "reference"):
+            q = x.clone().requires_grad_()
+            with fastformer.backend(backend):
+                out = F.rotary_embedding(q, None, angle.cos(), angle.sin(), interleaved=interleaved)[0]
+                results.append([out, *torch.autograd.grad(out, q, x.flip(-1))])
+        for mine, wanted in zip(*results, strict=True):
+            # Products added in one rounding or in two, and a rounding to the dtype that may then fall the other way.
+            torch.testing.assert_close(mine, wanted, rtol=0, atol=2 * torch.finfo(dtype).eps * x.abs().max().item())
 
 
 @pytest.mark.parametrize("kernels", KERNELS + BF16_KERNELS, indirect=True, ids=lambda k: f"{k[0]} {k[1]}")

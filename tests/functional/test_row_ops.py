@@ -392,6 +392,14 @@ def _operator_calls():
     yield op.gelu_backward, (d, p, q, True)
     yield op.cross_entropy, (x, t, None, -100, 0.1)
     yield op.cross_entropy_backward, (torch.ones(3), p, t, None, p.logsumexp(1), -100, 0.0)
+    ids, seed, needs = torch.tensor([[0, 2, 2]]), torch.tensor(3), [True, True, False, True, False]
+    yield op.embedding, (ids, x, x, None, None, 0, None, 1, 2.0, w, w, 1e-5, 0.5, seed)
+    yield op.embedding, (ids, x, None, None, None, 0, None, -1, 1.0, None, None, None, 0.0, None)
+    tables = (ids, p, p, None, None, 0, None, 1, 2.0, q)
+    yield op.embedding_backward, (d[None], *tables, mean, rstd, 1e-5, 0.5, seed, needs, torch.float32)
+    heads = torch.randn(2, 3, 3, 12).transpose(1, 2).requires_grad_()
+    yield op.rotary, (heads, heads[:, :1], p[:, :4], p[:, 4:], ids, 0, 0, True, False)
+    yield op.rotary, (heads, None, p[:, :4], p[:, 4:], None, 0, 0, False, True)
 
 
 def test_operators_pass_torchs_own_checks():

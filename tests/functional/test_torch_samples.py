@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ OPS = {
     ("log_softmax", "with_dtype"): F.log_softmax,
     ("nn.functional.gelu", ""): F.gelu,
     ("nn.functional.cross_entropy", ""): F.cross_entropy,
+    ("nn.functional.embedding", ""): lambda weight, ids, **options: F.embedding(ids, weight, **options),
     ("nn.functional.scaled_dot_product_attention", ""): F.scaled_dot_product_attention,
 }
 
@@ -90,4 +93,18 @@ def test_samples(name, dtype, op_db):
                 scale = _cancelling(sample, ours[0]) if i > 0 and "attention" in op.name else 1.0
                 assert_close_to_fp64(f"result {i} of {sample.kwargs}", o, t, e, scale=scale)
         tried += 1
-    assert tried >= 5
+    assert tried >= (3 if "embedding" in op.name else 5)
+
+
+def test_embedding_samples_without_gradients(op_db):
+    tried = 0
+    for sample in op_db["nn.functional.embedding", ""].sample_inputs("cpu", torch.float32, requires_grad=False):
+        unfused = {"max_norm", "scale_grad_by_freq", "sparse"} & set(sample.kwargs)
+        ours, theirs = sample.input.clone(), sample.input.clone()  # max_norm writes to the table
+        with fastformer.strict(not unfused), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fastformer.embedding: no fused kernel")
+            out = F.embedding(sample.args[0], ours, **sample.kwargs)
+        assert torch.equal(out, torch.nn.functional.embedding(sample.args[0], theirs, **sample.kwargs))
+        assert torch.equal(ours, theirs)
+        tried += 1
+    assert tried >= 10

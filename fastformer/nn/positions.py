@@ -1,0 +1,207 @@
+"""Position encodings as modules: rotary, sinusoidal and learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from .rotary_scaling import inverse_frequencies, scaling_type
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Rotates queries and keys by their positions (:func:`fastformer.functional.rotary_embedding`).
+
+    Holds the table of cosines and sines, one per device and precision, and makes it longer when a call needs that. It
+    has no parameters and no state.
+
+    Args:
+        dim: rotated dimensions, the head size or less.
+        base: theta; pair i turns by ``base^(-2 i / dim)`` per position.
+        max_position_embeddings: rows of the first table; for ``scaling``, the length the model was trained on.
+        interleaved: pairs are neighbours (GPT-J) instead of halves (Llama, GPT-NeoX).
+        scaling: ``rope_scaling`` of a transformers configuration: "linear", "dynamic", "yarn" or "llama3"
+            (rotary_scaling.py).
+
+    Angles are computed in float32 as in transformers, in float64 for float64 queries.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        base: float = 10000.0,
+        *,
+        max_position_embeddings: int = 2048,
+        interleaved: bool = False,
+        scaling: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim: {dim} is not a positive even number")
+        if max_position_embeddings < 1:
+            raise ValueError(f"max_position_embeddings: {max_position_embeddings} is not positive")
+        self.dim, self.base, self.interleaved = dim, float(base), interleaved
+        self.max_position_embeddings = max_position_embeddings
+        self.scaling = None if scaling is None else dict(scaling)
+        self.scaling_type = scaling_type(scaling)
+        self._scaled_for = max_position_embeddings  # the length whose frequencies "dynamic" uses
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, base={self.base:g}, interleaved={self.interleaved}, scaling={self.scaling}"
+
+    def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin ``(at least length, dim / 2)``, float32, or float64 for a ``dtype`` of float64."""
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._follow(length)
+        found = self._tables.get((device, dtype))
+        if found is not None and len(found[0]) >= length:
+            return found
+        # Twice as long as before: texts that grow token by token would otherwise make it anew for each.
+        rows = max(length, self.max_position_embeddings, 2 * len(found[0]) if found is not None else 0)
+        frequencies, factor = inverse_frequencies(
+            self.dim, self.base, self.scaling, self.max_position_embeddings, self._scaled_for, dtype
+        )
+        angle = torch.arange(rows, device=device).to(dtype)[:, None] * frequencies.to(device)
+        self._tables[device, dtype] = made = (angle.cos() * factor, angle.sin() * factor)
+        return made
+
+    def _follow(self, length: int) -> None:
+        """For "dynamic": new frequencies for a text longer than any, the original ones again for one within them."""
+        if self.scaling_type != "dynamic":
+            return
+        scaled_for = self._scaled_for
+        if length > scaled_for:
+            scaled_for = length
+        elif length < self.max_position_embeddings:
+            scaled_for = self.max_position_embeddings
+        if scaled_for != self._scaled_for:
+            self._scaled_for = scaled_for
+            self._tables.clear()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        position_offset: int | Tensor = 0,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """q ``(B, Hq, S, D)``, k ``(B, Hkv, S, D)`` or None -> both rotated; arguments as in the function.
+
+        The largest of ``position_ids`` is looked up on a CPU, and elsewhere for "dynamic" only, because that waits for
+        the device: there call :meth:`tables` once if positions reach beyond ``max_position_embeddings``.
+        """
+        seqlen = q.shape[-2]
+        given = position_ids if position_ids is not None else position_offset
+        if not isinstance(given, Tensor):
+            length = given + seqlen
+        elif given.numel() == 0 or torch.compiler.is_compiling() or (given.is_cuda and self.scaling_type != "dynamic"):
+            length = self.max_position_embeddings
+        else:
+            length = int(given.max()) + (1 if position_ids is not None else seqlen)
+        cos, sin = self.tables(length, q.device, q.dtype)
+        return functional.rotary_embedding(
+            q,
+            k,
+            cos,
+            sin,
+            position_ids=position_ids,
+            position_offset=position_offset,
+            interleaved=self.interleaved,
+            inplace=inplace,
+        )
+
+
+class SinusoidalPositionalEncoding(torch.nn.Module):
+    """``dropout(x + sinusoids)`` (Vaswani et al. 2017, section 3.5); no parameters and no state.
+
+    Args:
+        d_model: the length of a row.
+        dropout: probability of zeroing an element of the result while training.
+        base: of the wavelengths.
+        max_len: rows of the first table; longer texts extend it.
+    """
+
+    def __init__(self, d_model: int, dropout: float = 0.0, *, base: float = 10000.0, max_len: int = 512) -> None:
+        super().__init__()
+        if d_model < 1:
+            raise ValueError(f"d_model: {d_model} is not positive")
+        self.d_model, self.base, self.max_len = d_model, float(base), max_len
+        self.dropout = torch.nn.Dropout(dropout)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model}, base={self.base:g}"
+
+    def forward(self, x: Tensor, position_offset: int = 0) -> Tensor:
+        """x ``(*, S, d_model)``, whose first row is at ``position_offset`` -> the same shape and dtype."""
+        _check_rows(x, self.d_model)
+        length, key = position_offset + x.shape[-2], (x.device, x.dtype)
+        table = self._tables.get(key)
+        if table is None or len(table) < length:
+            rows = max(length, self.max_len, 0 if table is None else 2 * len(table))
+            table = functional.sinusoidal_positions(rows, self.d_model, base=self.base, dtype=x.dtype, device=x.device)
+            self._tables[key] = table
+        return self.dropout(x + table[position_offset:length])
+
+
+class LearnedPositionalEncoding(torch.nn.Module):
+    """``dropout(x + weight[position])``, a learned row per position (GPT, BERT; Gehring et al. 2017, arXiv:1705.03122).
+
+    Args:
+        max_len: rows of the table.
+        d_model: the length of a row.
+        dropout: probability of zeroing an element of the result while training.
+        device, dtype: of ``weight``, which starts normally distributed with a deviation of 0.02, as in GPT-2 and BERT.
+    """
+
+    def __init__(
+        self,
+        max_len: int,
+        d_model: int,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(max_len, d_model, device=device, dtype=dtype))
+        self.dropout = torch.nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws ``weight`` anew."""
+        torch.nn.init.normal_(self.weight, std=0.02)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.weight.shape))
+
+    def forward(self, x: Tensor, position_offset: int = 0, *, position_ids: Tensor | None = None) -> Tensor:
+        """x ``(*, S, d_model)`` -> the same shape.
+
+        Args:
+            position_offset: position of the first row, where there are no ``position_ids``.
+            position_ids: ``(*, S)`` or broadcastable to it.
+        """
+        max_len, d_model = self.weight.shape
+        _check_rows(x, d_model)
+        if position_ids is not None:
+            if position_offset:
+                raise ValueError(f"position_offset: {position_offset} is given beside position_ids")
+            return self.dropout(x + functional.embedding(position_ids, self.weight))
+        end = position_offset + x.shape[-2]
+        if not 0 <= position_offset <= end <= max_len:
+            raise IndexError(f"position_offset: positions {position_offset} .. {end - 1} of {max_len}")
+        return self.dropout(x + self.weight[position_offset:end])
+
+
+def _check_rows(x: Tensor, d_model: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() < 2 or x.shape[-1] != d_model:
+        raise ValueError(f"x: shape {tuple(x.shape)} is not (*, S, {d_model})")
