@@ -32,11 +32,13 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
         features += ("dropout",)
     if op == "attention":
         features += _attention_features(*args, **kwargs)
-    if op == "cross_entropy":
-        if kwargs.get("weight") is not None or len(tensors) > 2:
+    if op in ("cross_entropy", "linear_cross_entropy"):
+        if kwargs.get("weight") is not None or (op == "cross_entropy" and len(tensors) > 2):
             features += ("weight",)
         if float(kwargs.get("label_smoothing", 0.0)) > 0:  # type: ignore[arg-type]
             features += ("label_smoothing",)
+    if op == "linear_cross_entropy" and float(kwargs.get("z_loss", 0.0)) > 0:  # type: ignore[arg-type]
+        features += ("z_loss",)
     return registry.explain(op, tensors[0].device.type, tensors[0].dtype, features)
 
 

@@ -8,6 +8,7 @@ from .decode_attention import decode_attention, update_kv_cache
 from .feed_forward import feed_forward
 from .gelu import bias_gelu, gelu
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy
 from .scaled_dot_product_attention import scaled_dot_product_attention
 from .softmax import log_softmax, softmax
 
@@ -23,6 +24,7 @@ __all__ = [
     "feed_forward",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "scaled_dot_product_attention",
     "softmax",

@@ -3,7 +3,7 @@
 from .activation import GELU, LogSoftmax, Softmax
 from .attention import MultiheadAttention
 from .feed_forward import FeedForward
-from .loss import CrossEntropyLoss
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "CrossEntropyLoss",
     "FeedForward",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "Softmax",
