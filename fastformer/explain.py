@@ -28,27 +28,34 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not tensors:
         raise ValueError(f"args: explain({op!r}, ...) needs the call's tensors")
-    features: tuple[str, ...] = ()
-    if (
-        op in ("add_layer_norm", "add_rms_norm")
-        and float(kwargs.get("dropout_p", 0.0)) > 0
-        and kwargs.get("training", True)
-    ):  # type: ignore[arg-type]
-        features += ("dropout",)
-    if op == "attention":
-        features += _attention_features(*args, **kwargs)
-    if op == "cross_entropy":
-        if kwargs.get("weight") is not None or len(tensors) > 2:
-            features += ("weight",)
-        if float(kwargs.get("label_smoothing", 0.0)) > 0:  # type: ignore[arg-type]
-            features += ("label_smoothing",)
-    if op == "embedding":
-        if kwargs.get("norm_eps") is not None:
-            features += ("norm",)
-        if float(kwargs.get("dropout_p", 0.0)) > 0 and kwargs.get("training", True):  # type: ignore[arg-type]
-            features += ("dropout",)
+    features = _attention_features(*args, **kwargs) if op == "attention" else _features(op, len(tensors), kwargs)
     data = next((t for t in tensors if t.is_floating_point()), tensors[0])
     return registry.explain(op, data.device.type, data.dtype, features)
+
+
+# Optional parts, by the argument that asks for each; a number does so if it is above 0.
+_ARGUMENTS = {"dropout": "dropout_p", "norm": "norm_eps"}
+_FEATURES: dict[str, tuple[str, ...]] = {
+    "add_layer_norm": ("dropout",),
+    "add_rms_norm": ("dropout",),
+    "embedding": ("norm", "dropout"),
+    "cross_entropy": ("weight", "label_smoothing"),
+    "linear_cross_entropy": ("weight", "label_smoothing", "z_loss"),
+}
+
+
+def _features(op: str, tensors: int, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """The optional parts of a call of ``op`` with as many ``tensors`` by position."""
+    used = []
+    for feature in _FEATURES.get(op, ()):
+        value = kwargs.get(_ARGUMENTS.get(feature, feature))
+        if feature == "dropout" and not kwargs.get("training", True):
+            value = None
+        if op == "cross_entropy" and feature == "weight" and tensors > 2:
+            value = True
+        if value is not None and (feature == "norm" or not isinstance(value, (int, float)) or value > 0):
+            used.append(feature)
+    return tuple(used)
 
 
 def _attention_features(q: Tensor, k: Tensor, v: Tensor | None = None, **kwargs: Any) -> tuple[str, ...]:

@@ -91,8 +91,11 @@ template <class T> static void backward_rows(const ff_cross_entropy_args* a) {
       if (s > 0) g -= weight ? load_n(weight + begin + i, k) * of_w : splat(of_w);
       return g;
     };
+    // Taken before the row is written: dlogits may be the logits' own memory.
+    const bool here = target >= begin && target < end;
+    const T of_target = here ? from_float<T>(gradient(target - begin, 1)[0] - A(one_hot)) : T();
     for_row<A>(n, [&](int64_t i, int k) FF_LAMBDA { store_n(d + i, gradient(i, k), k); });
-    if (target >= begin && target < end) d[target - begin] = from_float<T>(gradient(target - begin, 1)[0] - A(one_hot));
+    if (here) d[target - begin] = of_target;
   };
   const int64_t parts = parts_per_row(a->rows, a->cols);
   parallel_for(a->rows * parts, a->cols / parts, [&](int64_t first, int64_t last, int) {

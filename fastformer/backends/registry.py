@@ -34,6 +34,7 @@ OPS = (
     "cross_entropy",
     "embedding",
     "rotary",
+    "linear_cross_entropy",
     "attention",
     "decode_attention",
 )

@@ -10,6 +10,7 @@ from .embedding import embedding, transformer_embedding
 from .feed_forward import feed_forward
 from .gelu import bias_gelu, gelu
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy
 from .positions import sinusoidal_positions
 from .rms_norm import rms_norm
 from .rotary import rotary_embedding
@@ -30,6 +31,7 @@ __all__ = [
     "feed_forward",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
     "rotary_embedding",

@@ -4,7 +4,7 @@ from .activation import GELU, LogSoftmax, Softmax
 from .attention import MultiheadAttention
 from .embedding import Embedding
 from .feed_forward import FeedForward
-from .loss import CrossEntropyLoss
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .positions import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
 
@@ -15,6 +15,7 @@ __all__ = [
     "FeedForward",
     "LayerNorm",
     "LearnedPositionalEncoding",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,4 +26,66 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+    """A linear layer and the cross-entropy of its output, without ever storing the logits.
+
+    Constructor, forward and state_dict keys (``linear.weight``, ``linear.bias``, ``weight``) as in
+    ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13), and ``z_loss`` as in ``functional.linear_cross_entropy``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: object = None,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__(weight=weight, reduction=reduction)
+        if weight is not None and tuple(weight.shape) != (num_classes,):
+            raise ValueError(f"weight: shape {tuple(weight.shape)} is not ({num_classes},)")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not in [0, 1]")
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.options, self.z_loss = options, z_loss
+        rows = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """input ``(*, in_features)``, target as in ``functional.linear_cross_entropy``."""
+        shape = (self.num_classes, *self.out_features)
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            weight = weight.view(*shape, self.linear.in_features)
+            bias = None if bias is None else bias.view(shape)
+        return functional.linear_cross_entropy(
+            input,
+            weight,
+            target,
+            linear_bias=bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            z_loss=self.z_loss,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes},"
+            f" out_features={self.out_features}, bias={self.linear.bias is not None}, reduction={self.reduction},"
+            f" ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
         )
