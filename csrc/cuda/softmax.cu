@@ -137,12 +137,12 @@ __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : forward_max_thread
       for (int r = 1; r < slice.blocks; r++) merge(total, {all[r][0], all[r][1]});
     }
     // The logarithm: z - max - log(sum). Else what was computed against the thread's maximum, times one factor.
-    const float subtract = shift_of(total.max) + log_of_sum(total.sum);
-    const float factor = total.sum == 0 ? 0.f : __expf(m.max - shift_of(total.max)) / total.sum;
+    const float max = shift_of(total.max), log_sum = log_of_sum(total.sum);
+    const float factor = total.sum == 0 ? 0.f : __expf(m.max - max) / total.sum;
 #pragma unroll
     for (int i = 0; i < V; i++) {
 #pragma unroll
-      for (int e = 0; e < E; e++) z[i][e] = a.log ? z[i][e] - subtract : z[i][e] * factor;
+      for (int e = 0; e < E; e++) z[i][e] = a.log ? z[i][e] - max - log_sum : z[i][e] * factor;
       if (inside(i)) store_window<T, E>(a.out + row * a.cols, begin + column<E, V>(i), a.cols, z[i]);
     }
   }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kLongThreads) softmax_forward_long(const Softm
     for (int64_t col = begin; col < a.cols; col += step) {
       scores_of<true>(z, a, load_window<T, E>(x_row, col, a.cols), scores, col);
 #pragma unroll
-      for (int e = 0; e < E; e++) z[e] = a.log ? z[e] - (shift + log_sum) : __expf(z[e] - shift) * inverse;
+      for (int e = 0; e < E; e++) z[e] = a.log ? z[e] - shift - log_sum : __expf(z[e] - shift) * inverse;
       store_window<T, E>(a.out + row * a.cols, col, a.cols, z);
     }
   }

@@ -28,6 +28,18 @@ def set_completion(name: str) -> None:
 
 
 @contextmanager
+def running(order: str, completion: str) -> Iterator[None]:
+    """Inside, fastformer's emulated kernels run in another mode."""
+    emulation.set_order(order)
+    set_completion(completion)
+    try:
+        yield
+    finally:
+        emulation.set_order("forward")
+        set_completion("at_once")
+
+
+@contextmanager
 def guarded_outputs(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> Iterator[None]:
     """What ``modules`` (of backends/cuda) allocate starts as NaN between two margins, untouched at the end."""
     buffers = []

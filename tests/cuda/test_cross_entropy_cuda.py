@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastformer.backends.cuda import _call, cross_entropy, emulation
-from tests.cuda.orders import guarded_outputs
+from tests.cuda.orders import guarded_outputs, running
 from tests.numerics import assert_close_to_fp64
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -181,9 +181,10 @@ def test_strides_and_alignment(stride, offset, device):
     check(logits, probabilities, None, 0.1)
 
 
-@pytest.mark.parametrize("order", emulation.ORDERS[1:])
+@pytest.mark.parametrize("completion", ["at_once", "late"])
+@pytest.mark.parametrize("order", emulation.ORDERS)
 @pytest.mark.parametrize("cols", [50, 1500, 16421])
-def test_any_order_of_threads(cols, order, hopper):
+def test_any_order_of_threads(cols, order, completion, hopper):
     """Bit for bit what the first order gave: no result hangs on who runs first."""
     logits, target = inputs((3, cols), torch.bfloat16, hopper)
     weight = torch.rand(cols)
@@ -194,8 +195,8 @@ def test_any_order_of_threads(cols, order, hopper):
         return *forward, dlogits, cross_entropy.backward(torch.ones(3), logits, target, weight, forward[1], IGNORE, 0.1)
 
     first = run()
-    emulation.set_order(order)
-    assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    with running(order, completion):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
 def test_no_rows(device):

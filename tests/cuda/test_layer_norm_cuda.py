@@ -9,7 +9,7 @@ from fastformer.backends.reference import add_rms_norm as add_rms_reference
 from fastformer.backends.reference import layer_norm as reference
 from fastformer.backends.reference import rms_norm as rms_reference
 from fastformer.backends.reference.philox import dropout_scales
-from tests.cuda.orders import guarded_outputs
+from tests.cuda.orders import guarded_outputs, running
 
 EPS = 1e-5
 DTYPES = [  # data, parameters
@@ -171,15 +171,15 @@ def test_clusters_with_a_residual(norm, hopper):
     check(*tensors, weight, bias, 0.3, torch.float32)
 
 
-@pytest.mark.parametrize("order", emulation.ORDERS[1:])
-@pytest.mark.parametrize("cols", [16416, 16520])
-def test_clusters_in_any_order(cols, order, hopper):
-    test_any_order_of_threads(cols, order, hopper, rows=2)
+@pytest.mark.parametrize("completion", ["at_once", "late"])
+@pytest.mark.parametrize("order", emulation.ORDERS)
+def test_clusters_in_any_order(order, completion, hopper):
+    test_any_order_of_threads(16520, order, hopper, rows=2, completion=completion)
 
 
 @pytest.mark.parametrize("order", emulation.ORDERS)
 @pytest.mark.parametrize("cols", [64, 1024, 999, 16416])
-def test_any_order_of_threads(cols, order, device, rows=11):
+def test_any_order_of_threads(cols, order, device, rows=11, completion="at_once"):
     """Bit for bit what the first order gave: no result hangs on who runs first."""
     if device != "cpu":
         pytest.skip("a GPU chooses its own order")
@@ -193,9 +193,9 @@ def test_any_order_of_threads(cols, order, device, rows=11):
         return [*forward, *backward]
 
     expected = run()
-    emulation.set_order(order)
-    for ours, first in zip(run(), expected, strict=True):
-        assert torch.equal(ours, first)
+    with running(order, completion):
+        for ours, first in zip(run(), expected, strict=True):
+            assert torch.equal(ours, first)
 
 
 @pytest.mark.parametrize("count", [1, 2, 64])

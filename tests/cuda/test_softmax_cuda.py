@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastformer.backends.cuda import _call, emulation, softmax
-from tests.cuda.orders import guarded_outputs
+from tests.cuda.orders import guarded_outputs, running
 from tests.numerics import assert_close_to_fp64
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -171,9 +171,10 @@ def test_strides_and_alignment(stride, offset, device):
         check(x, dout, -1.5, log)
 
 
-@pytest.mark.parametrize("order", emulation.ORDERS[1:])
+@pytest.mark.parametrize("completion", ["at_once", "late"])
+@pytest.mark.parametrize("order", emulation.ORDERS)
 @pytest.mark.parametrize("cols", [50, 1500, 16420])
-def test_any_order_of_threads(cols, order, hopper):
+def test_any_order_of_threads(cols, order, completion, hopper):
     """Bit for bit what the first order gave: no result hangs on who runs first."""
     x, dout = inputs((3, cols), torch.bfloat16, hopper)
     mask = torch.rand(1, 1, 3, cols) > 0.3
@@ -183,8 +184,8 @@ def test_any_order_of_threads(cols, order, hopper):
         return out, softmax.backward(dout, out, 1.0, True, mask, (1, 1, 3), True)
 
     first = run()
-    emulation.set_order(order)
-    assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    with running(order, completion):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
 def test_errors_name_the_argument(device):
