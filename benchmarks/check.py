@@ -54,9 +54,14 @@ CASES: dict[str, list[Case]] = {
     "add_layer_norm": _cases(NORM_ROWS, ("", {}), DROPOUT),
     "rms_norm": _cases([*NORM_ROWS, (2, 131072)]),
     "add_rms_norm": _cases(NORM_ROWS, ("", {}), DROPOUT),
-    "softmax": _cases([*ROWS, (2, 131072)]),
+    "softmax": _cases([*ROWS, (2, 131072)])
+    + _cases(
+        [(2, 3, 65, 130)],
+        *((name, {"mask": name}) for name in ("padding", "causal", "bias")),
+    ),
     "gelu": _cases(ROWS, ("exact", EXACT), ("tanh", TANH)),
-    "cross_entropy": _cases([(5, 2), (64, 1000), (9, 50257)]),
+    "cross_entropy": _cases([(5, 2), (64, 1000), (9, 50257)])
+    + _cases([(7, 1000), (3, 50257)], ("probabilities", {"probabilities": True})),
     "attention": [
         # One query, lengths of no full tile, head dims that are no power of two, several tiles of queries and keys.
         *_cases(

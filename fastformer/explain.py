@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backends import registry
@@ -28,7 +29,7 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not tensors:
         raise ValueError(f"args: explain({op!r}, ...) needs the call's tensors")
-    features = _attention_features(*args, **kwargs) if op == "attention" else _features(op, len(tensors), kwargs)
+    features = _attention_features(*args, **kwargs) if op == "attention" else _features(op, tensors, kwargs)
     data = next((t for t in tensors if t.is_floating_point()), tensors[0])
     return registry.explain(op, data.device.type, data.dtype, features)
 
@@ -39,20 +40,25 @@ _FEATURES: dict[str, tuple[str, ...]] = {
     "add_layer_norm": ("dropout",),
     "add_rms_norm": ("dropout",),
     "embedding": ("norm", "dropout"),
-    "cross_entropy": ("weight", "label_smoothing"),
+    "softmax": ("mask", "bias", "causal"),
+    "cross_entropy": ("weight", "label_smoothing", "z_loss", "probabilities"),
     "linear_cross_entropy": ("weight", "label_smoothing", "z_loss"),
 }
 
 
-def _features(op: str, tensors: int, kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """The optional parts of a call of ``op`` with as many ``tensors`` by position."""
+def _features(op: str, tensors: list[Tensor], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """The optional parts of a call of ``op``, in the order of the table, whose arguments by position are ``tensors``."""
+    values = dict(kwargs)
+    if op == "cross_entropy":
+        values["probabilities"] = len(tensors) > 1 and tensors[1].is_floating_point()
+        values.setdefault("weight", tensors[2] if len(tensors) > 2 else None)
+    if op == "softmax" and isinstance(kwargs.get("mask"), Tensor) and kwargs["mask"].dtype != torch.bool:
+        values["bias"] = values.pop("mask")
+    if not kwargs.get("training", True):
+        values["dropout_p"] = 0.0
     used = []
     for feature in _FEATURES.get(op, ()):
-        value = kwargs.get(_ARGUMENTS.get(feature, feature))
-        if feature == "dropout" and not kwargs.get("training", True):
-            value = None
-        if op == "cross_entropy" and feature == "weight" and tensors > 2:
-            value = True
+        value = values.get(_ARGUMENTS.get(feature, feature))
         if value is not None and (feature == "norm" or not isinstance(value, (int, float)) or value > 0):
             used.append(feature)
     return tuple(used)

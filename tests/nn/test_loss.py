@@ -42,6 +42,12 @@ def test_probabilities_as_targets(reduction):
     compare(ours, theirs, [torch.randn(5, 11)], lambda module, x: module(x, target.to(x.dtype)))
 
 
+def test_z_loss():
+    logits, target = torch.randn(5, 11), torch.randint(11, (5,))
+    wanted = torch.nn.CrossEntropyLoss()(logits, target) + 0.1 * logits.logsumexp(1).square().mean()
+    torch.testing.assert_close(nn.CrossEntropyLoss(z_loss=0.1)(logits, target), wanted)
+
+
 def test_is_a_drop_in():
     weight = torch.rand(5)
     assert_drop_in(lambda: nn.CrossEntropyLoss(weight), lambda: torch.nn.CrossEntropyLoss(weight))

@@ -28,14 +28,16 @@ SAMPLE = {
     "rms_norm": r"^rms_norm (forward_rows fp32 16384|backward_rows (bf16 256$|fp32 8192)|"
     r"(\w+_chunks|backward_parameters) bf16 262144$)",
     "add_rms_norm": r"^add_rms_norm\+dropout \w+_(rows bf16 1024|chunks fp32)",
-    "softmax": r"^softmax (forward_rows bf16 32768|backward_rows fp32 16384)|^log_softmax \w+_chunks bf16 262144$",
-    "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
-    "cross_entropy": r"^cross_entropy \w+ (bf16 262144 weight\+smoothing$|fp32 512$|bf16 32 weight.* of 1)",
     # a copy, two tables with dropout, three with everything; both kinds of gradient
     "embedding": r"^embedding (forward (bf16 16384$|fp32 64 of 2\+dropout|bf16 4096 of 3\+norm\+dropout)|"
     r"sum_takers bf16)",
     # both orders of pairs, whole and partly rotated
     "rotary": r"^rotary bf16 D=(128 R=128 halves|80 R=32 interleaved|256 R=256 interleaved)",
+    "softmax": r"^softmax (forward_rows bf16 32768$|backward_rows fp32 16384$)|^log_softmax \w+_chunks bf16 262144$|"
+    r"^log_softmax (forward|backward)_rows bf16 16384\+mask$",
+    "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
+    "cross_entropy": r"^cross_entropy \w+ (bf16 262144 (weight\+smoothing|gradient|probabilities)$|fp32 512$|"
+    r"bf16 32 weight.* of 1|fp32 2048 probabilities$)",
     # the head size of most models, and one between powers of two; a T5 encoder in training; every kind of feature;
     # float32, which has to be sliced
     "attention": r"^attention (\w+ bf16 D=64 (causal|key_padding_mask\+relative_bias\+dropout)$|"
