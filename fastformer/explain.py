@@ -47,7 +47,7 @@ _FEATURES: dict[str, tuple[str, ...]] = {
 
 
 def _features(op: str, tensors: list[Tensor], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """The optional parts of a call of ``op``, in the order of the table, whose arguments by position are ``tensors``."""
+    """The optional parts of a call of ``op`` in the table's order; ``tensors`` are its arguments by position."""
     values = dict(kwargs)
     if op == "cross_entropy":
         values["probabilities"] = len(tensors) > 1 and tensors[1].is_floating_point()
