@@ -234,7 +234,9 @@ register(
 
 
 def _setup_context(ctx, inputs, output):
-    _, ctx.log, ctx.scale, mask, bias, ctx.causal = (*inputs, *(1.0, None, None, False)[len(inputs) - 2 :])
+    given = list(inputs)
+    given += (1.0, None, None, False)[len(given) - 2 :]
+    _, ctx.log, ctx.scale, mask, bias, ctx.causal = given
     ctx.save_for_backward(output, mask, bias)
 
 
