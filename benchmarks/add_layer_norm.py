@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as TF
 
 import fastformer.functional as F
+from benchmarks.rows import sweep
 from benchmarks.runner import Case, Cost, Problem, clone_of_bytes, compiled, on_backend, timed
 
 OP = "add_layer_norm"
@@ -21,7 +22,8 @@ CASES = {
         for variant, options in (("", {}), ("dropout 0.1", DROPOUT))
         for dtype in ("float32", "bfloat16")
         for backward in (False, True)
-    ],
+    ]
+    + sweep(),
     "cuda": [
         Case(((1 << 26) // n, n), "bfloat16", backward, variant, options, compiled=n == 4096)
         for n in (1024, 4096, 16384)

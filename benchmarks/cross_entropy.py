@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as TF
 
 import fastformer.functional as F
+from benchmarks.rows import sweep
 from benchmarks.runner import Case, Cost, Problem, Unavailable, compiled, on_backend, timed
 
 OP = "cross_entropy"
@@ -22,6 +23,7 @@ CASES = {
         Case((1024, 50257), "bfloat16", True),
         Case((768, 96), "float32", True),
         Case((1024, 10000), "float32", True, "probabilities", PROBABILITIES),
+        *sweep(),
     ],
     "cuda": [
         Case(((1 << 28) // n, n), "bfloat16", backward, compiled=n == 50257)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as TF
 
 import fastformer.functional as F
+from benchmarks.rows import sweep
 from benchmarks.runner import Case, Cost, Problem, clone_of_bytes, compiled, on_backend, timed
 
 OP = "gelu"
@@ -22,6 +23,7 @@ CASES = {
             for b in (False, True)
         ),
         *(Case((8192, 1024), d, True, "tanh", TANH) for d in ("float32", "bfloat16")),
+        *sweep(options=EXACT),
     ],
     "cuda": [
         Case((1 << 15, 4096), "bfloat16", backward, variant, options, compiled=True)

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as TF
 
 import fastformer.functional as F
+from benchmarks.rows import sweep
 from benchmarks.runner import Case, Cost, Problem, Unavailable, clone_of_bytes, compiled, on_backend, timed
 
 OP = "layer_norm"
 DTYPES = ("float32", "bfloat16")
 
 CASES = {
-    "cpu": [Case((8192, 1024), d, backward, compiled=True) for d in DTYPES for backward in (False, True)],
+    "cpu": [Case((8192, 1024), d, backward, compiled=True) for d in DTYPES for backward in (False, True)] + sweep(),
     # 256 MiB a tensor, five times a large L2 cache, at the row lengths that take different kernels.
     "cuda": [
         Case(((1 << 27) // n, n), "bfloat16", backward, compiled=n in (1024, 16384))

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.goals import SWEEP
 from benchmarks.runner import Case
 
 SHAPES = ((1, 64), (1, 4096), (1, 131072), (16, 1024), (256, 64), (256, 16384), (4096, 256), (64, 131072), (65536, 64))
 LARGEST = (65536, 1024)
-SWEEP = "sweep"
 
 
 def sweep(dtypes: Iterable[str] = ("float32", "bfloat16"), **case: Any) -> list[Case]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as TF
 
 import fastformer.functional as F
+from benchmarks.rows import sweep
 from benchmarks.runner import Case, Cost, Problem, clone_of_bytes, compiled, on_backend, timed
 
 OP = "softmax"
@@ -27,7 +28,8 @@ CASES = {
     + [
         Case((4, 12, 512, 512), "float32", True, variant, options)
         for variant, options in (("padding mask", PADDING), ("causal", CAUSAL), ("bias of each head", BIAS))
-    ],
+    ]
+    + sweep(),
     "cuda": [
         Case(((1 << 27) // n, n), "bfloat16", backward, compiled=n in (1024, 16384))
         for n in (256, 1024, 4096, 16384, 65536, 262144)
