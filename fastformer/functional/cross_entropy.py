@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph  # type: ignore[attr-defined]
+from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 
 from ..backends import registry
 from . import _checks
@@ -58,7 +58,9 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     _check(input, target, weight, reduction, label_smoothing, z_loss)
-    shape, indices, probabilities = target.shape, target, None
+    shape = target.shape
+    indices: Tensor | None = target
+    probabilities: Tensor | None = None
     if target.is_floating_point():
         if target.dtype != input.dtype:
             dtype = torch.promote_types(target.dtype, input.dtype)

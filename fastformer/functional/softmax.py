@@ -234,7 +234,7 @@ register(
 
 
 def _setup_context(ctx, inputs, output):
-    _, ctx.log, ctx.scale, mask, bias, ctx.causal = (*inputs, *(1.0, None, None, False)[len(inputs) - 2 :])
+    _, ctx.log, ctx.scale, mask, bias, ctx.causal = inputs
     ctx.save_for_backward(output, mask, bias)
 
 

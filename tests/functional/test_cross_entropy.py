@@ -16,7 +16,7 @@ from tests.nn.comparison import assert_as_accurate
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["cpu", "reference"]
 SHAPES = [
-    (1, 1),  # nothing to choose
+    (1, 2),  # the shortest row with something to choose
     (6, 7),  # a tail only
     (40, 130),  # whole vectors and a tail, several rows at once
     (3, 5000),  # several chunks of partial sums
@@ -83,6 +83,12 @@ def test_loss_and_gradients(probabilities, shape, dtype, backend):
                     mine = run(ours, dtype, reduction, options, upstream)
                 for what, *results in zip(("loss", "dlogits", "dprobabilities"), mine, same, exact, strict=False):
                     assert_as_accurate(f"{what} {reduction} {options}", *results)
+
+
+def test_a_single_class():
+    logits = torch.randn(3, 1, requires_grad=True)
+    loss = F.cross_entropy(logits, torch.zeros(3, dtype=torch.int64))
+    assert loss == 0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
 
 
 def test_shapes_with_classes_in_the_middle_and_mixed_dtypes():
