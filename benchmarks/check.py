@@ -57,11 +57,11 @@ CASES: dict[str, list[Case]] = {
     "softmax": _cases([*ROWS, (2, 131072)])
     + _cases(
         [(2, 3, 65, 130)],
-        *((name, {"mask": name}) for name in ("padding", "causal", "bias")),
+        *((feature, {"feature": feature}) for feature in ("mask", "causal", "bias")),
     ),
     "gelu": _cases(ROWS, ("exact", EXACT), ("tanh", TANH)),
     "cross_entropy": _cases([(5, 2), (64, 1000), (9, 50257)])
-    + _cases([(7, 1000), (3, 50257)], ("probabilities", {"probabilities": True})),
+    + _cases([(7, 1000), (3, 50257)], ("probabilities", {"feature": "probabilities"})),
     "attention": [
         # One query, lengths of no full tile, head dims that are no power of two, several tiles of queries and keys.
         *_cases(
@@ -224,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(f"benchmarks.{op}")
         kernel, features = KERNELS.get(op, (op, ()))
         for case in (TINY if args.tiny else CASES)[op]:
-            reason = registry.refusal(args.backend, kernel, args.device, case.torch_dtype, features)
+            used = (*features, case.options["feature"]) if "feature" in case.options else features
+            reason = registry.refusal(args.backend, kernel, args.device, case.torch_dtype, used)
             if reason:
                 missing.setdefault(f"{op}: {reason}", None)
                 continue

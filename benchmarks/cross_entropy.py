@@ -14,7 +14,7 @@ from benchmarks.runner import Case, Cost, Problem, Unavailable, compiled, on_bac
 
 OP = "cross_entropy"
 
-PROBABILITIES = {"probabilities": True}
+PROBABILITIES = {"feature": "probabilities"}
 
 CASES = {
     "cpu": [
@@ -71,11 +71,15 @@ def liger(case: Case, problem: Problem):
     return timed(lambda case: lambda logits, target: liger_cross_entropy(logits.clone(), target))(case, problem)
 
 
+def on(backend: str):
+    return lambda case, problem: on_backend(backend, OP, ours, *case.options.values())(case, problem)
+
+
 PROVIDERS = {
     "ours": timed(ours),
     "eager": timed(eager),
     "compile": compiled(eager),
-    "triton": on_backend("triton", OP, ours),
-    "cuda": on_backend("cuda", OP, ours),
+    "triton": on("triton"),
+    "cuda": on("cuda"),
     "liger": liger,
 }

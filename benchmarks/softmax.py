@@ -17,7 +17,7 @@ from benchmarks.runner import Case, Cost, Problem, clone_of_bytes, compiled, on_
 
 OP = "softmax"
 
-PADDING, CAUSAL, BIAS = {"mask": "padding"}, {"mask": "causal"}, {"mask": "bias"}
+MASK, CAUSAL, BIAS = ({"feature": feature} for feature in ("mask", "causal", "bias"))
 
 CASES = {
     "cpu": [
@@ -27,7 +27,7 @@ CASES = {
     ]
     + [
         Case((4, 12, 512, 512), "float32", True, variant, options)
-        for variant, options in (("padding mask", PADDING), ("causal", CAUSAL), ("bias of each head", BIAS))
+        for variant, options in (("padding mask", MASK), ("causal", CAUSAL), ("bias of each head", BIAS))
     ]
     + sweep(),
     "cuda": [
@@ -38,7 +38,7 @@ CASES = {
     "quick": [
         Case((4, 48), "float32", True),
         Case((4, 48), "bfloat16"),
-        *(Case((2, 3, 5, 9), "float32", True, options["mask"], options) for options in (PADDING, CAUSAL, BIAS)),
+        *(Case((2, 3, 5, 9), "float32", True, options["feature"], options) for options in (MASK, CAUSAL, BIAS)),
     ],
 }
 SCALE = 0.125  # of attention scores
@@ -47,13 +47,13 @@ SCALE = 0.125  # of attention scores
 def setup(case: Case, device: str) -> Problem:
     x = torch.randn(case.shape, device=device).to(case.torch_dtype).requires_grad_(case.backward)
     dout = torch.randn_like(x)
-    added = case.options.get("mask")
+    added = case.options.get("feature")
     if added is None:
         return Problem(device, (x,), wrt=(x,), douts=(dout,))
     batch, heads, queries, keys = case.shape
     if added == "causal":
         mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    elif added == "padding":
+    elif added == "mask":
         lengths = torch.randint(keys // 2, keys, (batch, 1, 1, 1), device=device)
         mask = torch.arange(keys, device=device) < lengths
     else:
@@ -68,7 +68,7 @@ def cost(case: Case) -> Cost:
 
 
 def ours(case: Case):
-    added = case.options.get("mask")
+    added = case.options.get("feature")
     if added is None:
         return lambda x: F.softmax(x, -1)
     if added == "causal":
@@ -77,7 +77,7 @@ def ours(case: Case):
 
 
 def eager(case: Case):
-    added = case.options.get("mask")
+    added = case.options.get("feature")
     if added is None:
         return lambda x: TF.softmax(x, -1)
     if added == "bias":
@@ -85,11 +85,15 @@ def eager(case: Case):
     return lambda x, mask: TF.softmax((x * SCALE).masked_fill(~mask, float("-inf")), -1)
 
 
+def on(backend: str):
+    return lambda case, problem: on_backend(backend, OP, ours, *case.options.values())(case, problem)
+
+
 PROVIDERS = {
     "ours": timed(ours),
     "eager": timed(eager),
     "compile": compiled(eager),
     "clone": clone_of_bytes(cost),
-    "triton": on_backend("triton", OP, ours),
-    "cuda": on_backend("cuda", OP, ours),
+    "triton": on("triton"),
+    "cuda": on("cuda"),
 }

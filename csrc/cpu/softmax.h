@@ -118,26 +118,39 @@ template <class A, class Z> FF_NOINLINE A row_max(Z z, int64_t begin, int64_t en
 }
 
 // The sum of exp(z - shift) over [begin, begin + n), to T's digits; sink(i, exponentials) and sink(i, exponentials, k)
-// receive what is summed, i counted from begin.
+// receive what is summed, i counted from begin. Whole pairs are taken as pairs, as for_row takes them: what is kept of
+// bfloat16 is in their order.
 template <class T, class Z, class Sink>
 FF_NOINLINE double exponentials(Z z, int64_t begin, int64_t n, acc_t<T> shift, Sink sink) {
   using A = acc_t<T>;
-  return reduce_row<A>(
-      n,
-      [&](int64_t i) FF_LAMBDA {
-        Pair<A> d = z(begin + i) - shift;
-        if (Z::kMayExceedMax) d = {vmin(splat(A(0)), d.first), vmin(splat(A(0)), d.second)};
-        const Pair<A> e = vexp_score<T>(d);
-        sink(i, e);
-        return e;
-      },
-      [&](int64_t i, int k) FF_LAMBDA {
-        vec_t<A> d = z(begin + i, k) - shift;
-        if (Z::kMayExceedMax) d = vmin(splat(A(0)), d);
-        const vec_t<A> e = vexp_score<T>(d);
-        sink(i, e, k);
-        return k == vec<A>::W ? e : keep_first(e, k, A(0));
-      });
+  constexpr int W = vec<A>::W;
+  auto pair = [&](int64_t i) FF_LAMBDA {
+    Pair<A> d = z(begin + i) - shift;
+    if (Z::kMayExceedMax) d = {vmin(splat(A(0)), d.first), vmin(splat(A(0)), d.second)};
+    const Pair<A> e = vexp_score<T>(d);
+    sink(i, e);
+    return e;
+  };
+  auto single = [&](int64_t i, int k) FF_LAMBDA {
+    vec_t<A> d = z(begin + i, k) - shift;
+    if (Z::kMayExceedMax) d = vmin(splat(A(0)), d);
+    const vec_t<A> e = vexp_score<T>(d);
+    sink(i, e, k);
+    return k == W ? e : keep_first(e, k, A(0));
+  };
+  double total = 0;
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = std::min(n, chunk + kChunk);
+    int64_t i = chunk;
+    Pair<A> s0{}, s1{};
+    for (; i + 4 * W <= end; i += 4 * W) s0 += pair(i), s1 += pair(i + 2 * W);
+    if (i + 2 * W <= end) s0 += pair(i), i += 2 * W;
+    if (i + W <= end) s1.first += single(i, W), i += W;
+    if (i < end) s1.second += single(i, int(end - i));
+    s0 += s1;
+    total += double(hsum(s0.first + s0.second));
+  }
+  return total;
 }
 struct NoSink {
   template <class V> FF_INLINE void operator()(int64_t, V) const {}

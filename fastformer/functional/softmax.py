@@ -234,9 +234,7 @@ register(
 
 
 def _setup_context(ctx, inputs, output):
-    given = list(inputs)
-    given += (1.0, None, None, False)[len(given) - 2 :]
-    _, ctx.log, ctx.scale, mask, bias, ctx.causal = given
+    _, ctx.log, ctx.scale, mask, bias, ctx.causal = inputs
     ctx.save_for_backward(output, mask, bias)
 
 

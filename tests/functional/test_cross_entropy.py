@@ -16,7 +16,7 @@ from tests.nn.comparison import assert_as_accurate
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["cpu", "reference"]
 SHAPES = [
-    (1, 1),  # nothing to choose
+    (1, 2),  # the shortest row with something to choose
     (6, 7),  # a tail only
     (40, 130),  # whole vectors and a tail, several rows at once
     (3, 5000),  # several chunks of partial sums
@@ -85,8 +85,14 @@ def test_loss_and_gradients(probabilities, shape, dtype, backend):
                     assert_as_accurate(f"{what} {reduction} {options}", *results)
 
 
+def test_a_single_class():
+    logits = torch.randn(3, 1, requires_grad=True)
+    loss = F.cross_entropy(logits, torch.zeros(3, dtype=torch.int64))
+    assert loss == 0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
+
+
 def test_shapes_with_classes_in_the_middle_and_mixed_dtypes():
-    logits, q = torch.randn(2, 7, 3, 4, requires_grad=True), torch.rand(2, 7, 3, 4, requires_grad=True)
+    logits, q = (torch.randn(2, 7, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for reduction in ("none", "mean", "sum"):
         ours, theirs = (f(logits, q, reduction=reduction) for f in (F.cross_entropy, TF.cross_entropy))
         torch.testing.assert_close(ours, theirs)
@@ -94,9 +100,9 @@ def test_shapes_with_classes_in_the_middle_and_mixed_dtypes():
             torch.testing.assert_close(a, b)
     one = F.cross_entropy(logits[0, :, 0, 0], q[0, :, 0, 0])
     torch.testing.assert_close(one, TF.cross_entropy(logits[0, :, 0, 0], q[0, :, 0, 0]))
-    low = F.cross_entropy(logits.bfloat16(), q)
+    low = F.cross_entropy(logits.bfloat16(), q.float())
     assert low.dtype == torch.float32
-    torch.testing.assert_close(low, TF.cross_entropy(logits.bfloat16().float(), q))
+    torch.testing.assert_close(low, TF.cross_entropy(logits.bfloat16().float(), q.float()))
 
 
 class Saved:
@@ -171,7 +177,7 @@ def test_a_second_derivative_is_an_error():
     x = torch.randn(4, 5, requires_grad=True)
     for reduction in ("mean", "none"):
         loss = F.cross_entropy(x, torch.zeros(4, dtype=torch.int64), reduction=reduction).sum()
-        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        (grad,) = torch.autograd.grad(loss * loss, x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
 
