@@ -1,6 +1,6 @@
 """cross_entropy at GPT-2's vocabulary and at the demo's, beside torch's and torch.compile.
 
-Forward has to read the logits; backward reads them again and writes their gradient: three tensors together.
+Forward has to read the logits, and their gradient has to be written: two tensors, or three with probabilities to read.
 """
 
 from __future__ import annotations
@@ -13,30 +13,41 @@ from benchmarks.runner import Case, Cost, Problem, Unavailable, compiled, on_bac
 
 OP = "cross_entropy"
 
+PROBABILITIES = {"probabilities": True}
+
 CASES = {
     "cpu": [
         Case((1024, 50257), "float32"),
         Case((1024, 50257), "float32", True, compiled=True),
         Case((1024, 50257), "bfloat16", True),
         Case((768, 96), "float32", True),
+        Case((1024, 10000), "float32", True, "probabilities", PROBABILITIES),
     ],
     "cuda": [
         Case(((1 << 28) // n, n), "bfloat16", backward, compiled=n == 50257)
         for n in (4096, 32000, 50257, 128256, 262144)
         for backward in (False, True)
     ],
-    "quick": [Case((4, 97), "float32", True), Case((4, 97), "bfloat16")],
+    "quick": [
+        Case((4, 97), "float32", True),
+        Case((4, 97), "bfloat16"),
+        Case((4, 97), "float32", True, "probabilities", PROBABILITIES),
+    ],
 }
 
 
 def setup(case: Case, device: str) -> Problem:
     logits = torch.randn(case.shape, device=device).to(case.torch_dtype).requires_grad_(case.backward)
-    target = torch.randint(case.cols, case.shape[:1], device=device)
+    if case.options:
+        target = torch.randn(case.shape, device=device).softmax(1).to(case.torch_dtype)
+    else:
+        target = torch.randint(case.cols, case.shape[:1], device=device)
     return Problem(device, (logits, target), wrt=(logits,), douts=(torch.ones((), device=device).to(case.torch_dtype),))
 
 
 def cost(case: Case) -> Cost:
-    return Cost(bytes=(3 if case.backward else 1) * case.shape[0] * case.cols * case.torch_dtype.itemsize)
+    tensors = 1 + case.backward + bool(case.options)
+    return Cost(bytes=tensors * case.shape[0] * case.cols * case.torch_dtype.itemsize)
 
 
 def ours(case: Case):
@@ -48,7 +59,7 @@ def eager(case: Case):
 
 
 def liger(case: Case, problem: Problem):
-    if problem.device != "cuda":
+    if problem.device != "cuda" or case.options:
         raise Unavailable("measured on GPUs")
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy

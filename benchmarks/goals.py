@@ -88,12 +88,16 @@ GOALS: tuple[Goal, ...] = (
     Goal("layer_norm", "clone", speedup=WITHIN_A_FIFTH),
     Goal("layer_norm", "eager", speedup=1.0),
     Goal("add_layer_norm", "eager", speedup=2.0),
-    Goal("softmax", "clone", speedup=WITHIN_A_FIFTH),
+    Goal("softmax", "clone", speedup=WITHIN_A_FIFTH, where={"shape": (8192, 1024)}),
     Goal("softmax", "eager", speedup=1.0),
     Goal("gelu", "clone", speedup=WITHIN_A_FIFTH),
     Goal("gelu", "eager", speedup=1.0),
     Goal("cross_entropy", "eager", speedup=2.0, where={"shape": (1024, 50257), "backward": True}),
     Goal("cross_entropy", "eager", speedup=1.0, where={"shape": lambda shape: shape != (1024, 50257)}),
+    Goal("linear_cross_entropy", "eager", speedup=1.25, where={"cols": 50257, "dtype": "float32", "backward": True}),
+    Goal("linear_cross_entropy", "eager", speedup=3.0, where={"cols": 50257, "dtype": "bfloat16", "backward": True}),
+    Goal("linear_cross_entropy", "eager", speedup=1.0, where={"backward": False}),
+    Goal("linear_cross_entropy", "eager", speedup=1.0, where={"cols": lambda n: n != 50257, "backward": True}),
     # Attention: the main shape, biases with their gradients; and never slower at any shape.
     Goal("attention", "eager", speedup=1.4, where={"variant": "causal", "dtype": "float32", "backward": False}),
     Goal("attention", "eager", speedup=2.0, where={"variant": "causal", "dtype": "bfloat16", "backward": False}),
@@ -115,6 +119,7 @@ GOALS: tuple[Goal, ...] = (
     *(Goal(op, "compile", speedup=1.0, device="cuda") for op in ROWS),
     Goal("attention", "the best SDPA backend", peers=SDPA, speedup=1.0, device="cuda"),
     Goal("feed_forward", "matmuls", speedup=0.95, device="cuda"),
+    Goal("linear_cross_entropy", "liger", speedup=2.0, device="cuda", where={"backward": True}),
     Goal("training_step", "compile", speedup=1.2, device="cuda"),
 )
 

@@ -34,6 +34,7 @@ OPS = (
     "softmax",
     "gelu",
     "cross_entropy",
+    "linear_cross_entropy",
     "attention",
     "decode_attention",
     "feed_forward",

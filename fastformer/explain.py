@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backends import registry
@@ -32,13 +33,19 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
         features += ("dropout",)
     if op == "attention":
         features += _attention_features(*args, **kwargs)
+    if op == "softmax":
+        mask = kwargs.get("mask")
+        if isinstance(mask, Tensor):
+            features += ("mask",) if mask.dtype == torch.bool else ("bias",)
+        features += ("causal",) if kwargs.get("causal", False) else ()
     if op in ("cross_entropy", "linear_cross_entropy"):
         if kwargs.get("weight") is not None or (op == "cross_entropy" and len(tensors) > 2):
             features += ("weight",)
         if float(kwargs.get("label_smoothing", 0.0)) > 0:  # type: ignore[arg-type]
             features += ("label_smoothing",)
-    if op == "linear_cross_entropy" and float(kwargs.get("z_loss", 0.0)) > 0:  # type: ignore[arg-type]
-        features += ("z_loss",)
+        features += ("z_loss",) if kwargs.get("z_loss", 0.0) else ()
+        soft = op == "cross_entropy" and len(tensors) > 1 and tensors[1].is_floating_point()
+        features += ("probabilities",) if soft else ()
     return registry.explain(op, tensors[0].device.type, tensors[0].dtype, features)
 
 

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "../cpu/vec.h"
 #include "attention_args.h"
 #include "row_args.h"
 
@@ -91,6 +92,48 @@ static void few_queries(const ff_attention_args& a) {
   decode_attention(d);
 }
 
+// One number into a tensor, rounded to its dtype.
+static void set(const ff::Tensor& t, double value) {
+  using namespace ff::generic;
+  if (t.dtype == FF_FLOAT64) *t.as<double>() = value;
+  else if (t.dtype == FF_FLOAT32) *t.as<float>() = float(value);
+  else if (t.dtype == FF_BFLOAT16) *t.as<ff::bf16>() = from_float<ff::bf16>(float(value));
+  else *t.as<ff::fp16>() = from_float<ff::fp16>(float(value));
+}
+
+// What the mean divides by: the rows, or the weights of the targets that count. Of targets the kernel has yet to check.
+template <class A> static double total_of_targets(const ff_cross_entropy_args& a) {
+  if (a.probabilities) return double(a.rows);
+  const A* weight = static_cast<const A*>(a.weight);
+  double total = 0;
+  int64_t counted = 0;
+  for (int64_t r = 0; r < a.rows; r++) {
+    const int64_t t = a.target[r];
+    counted += t != a.ignore_index;
+    if (weight && t != a.ignore_index && t >= 0 && t < a.cols) total += double(weight[t]);
+  }
+  return weight ? total : double(counted);
+}
+
+template <class A> static void cross_entropy_reduced(ff_cross_entropy_args a, const ff::Tensor& loss, bool mean) {
+  int status;
+  {
+    py::gil_scoped_release release;
+    const Scratch scratch(size_t(a.rows) * sizeof(A));
+    A* const rows = static_cast<A*>(scratch.data);
+    const double total = mean ? total_of_targets<A>(a) : 1;
+    const A dloss = A(1 / total);
+    a.loss = rows, a.dloss = &dloss;
+    status = ff_cpu_cross_entropy_forward(&a, nullptr);
+    constexpr int kSums = 8;  // side by side, so that no addition waits for the one before
+    double sums[kSums] = {};
+    for (int64_t r = 0; status == FF_OK && r < a.rows; r++) sums[r % kSums] += double(rows[r]);
+    for (int i = 1; i < kSums; i++) sums[0] += sums[i];
+    if (status == FF_OK) set(loss, sums[0] / total);
+  }
+  check(status);
+}
+
 PYBIND11_MODULE(FF_MODULE, m) {
   m.def("cpu_isa", [] { return ff_cpu_isa(); });
   m.def("set_cpu_isa", [](const char* name) { check(ff_cpu_set_isa(name)); });
@@ -134,22 +177,34 @@ PYBIND11_MODULE(FF_MODULE, m) {
           run(ff_cpu_add_layer_norm_backward, a);
         });
 
-  m.def("softmax_forward", [](py::handle x_, py::handle out, double scale, bool log) {
-    const ff::Tensor x(x_);
-    ff_softmax_args a{};
-    a.dtype = ff_dtype(x.dtype), a.rows = x.rows(), a.cols = x.cols, a.x_stride = x.row_stride();
-    a.scale = scale, a.log = log;
-    a.x = x.data, a.out = ff::Tensor(out).data;
-    run(ff_cpu_softmax_forward, a);
-  });
-  m.def("softmax_backward", [](py::handle dout_, py::handle out_, py::handle dx, double scale, bool log) {
-    const ff::Tensor out(out_), dout(dout_);
-    ff_softmax_args a{};
-    a.dtype = ff_dtype(out.dtype), a.rows = out.rows(), a.cols = out.cols, a.dout_stride = dout.row_stride();
-    a.scale = scale, a.log = log;
-    a.out = out.data, a.dout = dout.data, a.dx = ff::Tensor(dx).data;
-    run(ff_cpu_softmax_backward, a);
-  });
+  m.def(
+      "softmax_forward",
+      [](py::handle x_, py::handle out, double scale, bool log, py::handle mask, py::handle bias, py::handle row_shape,
+         bool causal) {
+        const ff::Tensor x(x_);
+        ff_softmax_args a{};
+        a.dtype = ff_dtype(x.dtype), a.rows = x.rows(), a.cols = x.cols, a.x_stride = x.row_stride();
+        a.scale = scale, a.log = log;
+        a.x = x.data, a.out = ff::Tensor(out).data;
+        if (!row_shape.is_none()) ff::add_to_scores(a, mask, bias, row_shape, causal);
+        run(ff_cpu_softmax_forward, a);
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg("mask") = py::none(), py::arg("bias") = py::none(),
+      py::arg("row_shape") = py::none(), py::arg("causal") = false);
+  m.def(
+      "softmax_backward",
+      [](py::handle dout_, py::handle out_, py::handle dx, double scale, bool log, py::handle mask,
+         py::handle row_shape, bool causal) {
+        const ff::Tensor out(out_), dout(dout_);
+        ff_softmax_args a{};
+        a.dtype = ff_dtype(out.dtype), a.rows = out.rows(), a.cols = out.cols, a.dout_stride = dout.row_stride();
+        a.scale = scale, a.log = log;
+        a.out = out.data, a.dout = dout.data, a.dx = ff::Tensor(dx).data;
+        if (!row_shape.is_none()) ff::add_to_scores(a, mask, py::none(), row_shape, causal);
+        run(ff_cpu_softmax_backward, a);
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("mask") = py::none(),
+      py::arg("row_shape") = py::none(), py::arg("causal") = false);
 
   // Without a bias everything is one row.
   auto gelu_args = [](const ff::Tensor& x, const ff::Tensor& bias, const ff::Tensor& dbias, bool tanh) {
@@ -173,28 +228,39 @@ PYBIND11_MODULE(FF_MODULE, m) {
           run(ff_cpu_gelu_backward, a);
         });
 
-  auto cross_entropy_args = [](const ff::Tensor& logits, const ff::Tensor& target, const ff::Tensor& weight,
-                               const ff::Tensor& lse, int64_t ignore_index, double label_smoothing) {
-    ff_cross_entropy_args a{};
-    a.dtype = ff_dtype(logits.dtype), a.rows = logits.shape[0], a.cols = logits.shape[1];
-    a.logits_stride = logits.stride[0], a.ignore_index = ignore_index, a.label_smoothing = label_smoothing;
-    a.logits = logits.data, a.target = target.as<const int64_t>(), a.weight = weight.data, a.lse = lse.data;
-    return a;
-  };
-  m.def("cross_entropy_forward", [=](py::handle logits, py::handle target, py::handle weight, py::handle loss,
-                                     py::handle lse, int64_t ignore_index, double label_smoothing) {
-    ff_cross_entropy_args a = cross_entropy_args(logits, target, weight, lse, ignore_index, label_smoothing);
-    a.loss = ff::Tensor(loss).data;
-    run(ff_cpu_cross_entropy_forward, a);
+  m.def(
+      "cross_entropy_forward",
+      [](py::handle logits, py::handle target, py::handle weight, py::handle loss, py::handle lse, int64_t ignore_index,
+         double label_smoothing, double z_loss, py::handle probabilities, py::handle dloss, py::handle dlogits) {
+        auto a = ff::cross_entropy_args(logits, target, weight, ignore_index, label_smoothing, z_loss, probabilities);
+        a.lse = ff::Tensor(lse).data, a.loss = ff::Tensor(loss).data;
+        ff::set_gradients(a, dloss, dlogits);
+        run(ff_cpu_cross_entropy_forward, a);
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("z_loss") = 0.0,
+      py::arg("probabilities") = py::none(), py::arg("dloss") = py::none(), py::arg("dlogits") = py::none());
+  m.def(
+      "cross_entropy_backward",
+      [](py::handle dloss, py::handle logits, py::handle target, py::handle weight, py::handle lse, py::handle dlogits,
+         int64_t ignore_index, double label_smoothing, double z_loss, py::handle probabilities,
+         py::handle dprobabilities) {
+        auto a = ff::cross_entropy_args(logits, target, weight, ignore_index, label_smoothing, z_loss, probabilities);
+        a.lse = ff::Tensor(lse).data, a.dprobabilities = ff::Tensor(dprobabilities).data;
+        ff::set_gradients(a, dloss, dlogits);
+        run(ff_cpu_cross_entropy_backward, a);
+      },
+      py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("z_loss") = 0.0,
+      py::arg("probabilities") = py::none(), py::arg("dprobabilities") = py::none());
+  // The sum or the mean of the rows' losses into `loss`, one number in the dtype of the logits, and where dlogits is not
+  // None their gradient: one call instead of the six that counting, dividing and summing take in Python.
+  m.def("cross_entropy_reduced", [](py::handle logits, py::handle target, py::handle weight, py::handle loss_,
+                                    int64_t ignore_index, double label_smoothing, double z_loss,
+                                    py::handle probabilities, py::handle dlogits, bool mean) {
+    auto a = ff::cross_entropy_args(logits, target, weight, ignore_index, label_smoothing, z_loss, probabilities);
+    const ff::Tensor loss(loss_);
+    a.dlogits = ff::Tensor(dlogits).data;
+    a.dtype == FF_FLOAT64 ? cross_entropy_reduced<double>(a, loss, mean) : cross_entropy_reduced<float>(a, loss, mean);
   });
-  m.def("cross_entropy_backward",
-        [=](py::handle dloss_, py::handle logits, py::handle target, py::handle weight, py::handle lse,
-            py::handle dlogits, int64_t ignore_index, double label_smoothing) {
-          const ff::Tensor dloss(dloss_);
-          ff_cross_entropy_args a = cross_entropy_args(logits, target, weight, lse, ignore_index, label_smoothing);
-          a.dloss = dloss.data, a.dloss_stride = dloss.stride[0], a.dlogits = ff::Tensor(dlogits).data;
-          run(ff_cpu_cross_entropy_backward, a);
-        });
 
   // Attention of tensors with nothing beside them, into out (B, Hq, Sq, Dv) and, if it is not None, lse (B, Hq, Sq); false
   // if anything about them is unusual or wrong, and nothing was done. The checks in Python cost more than a small call's

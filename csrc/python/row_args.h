@@ -61,4 +61,32 @@ inline ff_add_layer_norm_args add_layer_norm_backward_args(const Tensor& dout, c
   return a;
 }
 
+// What is added to the scores: mask and bias (row_shape..., cols) in any strides, the last of them 0 or 1.
+inline void add_to_scores(ff_softmax_args& a, const Tensor& mask, const Tensor& bias, pybind11::handle row_shape,
+                          bool causal) {
+  const auto shape = pybind11::reinterpret_borrow<pybind11::tuple>(row_shape);
+  if (shape.size() != 3) throw pybind11::value_error("row_shape: expected three sizes");
+  for (size_t d = 0; d < 3; d++) a.row_shape[d] = shape[d].cast<int64_t>();
+  a.causal = causal;
+  a.mask = mask.as<const uint8_t>(), a.bias = bias.data;
+  mask.strides_to(a.mask_stride), bias.strides_to(a.bias_stride);
+  if (bias.data) a.bias_dtype = ff_dtype(bias.dtype);
+}
+
+// Of target and probabilities one is None.
+inline ff_cross_entropy_args cross_entropy_args(const Tensor& logits, const Tensor& target, const Tensor& weight,
+                                                int64_t ignore_index, double label_smoothing, double z_loss,
+                                                const Tensor& probabilities) {
+  ff_cross_entropy_args a{};
+  a.dtype = ff_dtype(logits.dtype), a.rows = logits.shape[0], a.cols = logits.shape[1];
+  a.logits_stride = logits.stride[0], a.ignore_index = ignore_index, a.label_smoothing = label_smoothing;
+  a.logits = logits.data, a.target = target.as<const int64_t>(), a.weight = weight.data;
+  a.z_loss = z_loss, a.probabilities = probabilities.data, a.probabilities_stride = probabilities.stride[0];
+  return a;
+}
+
+inline void set_gradients(ff_cross_entropy_args& a, const Tensor& dloss, const Tensor& dlogits) {
+  a.dloss = dloss.data, a.dloss_stride = dloss.stride[0], a.dlogits = dlogits.data;
+}
+
 }  // namespace ff

@@ -50,6 +50,10 @@ def _target(x: Tensor) -> Tensor:
     return torch.arange(x.shape[0]) * 7919 % x.shape[1]
 
 
+def _some(w: Tensor) -> Tensor:
+    return torch.arange(len(w)) % 3 != 1
+
+
 def _sum_of_both(pair):
     return pair[0] + 2 * pair[1]
 
@@ -63,11 +67,27 @@ OPS = {
     ),
     "softmax": (lambda x, w: F.softmax(x, 1), lambda x, w: TF.softmax(x, 1)),
     "log_softmax": (lambda x, w: F.log_softmax(x, 1), lambda x, w: TF.log_softmax(x, 1)),
+    "softmax, scale and bias": (
+        lambda x, w: F.softmax(x, 1, scale=0.5, mask=w),
+        lambda x, w: TF.softmax(x * 0.5 + w, 1),
+    ),
+    "log_softmax, mask": (
+        lambda x, w: F.log_softmax(x, 1, mask=_some(w)).masked_fill(~_some(w), 0.0),
+        lambda x, w: TF.log_softmax(x.masked_fill(~_some(w), -torch.inf), 1).masked_fill(~_some(w), 0.0),
+    ),
     "gelu": (F.bias_gelu, lambda x, w: TF.gelu(x + w)),
     "gelu tanh": (lambda x, w: F.bias_gelu(x, w, "tanh"), lambda x, w: TF.gelu(x + w, approximate="tanh")),
     "cross_entropy": (
         lambda x, w: F.cross_entropy(x, _target(x), reduction="none"),
         lambda x, w: TF.cross_entropy(x, _target(x), reduction="none"),
+    ),
+    "cross_entropy of probabilities": (
+        lambda x, w: F.cross_entropy(x, x.detach().flip(0).abs() / 8, w.detach().abs(), reduction="none"),
+        lambda x, w: TF.cross_entropy(x, x.detach().flip(0).abs() / 8, w.detach().abs(), reduction="none"),
+    ),
+    "cross_entropy, gradient in forward": (
+        lambda x, w: F.cross_entropy(x, _target(x), reduction="sum").expand(3),
+        lambda x, w: TF.cross_entropy(x, _target(x), reduction="sum").expand(3),
     ),
     "cross_entropy, smoothing": (
         lambda x, w: F.cross_entropy(x, _target(x), w.detach().abs(), reduction="none", label_smoothing=0.2),

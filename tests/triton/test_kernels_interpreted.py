@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastformer.backends.layout import collapsed
 from fastformer.backends.reference import philox
 from fastformer.backends.triton import add_layer_norm, cross_entropy, gelu, interpreting, layer_norm, softmax
 from fastformer.backends.triton.dropout import dropout, keep_mask
@@ -243,6 +244,40 @@ def test_softmax_of_nan_is_nan(normal, log, device):
     assert out[1].isnan().all() and out[0].isfinite().all()
 
 
+# What is added to scores (2, 3, 5, cols): the shapes of mask and bias, and whether causal.
+ADDED = {
+    "padding mask": ((2, 1, 1, 1), None, False),  # whole rows: the last stride is 0 as well
+    "mask of each row": ((2, 3, 5, -1), None, False),
+    "bias by head": (None, (1, 3, 5, -1), False),
+    "bias that is a number per row": (None, (2, 1, 5, 1), True),
+    "everything": ((2, 1, 1, -1), (3, 1, -1), True),
+    "causal": (None, None, True),
+}
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype, long", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_softmax_of_masked_and_biased_scores(normal, request, added, log, dtype, long, device):
+    if long:
+        request.getfixturevalue("chunked")
+    cols = 70 if long else 3  # three: fewer keys than queries, so that the first queries see nothing
+    shape = (2, 3, 5, cols)
+    mask, bias, causal = ADDED[added]
+    sizes = lambda s: (1,) * (4 - len(s)) + tuple(cols if n < 0 else n for n in s)  # noqa: E731
+    mask = None if mask is None else normal(torch.float32, *sizes(mask)) > -0.3
+    bias = None if bias is None else normal(dtype, *sizes(bias))
+    (mask, bias), row_shape = collapsed((mask, bias), shape, causal)
+    x, dout = normal(dtype, *shape), normal(dtype, *shape)
+    outputs = [
+        op.forward(x, 0.7, log, mask, bias, row_shape, causal)
+        for op, (x, bias) in ours_theirs_exact("softmax", x, bias)
+    ]
+    check("out", *outputs)
+    gradients = ours_theirs_exact("softmax", dout, outputs[1])
+    check("dx", *(op.backward(*a, 0.7, log, mask, row_shape, causal) for op, a in gradients))
+
+
 # ---- gelu ------------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +332,73 @@ def test_cross_entropy(normal, dtype, shape, loss, device):
     check_cross_entropy(normal(dtype, *shape) * 2, target, weight, smoothing, normal(torch.float32, rows))
 
 
+def check_gradient_in_forward(logits, target, probabilities, weight, smoothing, z_loss):
+    """The same losses as without the gradient, and the gradient backward would give."""
+    results = []
+    for op, (z, w, q) in ours_theirs_exact("cross_entropy", logits, weight, probabilities):
+        acc = torch.float64 if z.dtype == torch.float64 else torch.float32
+        dloss = torch.tensor(0.37, dtype=acc, device=z.device).expand(len(z))
+        dlogits = torch.empty_like(z)
+        results.append((*op.forward(z, target, w, -100, smoothing, z_loss, q, dloss, dlogits), dlogits))
+    check_all("loss lse dlogits", *results)
+
+
+@every_dtype
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("long", [False, True])
+def test_cross_entropy_with_its_gradient_and_z_loss(normal, request, dtype, loss, long, device):
+    if long:
+        request.getfixturevalue("chunked")
+    weighted, smoothing = LOSSES[loss]
+    logits, weight = normal(dtype, 5, 90) * 2, normal(torch.float32, 90).abs() if weighted else None
+    target = torch.tensor([0, 89, 64, -100, 31], device=device)
+    for z_loss in (0.0, 0.01):
+        check_gradient_in_forward(logits, target, None, weight, smoothing, z_loss)
+        exact = ours_theirs_exact("cross_entropy", normal(torch.float32, 5), logits, weight)
+        gradients = [
+            op.backward(d, z, target, w, torch.logsumexp(z.to(d.dtype), 1), -100, smoothing, z_loss)
+            for op, (d, z, w) in exact
+        ]
+        check("dlogits", *gradients)
+
+
+@every_dtype
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("long", [False, True])
+def test_cross_entropy_of_probabilities(normal, request, dtype, loss, long, device):
+    if long:
+        request.getfixturevalue("chunked")
+    weighted, smoothing = LOSSES[loss]
+    logits = normal(dtype, 5, 100)[:, 7:97] * 2
+    probabilities = normal(torch.float32, 5, 95).softmax(1).to(dtype)[:, :90]  # another stride than the logits'
+    weight, dloss = normal(torch.float32, 90).abs() if weighted else None, normal(torch.float32, 5)
+    check_gradient_in_forward(logits, None, probabilities, weight, smoothing, 0.01)
+    for need in (True, False):
+        gradients = [
+            op.backward_probabilities(*a, smoothing, 0.01, need)
+            for op, a in ours_theirs_exact("cross_entropy", dloss, logits, probabilities, weight)
+        ]
+        check_all("dlogits dprobabilities", *gradients)
+
+
+@every_dtype
+def test_scaling_the_gradient_in_place(normal, dtype, device):
+    gradient = normal(dtype, 3, 2000)
+    for factor in (1.0, 0.3):
+        factor, scaled = torch.tensor(factor, dtype=dtype, device=device), gradient.clone()
+        cross_entropy.scale(scaled, factor)
+        assert torch.equal(scaled, gradient * factor)
+
+
+def test_cross_entropy_gradient_over_the_logits_themselves(normal, device):
+    logits, target = normal(torch.float32, 5, 90), torch.tensor([0, 89, 64, -100, 31], device=device)
+    apart, over = torch.empty_like(logits), logits.clone()
+    dloss = torch.ones((), device=device).expand(5)
+    cross_entropy.forward(logits, target, None, -100, 0.1, dloss=dloss, dlogits=apart)
+    cross_entropy.forward(over, target, None, -100, 0.1, dloss=dloss, dlogits=over)
+    assert torch.equal(over, apart)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_cross_entropy_in_chunks_of_strided_rows(normal, loss, chunked, device):
     weighted, smoothing = LOSSES[loss]
@@ -314,4 +416,6 @@ def test_cross_entropy_of_a_target_out_of_range_is_nan(normal, device):
     loss, lse = cross_entropy.forward(logits, target, None, -100, 0.0)
     dlogits = cross_entropy.backward(torch.ones(4, device=device), logits, target, None, lse, -100, 0.0)
     assert loss.isnan().tolist() == [False, True, True, False]
+    assert dlogits.isnan().all(1).tolist() == [False, True, True, False]
+    cross_entropy.forward(logits, target, None, -100, 0.0, dloss=torch.ones(4, device=device), dlogits=dlogits)
     assert dlogits.isnan().all(1).tolist() == [False, True, True, False]

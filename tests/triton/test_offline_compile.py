@@ -25,9 +25,12 @@ SAMPLE = {
     "layer_norm": r"^layer_norm (forward_rows (bf16 1024|fp32 16384)|backward_rows (bf16 256$|fp32 8192)|"
     r"(\w+_chunks|backward_parameters) bf16 262144$)",
     "add_layer_norm": r"^add_layer_norm\+dropout \w+_(rows bf16 1024|chunks fp32)",
-    "softmax": r"^softmax (forward_rows bf16 32768|backward_rows fp32 16384)|^log_softmax \w+_chunks bf16 262144$",
+    "softmax": r"^softmax (forward_rows bf16 32768$|backward_rows fp32 16384$)|^log_softmax \w+_chunks bf16 262144$|"
+    r"^log_softmax (forward|backward)_rows bf16 16384\+mask$",
     "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
-    "cross_entropy": r"^cross_entropy \w+ (bf16 262144 weight\+smoothing$|fp32 512$|bf16 32 weight.* of 1)",
+    "cross_entropy": r"^cross_entropy \w+ (bf16 262144 (weight\+smoothing|gradient|probabilities)$|fp32 512$|"
+    r"bf16 32 weight.* of 1|fp32 2048 probabilities$)",
+    "linear_cross_entropy": r"^linear_cross_entropy forward bf16 262144 gradient$",
     # the head size of most models, and one between powers of two; a T5 encoder in training; every kind of feature;
     # float32, which has to be sliced
     "attention": r"^attention (\w+ bf16 D=64 (causal|key_padding_mask\+relative_bias\+dropout)$|"

@@ -7,19 +7,41 @@ from torch import Tensor
 from ... import _C
 from ._call import DTYPES, empty_like
 
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"mask", "bias", "causal"})
 __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
 
 
-def forward(x: Tensor, scale: float, log: bool) -> Tensor:
+def forward(
+    x: Tensor,
+    scale: float,
+    log: bool,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    row_shape: tuple[int, int, int] | None = None,
+    causal: bool = False,
+) -> Tensor:
     """x (*, cols) -> out (*, cols)."""
     out = empty_like(x)
-    _C.softmax_forward(x, out, scale, log)
+    if row_shape is None:
+        _C.softmax_forward(x, out, scale, log)
+    else:
+        _C.softmax_forward(x, out, scale, log, mask, bias, row_shape, causal)
     return out
 
 
-def backward(dout: Tensor, out: Tensor, scale: float, log: bool) -> Tensor:
+def backward(
+    dout: Tensor,
+    out: Tensor,
+    scale: float,
+    log: bool,
+    mask: Tensor | None = None,
+    row_shape: tuple[int, int, int] | None = None,
+    causal: bool = False,
+) -> Tensor:
     """dout, contiguous out (*, cols) -> dx (*, cols)."""
     dx = empty_like(out)
-    _C.softmax_backward(dout, out, dx, scale, log)
+    if row_shape is None or not log:  # elsewhere the outputs that take no part are 0
+        _C.softmax_backward(dout, out, dx, scale, log)
+    else:
+        _C.softmax_backward(dout, out, dx, scale, log, mask, row_shape, causal)
     return dx
