@@ -17,6 +17,7 @@ KERNELS = (
     "softmax",
     "gelu",
     "cross_entropy",
+    "linear_cross_entropy",
     "attention",
     "decode_attention",
     "feed_forward",

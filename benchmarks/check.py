@@ -62,6 +62,7 @@ CASES: dict[str, list[Case]] = {
     "gelu": _cases(ROWS, ("exact", EXACT), ("tanh", TANH)),
     "cross_entropy": _cases([(5, 2), (64, 1000), (9, 50257)])
     + _cases([(7, 1000), (3, 50257)], ("probabilities", {"feature": "probabilities"})),
+    "linear_cross_entropy": _cases([(5, 8, 2), (70, 64, 1000), (257, 96, 5001)]),
     "attention": [
         # One query, lengths of no full tile, head dims that are no power of two, several tiles of queries and keys.
         *_cases(
@@ -97,6 +98,7 @@ TINY: dict[str, list[Case]] = {
     "softmax": _cases([(3, 70)])[:2],
     "gelu": _cases([(3, 70)], ("exact", EXACT))[:2],
     "cross_entropy": _cases([(3, 70)])[:2],
+    "linear_cross_entropy": _cases([(70, 16, 40)])[:2],
     "attention": _cases([(1, 2, 20, 16)], ("causal", {"causal": True}))[:2]
     + _cases([(1, 2, 20, 16)], ("p", PADDING))[:1],
     "decode_attention": [Case((1, 2, 20, 16), "float32", False, "pages", {"kv_heads": 1, "page_size": 8})],

@@ -104,6 +104,10 @@ GOALS: tuple[Goal, ...] = (
         Goal(op, "the faster of eager and compile", peers=("eager", "compile"), speedup=0.95, where={"variant": SWEEP})
         for op in (*ROWS, "gelu")
     ),
+    Goal("linear_cross_entropy", "eager", speedup=1.25, where={"cols": 50257, "dtype": "float32", "backward": True}),
+    Goal("linear_cross_entropy", "eager", speedup=3.0, where={"cols": 50257, "dtype": "bfloat16", "backward": True}),
+    Goal("linear_cross_entropy", "eager", speedup=1.0, where={"backward": False}),
+    Goal("linear_cross_entropy", "eager", speedup=1.0, where={"cols": lambda n: n != 50257, "backward": True}),
     # Attention: the main shape, biases with their gradients; and never slower at any shape.
     Goal("attention", "eager", speedup=1.4, where={"variant": "causal", "dtype": "float32", "backward": False}),
     Goal("attention", "eager", speedup=2.0, where={"variant": "causal", "dtype": "bfloat16", "backward": False}),
@@ -125,6 +129,7 @@ GOALS: tuple[Goal, ...] = (
     *(Goal(op, "compile", speedup=1.0, device="cuda") for op in ROWS),
     Goal("attention", "the best SDPA backend", peers=SDPA, speedup=1.0, device="cuda"),
     Goal("feed_forward", "matmuls", speedup=0.95, device="cuda"),
+    Goal("linear_cross_entropy", "liger", speedup=2.0, device="cuda", where={"backward": True}),
     Goal("training_step", "compile", speedup=1.2, device="cuda"),
 )
 

@@ -2,11 +2,12 @@
 
 For each chunk, in one buffer:
 
-    logits = x w^T + b                                    the library's matmul
-    loss, lse and dlogits, written over the logits        one kernel
+    logits = x w^T + b                                          the library's matmul
+    loss, and dlogits written over the logits                   the backend's kernel of cross_entropy
     dx = dlogits w,  dw += dlogits^T x,  db += sum(dlogits)     the library's matmuls
 
-A gradient that is written in the forward pass needs three products where a backward pass of its own would need four.
+Gradients that are written in the forward pass take three products, where a backward pass of its own would have to make
+the logits again. Floor: those products; beside them each logit is written and read twice, in a buffer that is reused.
 
 The chunks are a quarter of the rows. PyTorch holds three tables of rows x classes at its peak (log-probabilities and
 two gradients), so this is a twelfth of it at any size; and a half-precision dw is rounded four times on its way: the
@@ -16,7 +17,8 @@ than three roundings of the result, where the product of all rows has one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ MIN_ROWS = 64
 MAX_ROWS = 1024
 """Where sums keep their digits (float32, float64), more rows only take more memory."""
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+NONE = (False, False, False)
+
 
 def chunk_rows(rows: int, dtype: torch.dtype) -> int:
     """How many rows to take at a time."""
@@ -35,15 +40,13 @@ def chunk_rows(rows: int, dtype: torch.dtype) -> int:
 
 
 class Products:
-    """The matmuls around the logits of a chunk, in the dtype of the inputs.
+    """The matmuls around the logits of a chunk, in the dtype of the inputs, and the gradients they add up.
 
     x is (rows, features), w (classes, features), bias (classes) or None; ``needs`` says which of their gradients are
     wanted.
     """
 
-    def __init__(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, needs: Sequence[bool] = (False, False, False)
-    ) -> None:
+    def __init__(self, x: Tensor, w: Tensor, bias: Tensor | None, needs: Sequence[bool] = NONE) -> None:
         self.x, self.w, self.bias = x, w, bias
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         # In the strides of w (which may be a transposed view): what accumulates the gradient expects them.
@@ -54,6 +57,10 @@ class Products:
     def empty_like(self, t: Tensor) -> Tensor:
         """Memory for a large gradient."""
         return torch.empty_like(t)
+
+    def buffer(self) -> Tensor:
+        """Memory for the logits of a chunk."""
+        return self.x.new_empty(chunk_rows(len(self.x), self.x.dtype), len(self.w))
 
     def logits(self, rows: slice, out: Tensor) -> None:
         """Writes the logits of ``rows`` to ``out``."""
@@ -67,11 +74,11 @@ class Products:
         if self.dx is not None:
             torch.mm(dlogits, self.w, out=self.dx[rows])
         if self.dw is not None:
-            torch.addmm(self.dw, dlogits.t(), self.x[rows], beta=0 if rows.start == 0 else 1, out=self.dw)
+            self.dw.addmm_(dlogits.t(), self.x[rows], beta=0 if rows.start == 0 else 1)
         if self.dbias is not None:
             self.dbias += dlogits.sum(0)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(self) -> Gradients:
         """The gradients of x, w and bias, in their dtypes; None for one that was not wanted."""
         if self.dw is not None and len(self.x) == 0:
             self.dw.zero_()
@@ -79,12 +86,34 @@ class Products:
         return self.dx, self.dw, dbias
 
 
-def for_chunks(products: Products, buffer: Tensor, kernel: Callable[[slice, Tensor], None], gradients: bool) -> None:
-    """Calls ``kernel(rows, logits)`` for each chunk; with ``gradients`` it leaves dlogits in place of the logits."""
-    for begin in range(0, len(products.x), max(len(buffer), 1)):
-        rows = slice(begin, min(begin + len(buffer), len(products.x)))
-        chunk = buffer[: rows.stop - begin]
-        products.logits(rows, chunk)
-        kernel(rows, chunk)
-        if gradients:
-            products.add_gradients(rows, chunk)
+def run(
+    kernels: ModuleType,
+    products: Products,
+    target: Tensor,
+    weight: Tensor | None,
+    options: tuple[int, float, float],
+    dloss: Tensor | None = None,
+) -> Tensor:
+    """The loss of each row, (rows) acc; with ``dloss`` (rows) acc ``products`` has the gradients afterwards.
+
+    Args:
+        kernels: the backend's file of cross_entropy.
+        target, weight: (rows) int64; (classes) acc or None.
+        options: ignore_index, label_smoothing, z_loss.
+    """
+    x = products.x
+    loss = torch.empty(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    buffer = products.buffer()
+    for begin in range(0, len(x), max(len(buffer), 1)):
+        rows = slice(begin, min(begin + len(buffer), len(x)))
+        logits = buffer[: rows.stop - begin]
+        products.logits(rows, logits)
+        part = None if dloss is None else dloss[rows]
+        # In place: the kernel reads an element for the last time before it writes it.
+        dlogits = None if dloss is None else logits
+        loss[rows], _ = kernels.forward(
+            logits, target[rows], weight, *options, probabilities=None, dloss=part, dlogits=dlogits
+        )
+        if dlogits is not None:
+            products.add_gradients(rows, dlogits)
+    return loss

@@ -67,33 +67,50 @@ def linear_cross_entropy(
     out_dtype = input.dtype
     device = input.device.type
     if torch.is_autocast_enabled(device):
-        out_dtype = _acc_dtype(input.dtype)
-        input, linear_weight, linear_bias = _autocast(
-            torch.get_autocast_dtype(device), input, linear_weight, linear_bias
-        )
+        out_dtype, dtype = _acc_dtype(input.dtype), torch.get_autocast_dtype(device)
+        input, linear_weight = _autocast(input, dtype), _autocast(linear_weight, dtype)
+        linear_bias = None if linear_bias is None else _autocast(linear_bias, dtype)
     if target.is_floating_point() or linear_weight.dim() > 2:
-        loss = _held(input, linear_weight, target, linear_bias, weight, reduction, index, label_smoothing, z_loss)
-        return loss.to(out_dtype)
+        logits, target = _logits(input, linear_weight, target, linear_bias)
+        loss = cross_entropy(
+            logits.to(out_dtype),
+            target,
+            weight,
+            ignore_index=index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+        return loss.view(input.shape[:-1]) if reduction == "none" and linear_weight.dim() == 2 else loss
 
     x = _checks.as_rows(input, input.shape[-1])
     flat = target.reshape(-1)
     class_weight = None if weight is None else weight.detach().to(_acc_dtype(x.dtype)).contiguous()
     numbers = (index, float(label_smoothing), float(z_loss))
     if through_operator(x, linear_weight, linear_bias, flat, class_weight):
-        loss = _through_operators(x, linear_weight, linear_bias, flat, class_weight, *numbers, reduction)
+        loss = _through_operators(x, linear_weight, linear_bias, flat, class_weight, numbers, reduction)
     else:
         kernels = _select(x, class_weight, *numbers[1:])
         if needs_grad(x, linear_weight, linear_bias):
-            loss = _LinearCrossEntropy.apply(
-                x, linear_weight, linear_bias, flat, class_weight, *numbers, reduction, kernels
-            )
+            arguments = (x, linear_weight, linear_bias, flat, class_weight)
+            loss = _LinearCrossEntropy.apply(*arguments, numbers, reduction, kernels)
         else:
-            loss, _ = kernels.forward(x, linear_weight, linear_bias, flat, class_weight, *numbers)
+            loss = kernels.forward(x, linear_weight, linear_bias, flat, class_weight, *numbers)
             loss = _reduced(loss, flat, class_weight, index, reduction)
     return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
 
-def _check(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, z_loss) -> None:
+def _check(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
     _checks.tensor("input", input)
     _checks.tensor("linear_weight", linear_weight)
     _checks.choice("reduction", reduction, _REDUCTIONS)
@@ -137,32 +154,19 @@ def _check(input, linear_weight, target, linear_bias, weight, reduction, ignore_
         raise ValueError(f"target: indices of shape {tuple(target.shape)} are not {expected}")
 
 
-def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # As autocast itself does for torch's linear; float64 stays.
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _held(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, z_loss):
-    """The loss with all logits in memory: probabilities as targets, or several positions per row."""
+def _logits(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All logits, and the target, as cross_entropy takes them: with the classes in the second dimension."""
     classes, *positions, features = linear_weight.shape
-    lead = input.shape[:-1]
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, features), bias)
-    if len(lead) > 1:  # cross_entropy has classes in the second dimension
-        logits, target = logits.flatten(0, -2), target.flatten(0, len(lead) - 1)
-    elif positions:
-        logits = logits.view(*lead, classes, *positions)
-    more = {"z_loss": z_loss} if z_loss else {}
-    loss = cross_entropy(
-        logits,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        **more,
-    )
-    return loss.view(lead) if reduction == "none" and len(lead) > 1 else loss
+    if positions:
+        return logits.view(-1, classes, *positions), target
+    return logits.view(-1, classes), target.view(-1, classes)
 
 
 def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, dtype: torch.dtype) -> Tensor:
@@ -202,76 +206,66 @@ def _in_forward(dtype: torch.dtype, reduction: str) -> bool:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, bias, target, weight, ignore_index, label_smoothing, z_loss, reduction, kernels):
-        numbers = (ignore_index, label_smoothing, z_loss)
-        needs = ctx.needs_input_grad[:3]
-        lse, ctx.gradients = None, None
-        divisor = None
+    def forward(ctx, x, w, bias, target, weight, numbers, reduction, kernels):
+        arguments = (x, w, bias, target, weight)
+        divisor, ctx.gradients = None, None
         if reduction != "none":
-            divisor = _divisor(target, weight, ignore_index, reduction, _acc_dtype(x.dtype))
+            divisor = _divisor(target, weight, numbers[0], reduction, _acc_dtype(x.dtype))
         if _in_forward(x.dtype, reduction):
             dloss = divisor.reciprocal().expand(len(x))
-            loss, ctx.gradients = kernels.loss_and_gradients(dloss, x, w, bias, target, weight, *numbers, needs)
+            loss, ctx.gradients = kernels.backward(dloss, *arguments, *numbers, ctx.needs_input_grad[:3])
         else:
-            loss, lse = kernels.forward(x, w, bias, target, weight, *numbers)
-        ctx.save_for_backward(x, w, bias, target, weight, lse, divisor)
+            loss = kernels.forward(*arguments, *numbers)
+        ctx.save_for_backward(*arguments, divisor)
         ctx.numbers, ctx.kernels = numbers, kernels
         return loss if divisor is None else loss.sum() / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        x, w, bias, target, weight, lse, divisor = ctx.saved_tensors
-        kernels, needs = ctx.kernels, ctx.needs_input_grad[:3]
+        *arguments, divisor = ctx.saved_tensors
         # Given away: a second pass over a retained graph computes them again.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
-            gradients = kernels.scale(gradients, dloss)
+            gradients = ctx.kernels.scale(gradients, dloss)
         else:
             if divisor is not None:
-                dloss = (dloss / divisor).expand(len(x))
-            arguments = (dloss, x, w, bias, target, weight)
-            if lse is None:
-                _, gradients = kernels.loss_and_gradients(*arguments, *ctx.numbers, needs)
-            else:
-                gradients = kernels.backward(*arguments, lse, *ctx.numbers, needs)
-        return *gradients, None, None, None, None, None, None, None
+                dloss = (dloss / divisor).expand(len(arguments[0]))
+            _, gradients = ctx.kernels.backward(dloss, *arguments, *ctx.numbers, ctx.needs_input_grad[:3])
+        return *gradients, None, None, None, None, None
 
 
 # ---- the registered operators ----------------------------------------------------------------------------------------
 # One row by row, with a backward pass of its own, and one of a reduced loss, which returns the gradients beside it.
 
 
-def _through_operators(x, w, bias, target, weight, ignore_index, label_smoothing, z_loss, reduction):
-    arguments = (x, w, bias, target, weight, ignore_index, label_smoothing, z_loss)
+def _through_operators(x, w, bias, target, weight, numbers, reduction):
+    arguments = (x, w, bias, target, weight, *numbers)
     # Under torch.func nothing tells here which gradients will be wanted.
     if _in_forward(x.dtype, reduction) and needs_grad(x, w, bias) and peek_interpreter_stack() is None:
-        divisor = _divisor(target, weight, ignore_index, reduction, _acc_dtype(x.dtype))
+        divisor = _divisor(target, weight, numbers[0], reduction, _acc_dtype(x.dtype))
         needs = [t is not None and t.requires_grad for t in (x, w, bias)]
         return operator("linear_cross_entropy_reduced", divisor, *arguments, needs)[0]
-    loss, _ = operator("linear_cross_entropy", *arguments)
-    return _reduced(loss, target, weight, ignore_index, reduction)
+    loss = operator("linear_cross_entropy", *arguments)
+    return _reduced(loss, target, weight, numbers[0], reduction)
 
 
-def _forward(x, w, bias, target, weight, ignore_index, label_smoothing, z_loss):
-    kernels = _select(x, weight, label_smoothing, z_loss)
+def _forward(x, w, bias, target, weight, *numbers):
+    kernels = _select(x, weight, *numbers[1:])
+    return kernels.forward(_checks.as_rows(x, x.shape[-1]), w, bias, target.contiguous(), weight, *numbers)
+
+
+def _backward(dloss, x, w, bias, target, weight, *numbers_and_needs):
+    kernels = _select(x, weight, *numbers_and_needs[1:3])
     rows = _checks.as_rows(x, x.shape[-1])
-    return kernels.forward(rows, w, bias, target.contiguous(), weight, ignore_index, label_smoothing, z_loss)
+    _, gradients = kernels.backward(dloss, rows, w, bias, target.contiguous(), weight, *numbers_and_needs)
+    return _as_tensors(x, gradients)
 
 
-def _backward(dloss, x, w, bias, target, weight, lse, ignore_index, label_smoothing, z_loss, needs):
-    kernels = _select(x, weight, label_smoothing, z_loss)
-    rows, target = _checks.as_rows(x, x.shape[-1]), target.contiguous()
-    numbers = (ignore_index, label_smoothing, z_loss)
-    return _as_tensors(x, kernels.backward(dloss, rows, w, bias, target, weight, lse, *numbers, needs))
-
-
-def _reduced_with_gradients(divisor, x, w, bias, target, weight, ignore_index, label_smoothing, z_loss, needs):
-    kernels = _select(x, weight, label_smoothing, z_loss)
-    rows, target = _checks.as_rows(x, x.shape[-1]), target.contiguous()
-    numbers = (ignore_index, label_smoothing, z_loss)
-    dloss = divisor.reciprocal().expand(len(x))
-    loss, gradients = kernels.loss_and_gradients(dloss, rows, w, bias, target, weight, *numbers, needs)
+def _reduced_with_gradients(divisor, x, w, bias, target, weight, *numbers_and_needs):
+    kernels = _select(x, weight, *numbers_and_needs[1:3])
+    rows, dloss = _checks.as_rows(x, x.shape[-1]), divisor.reciprocal().expand(len(x))
+    loss, gradients = kernels.backward(dloss, rows, w, bias, target.contiguous(), weight, *numbers_and_needs)
     return loss.sum() / divisor, *_as_tensors(x, gradients)
 
 
@@ -279,9 +273,8 @@ def _as_tensors(x: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, 
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
-def _fake(x, w, bias, target, weight, ignore_index, label_smoothing, z_loss):
-    loss = x.new_empty(target.shape, dtype=_acc_dtype(x.dtype))
-    return loss, torch.empty_like(loss)
+def _fake(x, w, bias, target, *_):
+    return x.new_empty(target.shape, dtype=_acc_dtype(x.dtype))
 
 
 def _fake_gradients(x, w, bias, needs):
@@ -289,36 +282,31 @@ def _fake_gradients(x, w, bias, needs):
     return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in tensors)
 
 
-_INPUTS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
-_NUMBERS = "int ignore_index, float label_smoothing, float z_loss"
-register(f"linear_cross_entropy({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)", _forward, _fake)
+_INPUTS = (
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, int ignore_index,"
+    " float label_smoothing, float z_loss"
+)
+register(f"linear_cross_entropy({_INPUTS}) -> Tensor", _forward, _fake)
 register(
-    f"linear_cross_entropy_backward(Tensor dloss, {_INPUTS}, Tensor lse, {_NUMBERS}, bool[3] needs)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_backward(Tensor dloss, {_INPUTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _backward,
-    lambda dloss, x, w, bias, target, weight, lse, i, s, z, needs: _fake_gradients(x, w, bias, needs),
+    lambda dloss, x, w, bias, *rest: _fake_gradients(x, w, bias, rest[-1]),
 )
 register(
-    f"linear_cross_entropy_reduced(Tensor divisor, {_INPUTS}, {_NUMBERS}, bool[3] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_reduced(Tensor divisor, {_INPUTS}, bool[3] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _reduced_with_gradients,
-    lambda divisor, x, w, bias, target, weight, i, s, z, needs: (
-        torch.empty_like(divisor),
-        *_fake_gradients(x, w, bias, needs),
-    ),
+    lambda divisor, x, w, bias, *rest: (torch.empty_like(divisor), *_fake_gradients(x, w, bias, rest[-1])),
 )
 
 
 def _setup_context(ctx, inputs, output):
-    x, w, bias, target, weight, *ctx.numbers = inputs
-    ctx.save_for_backward(x, w, bias, target, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:5])
+    ctx.numbers = inputs[5:]
 
 
-def _autograd(ctx, dloss, _dlse):
-    x, w, bias, target, weight, lse = ctx.saved_tensors
+def _autograd(ctx, dloss):
     needs = list(ctx.needs_input_grad[:3])
-    gradients = operator("linear_cross_entropy_backward", dloss, x, w, bias, target, weight, lse, *ctx.numbers, needs)
+    gradients = operator("linear_cross_entropy_backward", dloss, *ctx.saved_tensors, *ctx.numbers, needs)
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None, None, None
 
 

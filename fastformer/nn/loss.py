@@ -81,7 +81,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """input ``(*, in_features)``, target as in ``functional.linear_cross_entropy``."""
         shape = (self.num_classes, *self.out_features)
-        weight, bias = self.linear.weight, self.linear.bias
+        weight: Tensor = self.linear.weight
+        bias: Tensor | None = self.linear.bias
         if self.out_features:
             weight = weight.view(*shape, self.linear.in_features)
             bias = None if bias is None else bias.view(shape)

@@ -1,15 +1,25 @@
-"""The measurement of peak memory, and the goal it is for."""
+"""The measurement of peak memory, and the goals it is for."""
 
 import pytest
 
 from benchmarks import memory
 
-SHAPE = (1, 3, 4096, 64)
+pytestmark = pytest.mark.skipif(not memory.AVAILABLE, reason="peak memory is read from Linux's /proc")
 
 
-@pytest.mark.skipif(not memory.AVAILABLE, reason="peak memory is read from Linux's /proc")
 def test_t5_bias_takes_less_than_an_eighth_of_pytorchs_memory():
-    ours, eager = (memory.peak_bytes(provider, SHAPE) for provider in ("ours", "eager"))
+    ours, eager = (memory.peak_bytes(provider, "attention", (1, 3, 4096, 64)) for provider in ("ours", "eager"))
     assert ours >= 3 * 3 * 4096 * 64 * 4  # at least the gradients of q, k and v
     assert eager >= 3 * 3 * 4096**2 * 4  # at least bias, probabilities and their gradient
-    assert eager > memory.GOAL * ours
+    assert eager > memory.JOBS["attention"].goal * ours
+
+
+def test_linear_cross_entropy_takes_less_than_a_quarter_of_pytorchs_memory():
+    rows, width, classes = 2048, 64, 12000
+    ours, eager = (
+        memory.peak_bytes(provider, "linear_cross_entropy", (rows, width, classes)) for provider in ("ours", "eager")
+    )
+    table = rows * classes * 4
+    assert ours >= table / 4  # the logits of a quarter of the rows
+    assert eager >= 2 * table
+    assert eager > memory.JOBS["linear_cross_entropy"].goal * ours

@@ -1,4 +1,4 @@
-"""fastformer.nn.CrossEntropyLoss beside torch.nn.CrossEntropyLoss."""
+"""fastformer.nn.CrossEntropyLoss and LinearCrossEntropyLoss beside torch's own."""
 
 import pytest
 import torch
@@ -68,3 +68,63 @@ def test_bad_input_is_named():
         loss(torch.randn(3, 5), torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="weight"):
         nn.CrossEntropyLoss(torch.rand(4))(torch.randn(3, 5), torch.tensor([1, 2, 3]))
+
+
+in_torch = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch has LinearCrossEntropyLoss from 2.13 on"
+)
+
+
+@in_torch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"bias": True, "label_smoothing": 0.1},
+        {"weighted": True, "ignore_index": 2},
+        {"bias": True, "out_features": (3, 2), "weighted": True},
+        {"options": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [(), (9,), (130,)], ids=str)
+def test_linear_matches_torch(rows, arguments, reduction, dtype):
+    torch.manual_seed(0)
+    arguments = dict(arguments)
+    if arguments.get("out_features") and not rows:
+        pytest.skip("several positions a row need rows")
+    if arguments.pop("weighted", False):
+        arguments["weight"] = torch.rand(37, dtype=dtype)
+    if arguments.pop("options", False):
+        arguments["options"] = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4)
+    target = torch.randint(37, (*rows, *arguments.get("out_features", ())))
+    ours, theirs = (
+        m.LinearCrossEntropyLoss(24, 37, reduction=reduction, dtype=dtype, **arguments) for m in (nn, torch.nn)
+    )
+    compare(ours, theirs, [3 * torch.randn(*rows, 24, dtype=dtype), target])
+
+
+@in_torch
+@pytest.mark.parametrize("arguments", [{}, {"bias": True, "out_features": (3,), "label_smoothing": 0.1}], ids=str)
+def test_linear_is_a_drop_in(arguments):
+    weight = torch.rand(5)
+    assert_drop_in(*((lambda m=m: m.LinearCrossEntropyLoss(4, 5, weight=weight, **arguments)) for m in (nn, torch.nn)))
+
+
+def test_linear_adds_the_z_loss():
+    loss, plain = (nn.LinearCrossEntropyLoss(4, 5, z_loss=z, reduction="none") for z in (0.1, 0.0))
+    loss.load_state_dict(plain.state_dict())
+    x, target = torch.randn(6, 4), torch.arange(6) % 5
+    added = 0.1 * loss.linear(x).logsumexp(1).square()
+    torch.testing.assert_close(loss(x, target), plain(x, target) + added)
+
+
+def test_linear_names_bad_input():
+    with pytest.raises(ValueError, match=r"weight: shape \(4,\) is not \(5,\)"):
+        nn.LinearCrossEntropyLoss(3, 5, weight=torch.rand(4))
+    with pytest.raises(ValueError, match="label_smoothing: 2"):
+        nn.LinearCrossEntropyLoss(3, 5, label_smoothing=2)
+    with pytest.raises(ValueError, match="linear_weight: 3 input features"):
+        nn.LinearCrossEntropyLoss(3, 5)(torch.randn(2, 4), torch.tensor([0, 1]))

@@ -38,6 +38,7 @@ SAMPLE = {
     "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
     "cross_entropy": r"^cross_entropy \w+ (bf16 262144 (weight\+smoothing|gradient|probabilities)$|fp32 512$|"
     r"bf16 32 weight.* of 1|fp32 2048 probabilities$)",
+    "linear_cross_entropy": r"^linear_cross_entropy forward bf16 262144 gradient$",
     # the head size of most models, and one between powers of two; a T5 encoder in training; every kind of feature;
     # float32, which has to be sliced
     "attention": r"^attention (\w+ bf16 D=64 (causal|key_padding_mask\+relative_bias\+dropout)$|"

@@ -8,20 +8,19 @@ widened to float32, a few thousand classes at a time, and multiplied by the floa
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ... import _C
-from ..chunks import Products, chunk_rows, for_chunks
+from .. import chunks
+from ..chunks import Gradients, Products
 from . import cross_entropy
-from ._call import DTYPES, acc_dtype, on_huge_pages
+from ._call import DTYPES, on_huge_pages
 
-FEATURES = cross_entropy.FEATURES
-__all__ = ["DTYPES", "FEATURES", "backward", "forward", "loss_and_gradients", "scale"]
+FEATURES = cross_entropy.FEATURES - {"probabilities"}
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "scale"]
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 BLOCK_CLASSES = 2048  # of a widened weight: with its gradient and the logits some 15 MB at 768 features
 
 
@@ -34,46 +33,18 @@ def forward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """x (rows, features), w (classes, features), target (rows) -> loss (rows) acc, lse (rows) acc.
+) -> Tensor:
+    """x (rows, features), w (classes, features), bias (classes), target (rows), weight (classes) acc -> loss (rows).
 
     Raises IndexError for a target outside [0, classes) that is not ``ignore_index``.
     """
     check_target(target, len(w), ignore_index)
-    loss, lse = _row_results(x)
-
-    def kernel(rows: slice, logits: Tensor) -> None:
-        _C.cross_entropy_forward(logits, target[rows], weight, loss[rows], lse[rows], ignore_index, label_smoothing)
-
-    products = _products(x, w, bias)
-    for_chunks(products, _buffer(x, w), kernel, gradients=False)
-    return loss, lse
+    return chunks.run(
+        cross_entropy, _products(x.dtype)(x, w, bias), target, weight, (ignore_index, label_smoothing, z_loss)
+    )
 
 
 def backward(
-    dloss: Tensor,
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float = 0.0,
-    needs: Sequence[bool] = (True, True, True),
-) -> Gradients:
-    """dloss (rows) acc, any stride -> the gradients of x, w and bias that ``needs`` asks for, else None."""
-
-    def kernel(rows: slice, logits: Tensor) -> None:
-        _gradient(dloss[rows], logits, target[rows], weight, lse[rows], ignore_index, label_smoothing)
-
-    products = _products(x, w, bias, needs)
-    for_chunks(products, _buffer(x, w), kernel, gradients=True)
-    return products.gradients()
-
-
-def loss_and_gradients(
     dloss: Tensor,
     x: Tensor,
     w: Tensor,
@@ -85,63 +56,31 @@ def loss_and_gradients(
     z_loss: float = 0.0,
     needs: Sequence[bool] = (True, True, True),
 ) -> tuple[Tensor, Gradients]:
-    """Both directions in one pass: loss (rows) acc, and the gradients of sum(dloss * loss)."""
+    """dloss (rows) acc (an expanded scalar is fine) -> loss (rows) acc, and the gradients of x, w and bias that
+    ``needs`` asks for, else None. It needs nothing of the forward pass, so it can be that as well."""
     check_target(target, len(w), ignore_index)
-    loss, lse = _row_results(x)
-
-    def kernel(rows: slice, logits: Tensor) -> None:
-        _C.cross_entropy_forward(logits, target[rows], weight, loss[rows], lse[rows], ignore_index, label_smoothing)
-        _gradient(dloss[rows], logits, target[rows], weight, lse[rows], ignore_index, label_smoothing)
-
-    products = _products(x, w, bias, needs)
-    for_chunks(products, _buffer(x, w), kernel, gradients=True)
+    products = _products(x.dtype)(x, w, bias, needs)
+    loss = chunks.run(cross_entropy, products, target, weight, (ignore_index, label_smoothing, z_loss), dloss)
     return loss, products.gradients()
 
 
 def scale(gradients: Gradients, dloss: Tensor) -> Gradients:
     """The gradients times one number, in place; most often it is 1 and nothing is to do."""
     factor = dloss.item()
-    if factor != 1:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient *= factor
+    for gradient in gradients:
+        if gradient is not None and factor != 1:
+            gradient *= factor
     return gradients
 
 
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Before the first product: finding it in the last chunk would be late."""
+    """Before the first product: in the last chunk it would be found late."""
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if wrong.any():
         row = int(wrong.nonzero()[0, 0])
         raise IndexError(
             f"target: row {row} is {int(target[row])}, not in [0, {classes}) and not ignore_index ({ignore_index})"
         )
-
-
-def _gradient(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
-    smoothing: float,
-) -> None:
-    """Writes the gradient of the logits over the logits."""
-    _C.cross_entropy_backward(dloss, logits, target, weight, lse, logits, ignore_index, smoothing)
-
-
-def _row_results(x: Tensor) -> tuple[Tensor, Tensor]:
-    loss = torch.empty(len(x), dtype=acc_dtype(x.dtype))
-    return loss, torch.empty_like(loss)
-
-
-def _buffer(x: Tensor, w: Tensor) -> Tensor:
-    return on_huge_pages(torch.empty(chunk_rows(len(x), x.dtype), len(w), dtype=x.dtype))
-
-
-def _products(x: Tensor, w: Tensor, bias: Tensor | None, needs: Sequence[bool] = (False, False, False)) -> Products:
-    return (_OnHugePages if multiplies(x.dtype) else _Widened)(x, w, bias, needs)
 
 
 @functools.cache
@@ -154,56 +93,59 @@ def multiplies(dtype: torch.dtype) -> bool:
     return True
 
 
-class _OnHugePages(Products):
+def _products(dtype: torch.dtype) -> type[Products]:
+    return OnHugePages if multiplies(dtype) else Widened
+
+
+class OnHugePages(Products):
+    """Products into memory whose pages cost little to touch first."""
+
     def empty_like(self, t: Tensor) -> Tensor:
         return on_huge_pages(torch.empty_like(t))
 
+    def buffer(self) -> Tensor:
+        return on_huge_pages(super().buffer())
 
-class _Widened(_OnHugePages):
-    """The products in float32, over blocks of classes."""
 
-    def __init__(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, needs: Sequence[bool] = (False, False, False)
-    ) -> None:
+class Widened(OnHugePages):
+    """The products of half precision in float32, over blocks of classes."""
+
+    def __init__(self, x: Tensor, w: Tensor, bias: Tensor | None, needs: Sequence[bool] = chunks.NONE) -> None:
         super().__init__(x, w, bias, needs)
-        rows, block = chunk_rows(len(x), x.dtype), min(BLOCK_CLASSES, len(w))
-        self.x_chunk = torch.empty(rows, x.shape[1])
-        self.block_w = torch.empty(block, x.shape[1])
-        self.block_logits = torch.empty(rows * block)
-        self.block_dw = torch.empty_like(self.block_w) if needs[1] else None
-        self.dx_chunk = torch.empty_like(self.x_chunk) if needs[0] else None
-
-    def blocks(self):
-        for begin in range(0, len(self.w), BLOCK_CLASSES):
-            yield slice(begin, min(begin + BLOCK_CLASSES, len(self.w)))
-
-    def widened(self, block: slice) -> Tensor:
-        return self.block_w[: block.stop - block.start].copy_(self.w[block])
-
-    def block_of(self, table: Tensor, block: slice) -> Tensor:
-        shape = (len(table), block.stop - block.start)
-        return self.block_logits[: shape[0] * shape[1]].view(shape)
+        rows, block = chunks.chunk_rows(len(x), x.dtype), min(BLOCK_CLASSES, len(w))
+        self.wide_x = torch.empty(rows, x.shape[1])
+        self.wide_w = torch.empty(block, x.shape[1])
+        self.wide_logits = torch.empty(rows * block)
+        self.wide_dx = torch.empty_like(self.wide_x) if needs[0] else None
+        self.wide_dw = torch.empty_like(self.wide_w) if needs[1] else None
 
     def logits(self, rows: slice, out: Tensor) -> None:
-        x = self.x_chunk[: len(out)].copy_(self.x[rows])
-        for block in self.blocks():
-            wide = torch.mm(x, self.widened(block).t(), out=self.block_of(out, block))
+        x = self.wide_x[: len(out)].copy_(self.x[rows])
+        for block, w in self._blocks():
+            logits = torch.mm(x, w.t(), out=self._room(len(x), len(w)))
             if self.bias is not None:
-                wide += self.bias[block]
-            out[:, block] = wide
+                logits += self.bias[block]
+            out[:, block] = logits
 
     def add_gradients(self, rows: slice, dlogits: Tensor) -> None:
-        x = self.x_chunk[: len(dlogits)]
-        for block in self.blocks():
-            wide = self.block_of(dlogits, block).copy_(dlogits[:, block])
-            first = block.start == 0
-            if self.dx_chunk is not None:
-                dx = self.dx_chunk[: len(x)]
-                torch.addmm(dx, wide, self.widened(block), beta=0 if first else 1, out=dx)
-            if self.dw is not None and self.block_dw is not None:
-                dw = torch.mm(wide.t(), x, out=self.block_dw[: wide.shape[1]])
+        x = self.wide_x[: len(dlogits)]  # still there from the logits
+        dx = None if self.wide_dx is None else self.wide_dx[: len(x)]
+        for block, w in self._blocks():
+            wide = self._room(len(x), len(w)).copy_(dlogits[:, block])
+            if dx is not None:
+                dx.addmm_(wide, w, beta=0 if block.start == 0 else 1)
+            if self.dw is not None and self.wide_dw is not None:
+                dw = torch.mm(wide.t(), x, out=self.wide_dw[: len(w)])
                 self.dw[block] = dw if rows.start == 0 else dw.add_(self.dw[block])
             if self.dbias is not None:
                 self.dbias[block] += wide.sum(0)
-        if self.dx is not None and self.dx_chunk is not None:
-            self.dx[rows] = self.dx_chunk[: len(x)]
+        if self.dx is not None and dx is not None:
+            self.dx[rows] = dx
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for begin in range(0, len(self.w), BLOCK_CLASSES):
+            block = slice(begin, min(begin + BLOCK_CLASSES, len(self.w)))
+            yield block, self.wide_w[: block.stop - begin].copy_(self.w[block])
+
+    def _room(self, rows: int, classes: int) -> Tensor:
+        return self.wide_logits[: rows * classes].view(rows, classes)

@@ -68,7 +68,7 @@ def _forward(
     dloss_ptr,  # (rows) float32, dloss_stride apart (0: one value for all), beside dlogits; or None
     loss_ptr,  # (rows) float32, or None
     lse_ptr,  # (rows) float32, or None
-    dlogits_ptr,  # (rows, cols) contiguous, or None; may be logits
+    dlogits_ptr,  # (rows, cols), rows dlogits_stride apart, or None; may be logits
     dprobabilities_ptr,  # (rows, cols) contiguous, or None
     rows,
     cols,
@@ -76,6 +76,7 @@ def _forward(
     target_stride,
     probabilities_stride,
     dloss_stride,
+    dlogits_stride,
     ignore_index,
     smoothing,
     z_loss,
@@ -150,12 +151,13 @@ def _forward(
             if target_ptr is not None:
                 gradient -= tl.where(col[None, :] == target[:, None], one_hot[:, None], 0.0)
             gradient = tl.where(counted[:, None], gradient * dloss[:, None], 0.0)
-            offset = row[:, None] * cols + col[None, :]
             if dprobabilities_ptr is not None:
+                offset = row[:, None] * cols + col[None, :]
                 dq = (1.0 - smoothing) * (lse[:, None] - z) * dloss[:, None]
                 if weight_ptr is not None:
                     dq *= tl.load(weight_ptr + col, mask=in_col, other=0.0)[None, :]
                 tl.store(dprobabilities_ptr + offset, dq.to(dprobabilities_ptr.dtype.element_ty), mask=mask)
+            offset = row[:, None] * dlogits_stride + col[None, :]
             tl.store(dlogits_ptr + offset, gradient.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
@@ -336,8 +338,9 @@ def _whole_rows(
         _forward, (triton.cdiv(rows, tile.block_rows),), logits.device,
         logits, target, probabilities, weight, dloss, loss, lse, dlogits, dprobabilities, rows, cols, logits.stride(0),
         0 if target is None else target.stride(0), 0 if probabilities is None else probabilities.stride(0),
-        0 if dloss is None else dloss.stride(0), ignore_index, float(label_smoothing), float(z_loss),
-        BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols, SOFT=probabilities is not None or label_smoothing > 0,
+        0 if dloss is None else dloss.stride(0), 0 if dlogits is None else dlogits.stride(0), ignore_index,
+        float(label_smoothing), float(z_loss), BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols,
+        SOFT=probabilities is not None or label_smoothing > 0,
         Z_LOSS=z_loss != 0, num_warps=tile.num_warps,
     )  # fmt: skip
 
