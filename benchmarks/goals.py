@@ -94,6 +94,10 @@ GOALS: tuple[Goal, ...] = (
     Goal("gelu", "eager", speedup=1.0),
     Goal("cross_entropy", "eager", speedup=2.0, where={"shape": (1024, 50257), "backward": True}),
     Goal("cross_entropy", "eager", speedup=1.0, where={"shape": lambda shape: shape != (1024, 50257)}),
+    Goal("embedding", "eager", speedup=1.0),
+    Goal("embedding", "eager", speedup=2.0, where={"variant": "BERT dropout 0.1", "backward": False}),
+    Goal("rotary", "clone", speedup=WITHIN_A_FIFTH),
+    Goal("rotary", "eager", speedup=2.0),
     # Attention: the main shape, biases with their gradients; and never slower at any shape.
     Goal("attention", "eager", speedup=1.4, where={"variant": "causal", "dtype": "float32", "backward": False}),
     Goal("attention", "eager", speedup=2.0, where={"variant": "causal", "dtype": "bfloat16", "backward": False}),
@@ -113,6 +117,8 @@ GOALS: tuple[Goal, ...] = (
     # A GPU, bfloat16.
     *(Goal(op, limit=0.9, device="cuda", where={"cols": lambda n: n >= 1024}) for op in ROWS),
     *(Goal(op, "compile", speedup=1.0, device="cuda") for op in ROWS),
+    *(Goal(op, limit=0.9, device="cuda") for op in ("embedding", "rotary")),
+    *(Goal(op, "compile", speedup=1.0, device="cuda") for op in ("embedding", "rotary")),
     Goal("attention", "the best SDPA backend", peers=SDPA, speedup=1.0, device="cuda"),
     Goal("feed_forward", "matmuls", speedup=0.95, device="cuda"),
     Goal("training_step", "compile", speedup=1.2, device="cuda"),

@@ -48,11 +48,13 @@ OPS = (
     "softmax",
     "gelu",
     "cross_entropy",
+    "embedding",
+    "rotary",
     "attention",
     "decode_attention",
     "feed_forward",
 )
-BENCHES = ("attention", "decode_attention", *OPS[:5], "feed_forward", "training_step", "generation", "overhead")
+BENCHES = ("attention", "decode_attention", *OPS[:7], "feed_forward", "training_step", "generation", "overhead")
 BACKENDS = ("triton", "cuda")
 KINDS = ("machine", "build", "check", "tests", "sanitize", "bench")
 PARTS = "parts"  # what sections leave for the report, removed at the end

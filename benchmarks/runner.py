@@ -34,6 +34,8 @@ OPS = (
     "softmax",
     "gelu",
     "cross_entropy",
+    "embedding",
+    "rotary",
     "attention",
     "decode_attention",
     "feed_forward",
