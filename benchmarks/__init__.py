@@ -8,3 +8,19 @@ report.py     the printed table, JSON, Markdown and the chart
 run.py        the command; conftest.py lets pytest collect the same files, recorder.py keeps what they measure
 gpu.py        the proof on a GPU, section by section; check.py is its correctness part
 """
+
+KERNELS = (
+    "layer_norm",
+    "rms_norm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "softmax",
+    "gelu",
+    "cross_entropy",
+    "embedding",
+    "rotary",
+    "attention",
+    "decode_attention",
+    "feed_forward",
+)
+JOBS = ("training_step", "generation", "overhead")

@@ -52,6 +52,8 @@ DROPOUT = ("dropout 0.1", {"dropout_p": 0.1})
 CASES: dict[str, list[Case]] = {
     "layer_norm": _cases([*NORM_ROWS, (2, 131072)]),
     "add_layer_norm": _cases(NORM_ROWS, ("", {}), DROPOUT),
+    "rms_norm": _cases([*NORM_ROWS, (2, 131072)]),
+    "add_rms_norm": _cases(NORM_ROWS, ("", {}), DROPOUT),
     "softmax": _cases([*ROWS, (2, 131072)]),
     "gelu": _cases(ROWS, ("exact", EXACT), ("tanh", TANH)),
     "cross_entropy": _cases([(5, 2), (64, 1000), (9, 50257)]),
@@ -97,6 +99,8 @@ CASES: dict[str, list[Case]] = {
 TINY: dict[str, list[Case]] = {
     "layer_norm": _cases([(3, 70)])[:2],
     "add_layer_norm": _cases([(3, 70)], DROPOUT)[:2],
+    "rms_norm": _cases([(3, 70)])[:2],
+    "add_rms_norm": _cases([(3, 70)], DROPOUT)[:2],
     "softmax": _cases([(3, 70)])[:2],
     "gelu": _cases([(3, 70)], ("exact", EXACT))[:2],
     "cross_entropy": _cases([(3, 70)])[:2],
@@ -110,6 +114,7 @@ TINY: dict[str, list[Case]] = {
 # What the registry calls the fused part, and the optional features the cases use.
 KERNELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "add_layer_norm": ("add_layer_norm", ("dropout",)),
+    "add_rms_norm": ("add_rms_norm", ("dropout",)),
     "embedding": ("embedding", ("norm", "dropout")),
     "attention": (
         "attention",

@@ -81,13 +81,16 @@ def _matches(value: object, wanted: object) -> bool:
 
 WITHIN_A_FIFTH = 1 / 1.2
 SDPA = ("flash", "cudnn", "efficient", "math", "eager")
-ROWS = ("layer_norm", "add_layer_norm", "softmax", "cross_entropy")
+ROWS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "softmax", "cross_entropy")
 
 GOALS: tuple[Goal, ...] = (
     # Row operations: bound by memory, so beside a copy of as many bytes; and never slower than what they replace.
     Goal("layer_norm", "clone", speedup=WITHIN_A_FIFTH),
     Goal("layer_norm", "eager", speedup=1.0),
     Goal("add_layer_norm", "eager", speedup=2.0),
+    Goal("rms_norm", "clone", speedup=WITHIN_A_FIFTH),
+    Goal("rms_norm", "eager", speedup=1.0),
+    Goal("add_rms_norm", "eager", speedup=2.0),
     Goal("softmax", "clone", speedup=WITHIN_A_FIFTH),
     Goal("softmax", "eager", speedup=1.0),
     Goal("gelu", "clone", speedup=WITHIN_A_FIFTH),

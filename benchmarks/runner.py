@@ -26,23 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import JOBS, KERNELS
 from benchmarks.machine import CLOCKS
 
-OPS = (
-    "layer_norm",
-    "add_layer_norm",
-    "softmax",
-    "gelu",
-    "cross_entropy",
-    "embedding",
-    "rotary",
-    "attention",
-    "decode_attention",
-    "feed_forward",
-    "training_step",
-    "generation",
-    "overhead",
-)
+OPS = (*KERNELS, *JOBS)
 ROUND_SECONDS = 2e-3  # shorter calls are repeated until a round takes this long
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
 MAX_REPEATS = 2000

@@ -29,7 +29,11 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
     if not tensors:
         raise ValueError(f"args: explain({op!r}, ...) needs the call's tensors")
     features: tuple[str, ...] = ()
-    if op == "add_layer_norm" and float(kwargs.get("dropout_p", 0.0)) > 0 and kwargs.get("training", True):  # type: ignore[arg-type]
+    if (
+        op in ("add_layer_norm", "add_rms_norm")
+        and float(kwargs.get("dropout_p", 0.0)) > 0
+        and kwargs.get("training", True)
+    ):  # type: ignore[arg-type]
         features += ("dropout",)
     if op == "attention":
         features += _attention_features(*args, **kwargs)

@@ -216,21 +216,9 @@ size_t attention_forward_workspace(const ff_attention_args* a) {
 }  // namespace ff
 
 #ifdef FF_ENTRY
-static int check(const ff_attention_args* a) {
-  FF_REQUIRE(a, "args: NULL");
-  FF_REQUIRE(a->batch >= 0 && a->num_heads >= 1 && a->num_kv_heads >= 1 && a->num_heads % a->num_kv_heads == 0,
-             "num_heads: %lld is not a multiple of num_kv_heads %lld", (long long)a->num_heads, (long long)a->num_kv_heads);
-  FF_REQUIRE(a->seqlen_q >= 0 && a->seqlen_k >= 0, "seqlen_q, seqlen_k: must not be negative");
-  FF_REQUIRE(a->head_dim >= 1 && a->head_dim <= 256 && a->head_dim_v >= 1 && a->head_dim_v <= 256,
-             "head_dim: %lld, %lld are not in [1, 256]", (long long)a->head_dim, (long long)a->head_dim_v);
-  FF_REQUIRE(a->workspace, "workspace: must not be NULL");
-  return FF_OK;
-}
-
 extern "C" int ff_cpu_attention_forward(const ff_attention_args* a, void* stream) {
-  if (int status = check(a)) return status;
-  FF_REQUIRE(a->batch * a->seqlen_q == 0 || (a->q && a->out), "q, out: must not be NULL");
-  FF_REQUIRE(a->batch * a->seqlen_k == 0 || (a->k && a->v), "k, v: must not be NULL");
+  if (int status = ff::check_attention(a)) return status;
+  FF_REQUIRE(a->workspace, "workspace: must not be NULL");
   return FF_DISPATCH_BF16(attention_forward)(a, stream);
 }
 

@@ -444,11 +444,7 @@ size_t attention_backward_workspace(const ff_attention_args* a) {
 
 #ifdef FF_ENTRY
 extern "C" int ff_cpu_attention_backward(const ff_attention_args* a, void* stream) {
-  FF_REQUIRE(a, "args: NULL");
-  FF_REQUIRE(a->batch >= 0 && a->num_heads >= 1 && a->num_kv_heads >= 1 && a->num_heads % a->num_kv_heads == 0,
-             "num_heads: %lld is not a multiple of num_kv_heads %lld", (long long)a->num_heads, (long long)a->num_kv_heads);
-  FF_REQUIRE(a->head_dim >= 1 && a->head_dim <= 256 && a->head_dim_v >= 1 && a->head_dim_v <= 256,
-             "head_dim: %lld, %lld are not in [1, 256]", (long long)a->head_dim, (long long)a->head_dim_v);
+  if (int status = ff::check_attention_backward(a)) return status;
   FF_REQUIRE(a->workspace, "workspace: must not be NULL");
   return FF_DISPATCH_BF16(attention_backward)(a, stream);
 }

@@ -1,4 +1,4 @@
-// What every CPU kernel file shares: argument errors, the choice of instruction set, dtype dispatch and threading.
+// What every CPU kernel file shares: the choice of instruction set, dtype dispatch and threading.
 //
 // A kernel file is compiled once per instruction set. Its kernels live in namespace ff::FF_ISA and have the signature of
 // the C function they implement; the C functions themselves are emitted once, by the compilation with FF_ENTRY defined,
@@ -10,15 +10,10 @@
 #include <cstdarg>
 #include <cstdint>
 
-#include "../include/fastformer.h"
+#include "../checks.h"
 #include "vec.h"
 
 namespace ff {
-
-// Records a printf-style message for ff_last_error() and returns `status`.
-int fail(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
-#define FF_REQUIRE(condition, ...) \
-  if (!(condition)) return ::ff::fail(FF_INVALID_ARGUMENT, __VA_ARGS__)
 
 enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
 extern Isa isa;  // chosen at load time in cpu.cpp
@@ -47,11 +42,6 @@ extern Isa isa;  // chosen at load time in cpu.cpp
 #else
 #define FF_DISPATCH_BF16(name) FF_DISPATCH(name)
 #endif
-
-inline const char* dtype_name(int d) {
-  static const char* names[] = {"float32", "bfloat16", "float16", "float64"};
-  return d >= 0 && d < 4 ? names[d] : "unknown";
-}
 
 namespace FF_ISA {
 

@@ -357,16 +357,8 @@ size_t decode_attention_workspace(const ff_decode_attention_args* a) {
 
 #ifdef FF_ENTRY
 static int check(const ff_decode_attention_args* a) {
-  FF_REQUIRE(a, "args: NULL");
-  FF_REQUIRE(a->batch >= 0 && a->num_heads >= 1 && a->num_kv_heads >= 1 && a->num_heads % a->num_kv_heads == 0,
-             "num_heads: %lld is not a multiple of num_kv_heads %lld", (long long)a->num_heads, (long long)a->num_kv_heads);
-  FF_REQUIRE(a->seqlen_q >= 0 && a->capacity >= 0 && a->cache_rows >= 0, "sizes: must not be negative");
-  FF_REQUIRE(a->head_dim >= 1 && a->head_dim <= 256 && a->head_dim_v >= 1 && a->head_dim_v <= 256,
-             "head_dim: %lld, %lld are not in [1, 256]", (long long)a->head_dim, (long long)a->head_dim_v);
-  FF_REQUIRE(a->batch == 0 || a->cache_seqlens, "cache_seqlens: must not be NULL");
-  FF_REQUIRE(!a->page_table || a->page_size >= 1, "page_size: must be positive");
-  FF_REQUIRE(!a->page_table || (!a->cache_batch_idx && a->capacity % a->page_size == 0),
-             "page_table: goes with whole pages and without cache_batch_idx");
+  if (int status = ff::check_decode_attention(a)) return status;
+  if (int status = ff::check_decode_attention_pointers(a)) return status;
   for (int64_t b = 0; b < a->batch; b++) {
     const int64_t length = a->cache_seqlens[b], begin = a->cache_leftpad ? a->cache_leftpad[b] : 0;
     FF_REQUIRE(length >= 0 && length <= a->capacity, "cache_seqlens: %lld of sequence %lld is not in [0, %lld]",
@@ -390,14 +382,11 @@ static int check(const ff_decode_attention_args* a) {
 
 extern "C" int ff_cpu_decode_attention(const ff_decode_attention_args* a, void* stream) {
   if (int status = check(a)) return status;
-  FF_REQUIRE(a->batch * a->seqlen_q == 0 || (a->q && a->out), "q, out: must not be NULL");
-  FF_REQUIRE(a->batch * a->seqlen_q * a->capacity == 0 || (a->k_cache && a->v_cache),
-             "k_cache, v_cache: must not be NULL");
   FF_REQUIRE(a->workspace, "workspace: must not be NULL");
   return FF_DISPATCH(decode_attention)(a, stream);
 }
 
 extern "C" size_t ff_cpu_decode_attention_workspace(const ff_decode_attention_args* a) {
-  return check(a) ? 0 : FF_DISPATCH(decode_attention_workspace)(a);
+  return check(a) ? 0 : FF_DISPATCH(decode_attention_workspace)(a);  // whose size depends on the lengths
 }
 #endif

@@ -71,8 +71,9 @@ static void project(int64_t batch, const float* x, const float* w, int64_t K, in
 static void norm(const Args* a, const float* x, const void* weight, const void* bias, float* out) {
   const int64_t E = a->hidden_size;
   for (int64_t b = 0; b < a->batch; b++) {
-    const float mean = row_mean(x + b * E, E), rstd = row_rstd(x + b * E, E, a->eps, mean, [](int64_t) {});
-    normalize_row(x + b * E, Affine<float, float>(weight, bias, E, nullptr), out + b * E, E, mean, rstd, [](int64_t) {});
+    const float mean = row_mean(x + b * E, E), rstd = row_rstd<true>(x + b * E, E, a->eps, mean, [](int64_t) {});
+    const Affine<float, float> affine(weight, bias, E, nullptr);
+    normalize_row<true>(x + b * E, affine, out + b * E, E, mean, rstd, [](int64_t) {});
   }
 }
 

@@ -82,8 +82,8 @@ template <class T, class P> static void forward_rows(const ff_embedding_args* a)
       if (copy) memcpy((void*)out, of.from[0], size_t(n) * sizeof(T));
       else sum_row(a, of, out);
       if (a->normalize) {  // in place, in L1
-        const A mean = row_mean(out, n), rstd = row_rstd(out, n, a->eps, mean, [](int64_t) {});
-        normalize_row(out, affine, out, n, mean, rstd, [](int64_t) {});
+        const A mean = row_mean(out, n), rstd = row_rstd<true>(out, n, a->eps, mean, [](int64_t) {});
+        normalize_row<true>(out, affine, out, n, mean, rstd, [](int64_t) {});
         if (a->mean) ((A*)a->mean)[r] = mean, ((A*)a->rstd)[r] = rstd;
       }
       if (keep) drop_row(a, r, out, out, keep);
@@ -126,7 +126,7 @@ template <class T, class P> static void through_norm(const ff_embedding_args* a)
       auto finish = [&](int j, int64_t i, auto v, auto... k) FF_LAMBDA {
         store_n((T*)a->dsummed + (r + j) * n + i, v, k...);
       };
-      backward_rows<R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true,
+      backward_rows<true, R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true,
                        [](int, int64_t) {}, finish);
     };
     int64_t r = begin;

@@ -41,31 +41,15 @@ int check_strides(const char* name, const void* data, const int64_t (&stride)[3]
 }
 
 int check(const ff_attention_args* a) {
-  FF_REQUIRE(a, "args: NULL");
+  if (int status = check_attention(a)) return status;
   if (!is_half_precision(a->dtype))
     return fail(FF_UNSUPPORTED, "dtype: %s has no CUDA kernel; accepted: bfloat16, float16", dtype_name(a->dtype));
-  FF_REQUIRE(a->batch >= 0 && a->num_heads >= 1 && a->num_kv_heads >= 1 && a->num_heads % a->num_kv_heads == 0,
-             "num_heads: %lld is not a multiple of num_kv_heads %lld", (long long)a->num_heads,
-             (long long)a->num_kv_heads);
-  FF_REQUIRE(a->seqlen_q >= 0 && a->seqlen_k >= 0, "seqlen_q, seqlen_k: must not be negative");
-  FF_REQUIRE(a->head_dim >= 1 && a->head_dim <= 256 && a->head_dim_v >= 1 && a->head_dim_v <= 256,
-             "head_dim: %lld, %lld are not in [1, 256]", (long long)a->head_dim, (long long)a->head_dim_v);
   if ((a->head_dim | a->head_dim_v) % 8)
     return fail(FF_UNSUPPORTED, "head_dim: %lld, %lld are not multiples of 8", (long long)a->head_dim,
                 (long long)a->head_dim_v);
   if (std::max({a->seqlen_q, a->seqlen_k, a->max_distance, a->batch, a->num_heads}) >= kMaxSeqlen)
     return fail(FF_UNSUPPORTED, "sizes: must be below %d", kMaxSeqlen);
-  FF_REQUIRE(a->dropout_p >= 0 && a->dropout_p <= 1, "dropout_p: %g is not in [0, 1]", a->dropout_p);
-  FF_REQUIRE(a->softcap >= 0, "softcap: %g is negative", a->softcap);
-  FF_REQUIRE(!a->bias || a->bias_dtype == a->dtype || a->bias_dtype == FF_FLOAT32,
-             "bias_dtype: %s is neither the data's nor float32", dtype_name(a->bias_dtype));
-  FF_REQUIRE(a->max_distance >= 0, "max_distance: %lld is negative", (long long)a->max_distance);
-  FF_REQUIRE(!a->cu_seqlens_q == !a->cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: one without the other");
-  FF_REQUIRE(!a->cu_seqlens_q || !(a->mask || a->bias || a->key_padding_mask),
-             "mask, bias, key_padding_mask: must be NULL beside cu_seqlens");
-  const bool queries = a->batch * a->seqlen_q > 0, keys = a->batch * a->seqlen_k > 0;
-  FF_REQUIRE(!queries || (a->q && a->out && a->lse), "q, out, lse: must not be NULL");
-  FF_REQUIRE(!keys || (a->k && a->v), "k, v: must not be NULL");
+  FF_REQUIRE(a->batch * a->seqlen_q == 0 || a->lse, "lse: must not be NULL");
   if (int status = check_strides("q", a->q, a->q_stride)) return status;
   if (int status = check_strides("k", a->k, a->k_stride)) return status;
   if (int status = check_strides("v", a->v, a->v_stride)) return status;
@@ -74,13 +58,9 @@ int check(const ff_attention_args* a) {
 
 int check_backward(const ff_attention_args* a) {
   if (int status = check(a)) return status;
-  const bool queries = a->batch * a->seqlen_q > 0, keys = a->batch * a->seqlen_k > 0;
-  FF_REQUIRE(!queries || (a->dout && a->dq), "dout, dq: must not be NULL");
-  FF_REQUIRE(!keys || (a->dk && a->dv), "dk, dv: must not be NULL");
-  FF_REQUIRE(!queries || a->workspace, "workspace: must not be NULL");
+  if (int status = check_attention_backward(a)) return status;
+  FF_REQUIRE(a->batch * a->seqlen_q == 0 || a->workspace, "workspace: must not be NULL");
   FF_REQUIRE(aligned16(a->workspace), "workspace: must be aligned to 16 bytes");
-  FF_REQUIRE(!a->dbias || a->bias, "dbias: there is no bias");
-  FF_REQUIRE(!a->ddistance_bias || a->distance_bias, "ddistance_bias: there is no distance_bias");
   if (int status = check_strides("dout", a->dout, a->dout_stride)) return status;
   if (int status = check_strides("dq", a->dq, a->dq_stride)) return status;
   if (int status = check_strides("dk", a->dk, a->dk_stride)) return status;

@@ -1,4 +1,4 @@
-// What every CUDA kernel file shares: the compiler's side (nvcc or the emulator), argument errors, launching, dtypes.
+// What every CUDA kernel file shares: the compiler's side (nvcc or the emulator), launching, dtypes.
 //
 // A kernel uses shared memory through FF_SHARED and FF_DYNAMIC_SHARED and is started by ff::launch: then the same text
 // is CUDA for nvcc and, with -DFF_EMULATE, C++ for csrc/emulation.
@@ -8,7 +8,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "../include/fastformer.h"
+#include "../checks.h"
 
 #ifdef FF_EMULATE
 #include "../emulation/cuda_builtins.h"
@@ -25,15 +25,6 @@
 
 namespace ff {
 
-// Records a printf-style message for ff_last_error() and returns `status`.
-int fail(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
-#define FF_REQUIRE(condition, ...) \
-  if (!(condition)) return ::ff::fail(FF_INVALID_ARGUMENT, __VA_ARGS__)
-
-inline const char* dtype_name(int d) {
-  static const char* names[] = {"float32", "bfloat16", "float16", "float64"};
-  return d >= 0 && d < 4 ? names[d] : "unknown";
-}
 inline bool is_half_precision(int dtype) { return dtype == FF_BFLOAT16 || dtype == FF_FLOAT16; }
 
 // FF_OK if there is a CUDA kernel for data of `dtype` with parameters of `param_dtype`.

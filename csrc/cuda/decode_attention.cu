@@ -323,21 +323,11 @@ size_t workspace_bytes(const ff_decode_attention_args* a) {
 }
 
 int check(const ff_decode_attention_args* a) {
-  FF_REQUIRE(a, "args: NULL");
+  if (int status = check_decode_attention(a)) return status;
   if (!is_half_precision(a->dtype))
     return fail(FF_UNSUPPORTED, "dtype: %s has no CUDA kernel; accepted: bfloat16, float16", dtype_name(a->dtype));
-  FF_REQUIRE(a->batch >= 0 && a->num_heads >= 1 && a->num_kv_heads >= 1 && a->num_heads % a->num_kv_heads == 0,
-             "num_heads: %lld is not a multiple of num_kv_heads %lld", (long long)a->num_heads,
-             (long long)a->num_kv_heads);
-  FF_REQUIRE(a->seqlen_q >= 0 && a->capacity >= 0 && a->cache_rows >= 0, "sizes: must not be negative");
-  FF_REQUIRE(a->head_dim >= 1 && a->head_dim <= 256 && a->head_dim_v >= 1 && a->head_dim_v <= 256,
-             "head_dim: %lld, %lld are not in [1, 256]", (long long)a->head_dim, (long long)a->head_dim_v);
-  FF_REQUIRE(a->softcap >= 0, "softcap: %g is negative", a->softcap);
   if (std::max({a->capacity, a->batch, a->num_heads * a->seqlen_q}) >= kMaxSeqlen)
     return fail(FF_UNSUPPORTED, "sizes: must be below %d", kMaxSeqlen);
-  FF_REQUIRE(!a->page_table || a->page_size >= 1, "page_size: must be positive");
-  FF_REQUIRE(!a->page_table || (!a->cache_batch_idx && a->capacity % a->page_size == 0),
-             "page_table: goes with whole pages and without cache_batch_idx");
   return FF_OK;
 }
 
@@ -383,8 +373,7 @@ extern "C" int ff_cuda_decode_attention(const ff_decode_attention_args* a, void*
   using namespace ff;
   if (int status = check(a)) return status;
   if (a->batch * a->seqlen_q == 0) return FF_OK;
-  FF_REQUIRE(a->q && a->out && a->cache_seqlens, "q, out, cache_seqlens: must not be NULL");
-  FF_REQUIRE(a->capacity * a->cache_rows == 0 || (a->k_cache && a->v_cache), "k_cache, v_cache: must not be NULL");
+  if (int status = check_decode_attention_pointers(a)) return status;
   FF_REQUIRE(!workspace_bytes(a) || a->workspace, "workspace: must not be NULL");
   const Decode d = make_decode(a);
   const int64_t blocks = a->batch * d.num_kv_heads * d.splits * d.row_blocks;

@@ -117,6 +117,18 @@ FF_KERNEL(cuda, add_layer_norm_backward, ff_add_layer_norm_args);
 FF_WORKSPACE(cpu, add_layer_norm_backward, ff_add_layer_norm_args);
 FF_WORKSPACE(cuda, add_layer_norm_backward, ff_add_layer_norm_args);
 
+/* ---- rms_norm, add_rms_norm ------------------------------------------------------------------------------------------
+ * out = x * rstd * weight + bias, rstd = 1 / sqrt(mean(x^2) + eps), and the same of summed = residual + dropout(x). The
+ * arguments are those of layer_norm and add_layer_norm; `mean` is neither written nor read. */
+typedef ff_layer_norm_args ff_rms_norm_args;
+FF_KERNEL(cpu, rms_norm_forward, ff_rms_norm_args);
+FF_KERNEL(cpu, rms_norm_backward, ff_rms_norm_args);
+FF_WORKSPACE(cpu, rms_norm_backward, ff_rms_norm_args);
+typedef ff_add_layer_norm_args ff_add_rms_norm_args;
+FF_KERNEL(cpu, add_rms_norm_forward, ff_add_rms_norm_args);
+FF_KERNEL(cpu, add_rms_norm_backward, ff_add_rms_norm_args);
+FF_WORKSPACE(cpu, add_rms_norm_backward, ff_add_rms_norm_args);
+
 /* ---- softmax ---------------------------------------------------------------------------------------------------------
  * out = softmax(scale * x + bias + mask) over rows, or its logarithm. A row without any element gives zeros (-inf for the
  * logarithm) and no gradient.

@@ -89,16 +89,34 @@ inline void set_gradients(ff_attention_args& a, const pybind11::tuple& gradients
   a.ddistance_bias = ddistance_bias.data;
 }
 
-// Of the tuple (q, k_cache, v_cache, out, lse, cache_seqlens, alibi_slopes, page_table, cache_batch_idx, cache_leftpad).
-inline ff_decode_attention_args decode_attention_args(const pybind11::tuple& tensors, double scale, bool causal,
-                                                      int64_t window_left, int64_t window_right, double softcap) {
-  if (tensors.size() != 10) throw pybind11::value_error("tensors: expected ten");
+// Where the fields of DecodeOptions stand in it.
+enum DecodeOption {
+  kDecodeScale,
+  kDecodeCausal,
+  kDecodeWindowLeft,
+  kDecodeWindowRight,
+  kDecodeSoftcap,
+  kDecodeAlibiSlopes,
+  kDecodePageTable,
+  kDecodeCacheBatchIdx,
+  kDecodeCacheLeftpad,
+  kDecodeOptions
+};
+
+// Of the tuples (q, k_cache, v_cache, out, lse, cache_seqlens) and DecodeOptions.
+inline ff_decode_attention_args decode_attention_args(const pybind11::tuple& tensors, const pybind11::tuple& options) {
+  if (tensors.size() != 6) throw pybind11::value_error("tensors: expected (q, k_cache, v_cache, out, lse, cache_seqlens)");
+  if (options.size() != kDecodeOptions)
+    throw pybind11::value_error("options: not the DecodeOptions of attention_options.py");
   const Tensor q(tensors[0]), k_cache(tensors[1]), v_cache(tensors[2]), out(tensors[3]), lse(tensors[4]);
-  const Tensor cache_seqlens(tensors[5]), alibi_slopes(tensors[6]), page_table(tensors[7]);
-  const Tensor cache_batch_idx(tensors[8]), cache_leftpad(tensors[9]);
+  const Tensor cache_seqlens(tensors[5]), alibi_slopes(options[kDecodeAlibiSlopes]);
+  const Tensor page_table(options[kDecodePageTable]), cache_batch_idx(options[kDecodeCacheBatchIdx]);
+  const Tensor cache_leftpad(options[kDecodeCacheLeftpad]);
   ff_decode_attention_args a{};
-  a.dtype = ff_dtype(q.dtype), a.scale = scale, a.softcap = softcap, a.causal = causal;
-  a.window_left = window_left, a.window_right = window_right, a.windowed = window_left >= 0 || window_right >= 0;
+  a.dtype = ff_dtype(q.dtype), a.scale = options[kDecodeScale].cast<double>();
+  a.softcap = options[kDecodeSoftcap].cast<double>(), a.causal = options[kDecodeCausal].cast<bool>();
+  a.window_left = options[kDecodeWindowLeft].cast<int64_t>(), a.window_right = options[kDecodeWindowRight].cast<int64_t>();
+  a.windowed = a.window_left >= 0 || a.window_right >= 0;
   a.batch = q.shape[0], a.num_heads = q.shape[1], a.seqlen_q = q.shape[2], a.head_dim = q.shape[3];
   a.cache_rows = v_cache.shape[0], a.num_kv_heads = v_cache.shape[1], a.capacity = v_cache.shape[2];
   a.head_dim_v = v_cache.shape[3];

@@ -9,6 +9,7 @@
 #endif
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "attention_args.h"
@@ -108,32 +109,46 @@ PYBIND11_MODULE(FF_MODULE, m) {
 #endif
   });
 
-  m.def("layer_norm_forward", [](py::handle x, py::handle weight, py::handle bias, py::handle out, py::handle mean,
-                                 py::handle rstd, double eps) {
-    run(ff_cpu_layer_norm_forward, ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps));
-  });
-  m.def("layer_norm_backward", [](py::handle dout, py::handle x, py::handle weight, py::handle mean, py::handle rstd,
-                                  py::handle dx, py::handle dweight, py::handle dbias) {
-    auto a = ff::layer_norm_backward_args(dout, x, weight, mean, rstd, dx, dweight, dbias);
-    const Scratch scratch(a.dweight || a.dbias ? ff_cpu_layer_norm_backward_workspace(&a) : 0);
-    a.workspace = scratch.data;
-    run(ff_cpu_layer_norm_backward, a);
-  });
-  m.def("add_layer_norm_forward",
-        [](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, py::handle summed,
-           py::handle mean, py::handle rstd, double eps, double dropout_p, uint64_t seed) {
-          run(ff_cpu_add_layer_norm_forward,
-              ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed));
-        });
-  m.def("add_layer_norm_backward",
-        [](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean, py::handle rstd,
-           py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, double dropout_p, uint64_t seed) {
-          auto a = ff::add_layer_norm_backward_args(dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight,
-                                                    dbias, dropout_p, seed);
-          const Scratch scratch(a.dweight || a.dbias ? ff_cpu_add_layer_norm_backward_workspace(&a) : 0);
-          a.workspace = scratch.data;
-          run(ff_cpu_add_layer_norm_backward, a);
-        });
+  // layer_norm and rms_norm; an rms norm's mean is None.
+  auto norm = [&](const std::string& name, auto forward, auto backward, auto workspace) {
+    m.def((name + "_forward").c_str(), [=](py::handle x, py::handle weight, py::handle bias, py::handle out,
+                                           py::handle mean, py::handle rstd, double eps) {
+      run(forward, ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps));
+    });
+    m.def((name + "_backward").c_str(),
+          [=](py::handle dout, py::handle x, py::handle weight, py::handle mean, py::handle rstd, py::handle dx,
+              py::handle dweight, py::handle dbias) {
+            auto a = ff::layer_norm_backward_args(dout, x, weight, mean, rstd, dx, dweight, dbias);
+            const Scratch scratch(a.dweight || a.dbias ? workspace(&a) : 0);
+            a.workspace = scratch.data;
+            run(backward, a);
+          });
+  };
+  norm("layer_norm", ff_cpu_layer_norm_forward, ff_cpu_layer_norm_backward, ff_cpu_layer_norm_backward_workspace);
+  norm("rms_norm", ff_cpu_rms_norm_forward, ff_cpu_rms_norm_backward, ff_cpu_rms_norm_backward_workspace);
+
+  auto add_norm = [&](const std::string& name, auto forward, auto backward, auto workspace) {
+    m.def((name + "_forward").c_str(),
+          [=](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, py::handle summed,
+              py::handle mean, py::handle rstd, double eps, double dropout_p, uint64_t seed) {
+            run(forward,
+                ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed));
+          });
+    m.def((name + "_backward").c_str(),
+          [=](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean,
+              py::handle rstd, py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias,
+              double dropout_p, uint64_t seed) {
+            auto a = ff::add_layer_norm_backward_args(dout, dsummed, summed, weight, mean, rstd, dx, dresidual, dweight,
+                                                      dbias, dropout_p, seed);
+            const Scratch scratch(a.dweight || a.dbias ? workspace(&a) : 0);
+            a.workspace = scratch.data;
+            run(backward, a);
+          });
+  };
+  add_norm("add_layer_norm", ff_cpu_add_layer_norm_forward, ff_cpu_add_layer_norm_backward,
+           ff_cpu_add_layer_norm_backward_workspace);
+  add_norm("add_rms_norm", ff_cpu_add_rms_norm_forward, ff_cpu_add_rms_norm_backward,
+           ff_cpu_add_rms_norm_backward_workspace);
 
   m.def("softmax_forward", [](py::handle x_, py::handle out, double scale, bool log) {
     const ff::Tensor x(x_);
@@ -261,9 +276,8 @@ PYBIND11_MODULE(FF_MODULE, m) {
     ff::set_gradients(a, gradients);
     return py::make_tuple(ff_cpu_attention_forward_workspace(&a), ff_cpu_attention_backward_workspace(&a));
   });
-  m.def("decode_attention", [](const py::tuple& tensors, double scale, bool causal, int64_t window_left,
-                               int64_t window_right, double softcap) {
-    decode_attention(ff::decode_attention_args(tensors, scale, causal, window_left, window_right, softcap));
+  m.def("decode_attention", [](const py::tuple& tensors, const py::tuple& options) {
+    decode_attention(ff::decode_attention_args(tensors, options));
   });
 
   m.def("decoder_step_workspace", [](int64_t batch, int64_t num_layers, int64_t hidden_size, int64_t num_heads,

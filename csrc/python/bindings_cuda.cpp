@@ -101,14 +101,12 @@ PYBIND11_MODULE(FF_MODULE, m) {
     a.workspace = ff::Tensor(workspace).data;
     check(ff_cuda_attention_backward(&a, ptr(stream)));
   });
-  m.def("decode_attention_workspace", [](const py::tuple& tensors, double scale, bool causal, int64_t window_left,
-                                         int64_t window_right, double softcap) {
-    const auto a = ff::decode_attention_args(tensors, scale, causal, window_left, window_right, softcap);
+  m.def("decode_attention_workspace", [](const py::tuple& tensors, const py::tuple& options) {
+    const auto a = ff::decode_attention_args(tensors, options);
     return ff_cuda_decode_attention_workspace(&a);
   });
-  m.def("decode_attention", [](const py::tuple& tensors, double scale, bool causal, int64_t window_left,
-                               int64_t window_right, double softcap, py::handle workspace, Ptr stream) {
-    auto a = ff::decode_attention_args(tensors, scale, causal, window_left, window_right, softcap);
+  m.def("decode_attention", [](const py::tuple& tensors, const py::tuple& options, py::handle workspace, Ptr stream) {
+    auto a = ff::decode_attention_args(tensors, options);
     a.workspace = ff::Tensor(workspace).data;
     check(ff_cuda_decode_attention(&a, ptr(stream)));
   });

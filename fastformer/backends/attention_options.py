@@ -5,6 +5,10 @@ csrc/include/fastformer.h has the formula. Every backend file ``attention.py`` h
     forward(q, k, v, options) -> (out, lse)
     backward(dout, dlse, q, k, v, out, lse, options, needs=(dbias, ddistance_bias), dq=None, dk=None, dv=None)
         -> Gradients
+
+and every ``decode_attention.py``::
+
+    forward(q, k_cache, v_cache, cache_seqlens, options) -> (out, lse)
 """
 
 from __future__ import annotations
@@ -121,6 +125,24 @@ class Options(NamedTuple):
         if (q.shape[3] | v.shape[3]) % 8:
             used += ("unaligned",)
         return used
+
+
+class DecodeOptions(NamedTuple):
+    """The same of decode_attention. The fields follow its operator, whose arguments after cache_seqlens they are."""
+
+    scale: float
+    causal: bool = True
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    """``(B|1, Hq)`` float32, contiguous."""
+    page_table: Tensor | None = None
+    """``(B, pages of a sequence)`` int32, its last dimension contiguous."""
+    cache_batch_idx: Tensor | None = None
+    """``(B)`` int32, contiguous: the row of the cache that a sequence has."""
+    cache_leftpad: Tensor | None = None
+    """``(B)`` int32, contiguous: keys before it are not valid."""
 
 
 class Gradients(NamedTuple):

@@ -27,6 +27,8 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 OPS = (
     "layer_norm",
     "add_layer_norm",
+    "rms_norm",
+    "add_rms_norm",
     "softmax",
     "gelu",
     "cross_entropy",

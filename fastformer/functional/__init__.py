@@ -1,6 +1,7 @@
 """Functions with the signatures of ``torch.nn.functional``, and the transformer operations torch does not have."""
 
 from .add_layer_norm import add_layer_norm
+from .add_rms_norm import add_rms_norm
 from .attention import RelativeBias, attention, attention_qkvpacked
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
@@ -10,6 +11,7 @@ from .feed_forward import feed_forward
 from .gelu import bias_gelu, gelu
 from .layer_norm import layer_norm
 from .positions import sinusoidal_positions
+from .rms_norm import rms_norm
 from .rotary import rotary_embedding
 from .scaled_dot_product_attention import scaled_dot_product_attention
 from .softmax import log_softmax, softmax
@@ -17,6 +19,7 @@ from .softmax import log_softmax, softmax
 __all__ = [
     "RelativeBias",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_qkvpacked",
     "attention_varlen",
@@ -28,6 +31,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "log_softmax",
+    "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",
     "sinusoidal_positions",

@@ -45,7 +45,8 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if derivatives and torch.is_grad_enabled():
         return _PlainAttention.apply(q, k, v, scale, bool(causal))
-    return _cpu.plain(q, k, v, scale, bool(causal))
+    found = _cpu.plain(q, k, v, scale, bool(causal), False)
+    return None if found is None else found[0]
 
 
 def run_packed(qkv: Tensor, options: Options) -> Tensor:
@@ -143,7 +144,7 @@ class _Attention(torch.autograd.Function):
 class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, causal):
-        found = _cpu.plain_with_lse(q, k, v, scale, causal)
+        found = _cpu.plain(q, k, v, scale, causal, True)
         if found is None:
             return None
         out, lse = found

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import registry
-from ..backends.attention_options import acc_dtype, empty_out
+from ..backends.attention_options import DecodeOptions, acc_dtype, empty_out
 from . import _checks
 from ._doors import needs_grad, operator, register, through_operator
 from .attention import MAX_HEAD_DIM, check_slopes, check_softcap, check_window, default_scale
@@ -81,11 +81,9 @@ def decode_attention(
         raise ValueError("cache_batch_idx: cannot be set together with page_table, which says where every key is")
     if alibi_slopes is not None:
         alibi_slopes = check_slopes(alibi_slopes, batch, heads, q)
-    arguments = (
-        q if q.stride(3) == 1 else q.contiguous(),
-        k_cache,
-        v_cache,
-        cache_seqlens.contiguous(),
+    q = q if q.stride(3) == 1 else q.contiguous()
+    lengths = cache_seqlens.contiguous()
+    options = DecodeOptions(
         default_scale(scale, q),
         causal,
         left,
@@ -97,12 +95,12 @@ def decode_attention(
         None if cache_leftpad is None else cache_leftpad.contiguous(),
     )
     if through_operator(q, k_cache, v_cache, cache_seqlens, page_table):
-        out, lse = operator("decode_attention", *arguments)
+        out, lse = operator("decode_attention", q, k_cache, v_cache, lengths, *options)
     else:
         kernels = registry.select("decode_attention", q.device.type, q.dtype)
         if q.device.type != "cpu" or not kernels.__name__.endswith(".cpu.decode_attention"):  # that one looks itself
             _look("cache_seqlens", cache_seqlens, 0, capacity, k_cache, page_table, cache_batch_idx, cache_leftpad)
-        out, lse = kernels.forward(*arguments)
+        out, lse = kernels.forward(q, k_cache, v_cache, lengths, options)
     return (out, lse) if return_lse else out
 
 
@@ -257,8 +255,9 @@ def _look(
 # ---- the registered operator -----------------------------------------------------------------------------------------
 
 
-def _operator(q, k_cache, v_cache, *rest):
-    return registry.select("decode_attention", q.device.type, q.dtype).forward(q, k_cache, v_cache, *rest)
+def _operator(q, k_cache, v_cache, cache_seqlens, *fields):
+    kernels = registry.select("decode_attention", q.device.type, q.dtype)
+    return kernels.forward(q, k_cache, v_cache, cache_seqlens, DecodeOptions(*fields))
 
 
 def _fake(q, k_cache, v_cache, *rest):

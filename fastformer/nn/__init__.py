@@ -5,7 +5,7 @@ from .attention import MultiheadAttention
 from .embedding import Embedding
 from .feed_forward import FeedForward
 from .loss import CrossEntropyLoss
-from .norm import LayerNorm
+from .norm import LayerNorm, RMSNorm
 from .positions import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LearnedPositionalEncoding",
     "LogSoftmax",
     "MultiheadAttention",
+    "RMSNorm",
     "RotaryEmbedding",
     "SinusoidalPositionalEncoding",
     "Softmax",

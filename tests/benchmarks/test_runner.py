@@ -206,6 +206,8 @@ def test_every_goal_is_about_a_case_and_a_provider_there_is(goal):
         ("layer_norm", Case((8192, 1024), "float32", True), "clone", 1 / 1.2),
         ("layer_norm", Case((8192, 1024), "bfloat16", False), "eager", 1.0),
         ("add_layer_norm", Case((8192, 1024), "bfloat16", True, "dropout 0.1"), "eager", 2.0),
+        ("rms_norm", Case((8192, 1024), "bfloat16", True), "clone", 1 / 1.2),
+        ("add_rms_norm", Case((8192, 1024), "float32", False), "eager", 2.0),
         ("attention", Case((2, 12, 1024, 64), "float32", False, "causal"), "eager", 1.4),
         ("attention", Case((2, 12, 1024, 64), "bfloat16", False, "causal"), "eager", 2.0),
         ("training_step", Case((4, 128, 16, 128), "float32", True, "the demo's GPT-2"), "eager", 1.2),

@@ -63,6 +63,14 @@ OPS = {
         lambda x, w: _sum_of_both(F.add_layer_norm(x, x.detach().flip(0), x.shape[1:], w)),
         lambda x, w: _sum_of_both((TF.layer_norm(x + x.detach().flip(0), x.shape[1:], w), x + x.detach().flip(0))),
     ),
+    "rms_norm": (
+        lambda x, w: F.rms_norm(x, x.shape[1:], w, 1e-5, bias=w),
+        lambda x, w: TF.rms_norm(x, x.shape[1:], w, 1e-5) + w,
+    ),
+    "add_rms_norm": (
+        lambda x, w: _sum_of_both(F.add_rms_norm(x, x.detach().flip(0), x.shape[1:], w, 1e-5)),
+        lambda x, w: _sum_of_both((TF.rms_norm(x + x.detach().flip(0), x.shape[1:], w, 1e-5), x + x.detach().flip(0))),
+    ),
     "embedding": (
         lambda x, w: F.transformer_embedding(ROWS, x, None, w.detach()[None], scale=2.0, norm_weight=w, norm_eps=1e-5),
         lambda x, w: TF.layer_norm(2 * x[ROWS] + w.detach(), w.shape, w),
@@ -167,6 +175,8 @@ def test_nan_and_infinity_pass_through(dtype, kernels):
         assert F.gelu(x)[0, n // 2].isnan() and F.gelu(x)[1, n // 2] == float("inf")
         assert F.gelu(x, "tanh")[0, n // 2].isnan() and F.gelu(x, "tanh")[1, n // 2] == float("inf")
         assert F.layer_norm(x, (n,))[:2].isnan().all()
+        # the infinity is NaN, what is finite beside it is 0
+        assert F.rms_norm(x, (n,))[0].isnan().all() and F.rms_norm(x, (n,))[1, n // 2].isnan()
         assert F.cross_entropy(x[:1], torch.tensor([0])).isnan()
 
 

@@ -28,8 +28,8 @@ def set_completion(name: str) -> None:
 
 
 @contextmanager
-def guarded_outputs(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> Iterator[None]:
-    """What ``module`` (of backends/cuda) allocates starts as NaN between two margins, untouched at the end."""
+def guarded_outputs(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> Iterator[None]:
+    """What ``modules`` (of backends/cuda) allocate starts as NaN between two margins, untouched at the end."""
     buffers = []
 
     def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -44,10 +44,10 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> Iter
         b, h, s, _ = q.shape
         return empty(q, b, s, h, v.shape[3]).transpose(1, 2)
 
-    monkeypatch.setattr(module, "empty", empty)
-    monkeypatch.setattr(module, "empty_out", empty_out)
-    if hasattr(module, "empty_like_input"):
-        monkeypatch.setattr(module, "empty_like_input", lambda t: empty_out(t, t))
+    guarded = {"empty": empty, "empty_out": empty_out, "empty_like_input": lambda t: empty_out(t, t)}
+    for module in modules:
+        for name in guarded.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, guarded[name])
     yield
     for buffer, margin, untouched in buffers:
         for edge in (buffer[:margin], buffer[-margin:]):

@@ -5,6 +5,7 @@ import torch
 
 from fastformer import backend
 from fastformer import functional as F
+from fastformer.backends.attention_options import DecodeOptions
 from fastformer.backends.cuda import decode_attention, emulation
 from fastformer.backends.reference import decode_attention as reference
 from tests.cuda.orders import COMPLETIONS, guarded_outputs, set_completion
@@ -44,21 +45,16 @@ def guarded(device, monkeypatch):
 def arguments(case, dtype, device):
     """The backend's arguments."""
     tensors, kw = inputs(case, dtype)
-    window = kw.get("window", (-1, -1))
-    optional = [kw.get(n) for n in ("alibi_slopes", "page_table", "cache_batch_idx", "cache_leftpad")]
     q, k, v, lengths = (t.to(device) for t in tensors)
-    scale = kw.get("scale", q.shape[3] ** -0.5)
-    return [q, k, v, lengths, scale, kw.get("causal", True), *window, kw.get("softcap", 0.0)] + [
-        None if t is None else t.to(device) for t in optional
-    ]
+    fields = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in kw.items()}
+    fields["window_left"], fields["window_right"] = fields.pop("window", (-1, -1))
+    return [q, k, v, lengths, DecodeOptions(**{"scale": q.shape[3] ** -0.5} | fields)]
 
 
 def check(given):
-    """out and lse of these arguments; float32 alibi slopes are the same number in float64."""
+    """out and lse of these arguments."""
     ours, same = decode_attention.forward(*given), reference.forward(*given)
-    exact = reference.forward(
-        *(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given)
-    )
+    exact = reference.forward(*(t.double() for t in given[:3]), *given[3:])
     assert_close_to_fp64("out", ours[0], same[0], exact[0])
     # Scores are sums of D products before they are exponents: of size 4 or more, where lse may be close to 0.
     assert_close_to_fp64("lse", ours[1], same[1], exact[1], scale=4.0)
@@ -98,9 +94,9 @@ def test_any_order_of_threads(name, order, completion, device):
 
 def test_pages_and_rows_of_the_same_keys_give_the_same_bits(device):
     given = arguments(Case((2, 4, 2, 2, 640, 64, 64), page_size=128), F16, device)
-    table = given[10].clamp(min=0).long()
+    table = given[4].page_table.clamp(min=0).long()
     rows = [c[table].transpose(1, 2).flatten(2, 3) for c in given[1:3]]
-    in_rows = [given[0], *rows, *given[3:10], None, None, None]
+    in_rows = [given[0], *rows, given[3], given[4]._replace(page_table=None)]
     for paged, plain in zip(decode_attention.forward(*given), decode_attention.forward(*in_rows), strict=True):
         assert torch.equal(paged, plain)
 
@@ -161,18 +157,19 @@ def test_what_is_out_of_range_gives_nan_and_only_there(parts, device):
     given[3] = lengths.fill_(500)
     given[1], given[2] = (t[:1].expand(4, -1, -1, -1) for t in given[1:3])
     for bad in (-1, 4, 2**31 - 1):  # the cache has 4 rows
-        given[11] = torch.tensor([1, bad], dtype=torch.int32, device=device)
+        given[4] = given[4]._replace(cache_batch_idx=torch.tensor([1, bad], dtype=torch.int32, device=device))
         bad_second(given)
-    given[11], given[12] = None, torch.tensor([0, 501], dtype=torch.int32, device=device)
+    leftpad = torch.tensor([0, 501], dtype=torch.int32, device=device)
+    given[4] = given[4]._replace(cache_batch_idx=None, cache_leftpad=leftpad)
     bad_second(given)
 
     given = arguments(Case((2, 4, 2, 1, 600, 64, 64), page_size=3), BF16, device)
     given[1], given[2] = given[1].nan_to_num(1.0), given[2].nan_to_num(1.0)
     given[3].fill_(500)
-    given[10].clamp_(min=0)
-    given[10][0, 167:] = 10**6  # behind the end: nobody looks
+    table = given[4].page_table.clamp_(min=0)
+    table[0, 167:] = 10**6  # behind the end: nobody looks
     for bad in (-1, 10**6):
-        given[10][1, 100] = bad  # 3 of a tile's 16 keys
+        table[1, 100] = bad  # 3 of a tile's 16 keys
         bad_second(given)
 
 
@@ -214,6 +211,5 @@ def test_arguments(change, message, device):
     if page_size is not None:
         cache, table = cache[:, :, :page_size], lengths[None]
     with pytest.raises(ValueError, match=message):
-        decode_attention.forward(
-            q, cache, cache, lengths, 0.1, True, -1, -1, change.get("softcap", 0.0), None, table, None, None
-        )
+        options = DecodeOptions(0.1, softcap=change.get("softcap", 0.0), page_table=table)
+        decode_attention.forward(q, cache, cache, lengths, options)

@@ -7,6 +7,7 @@ from fastformer.backends.cuda import _call, add_layer_norm, emulation, layer_nor
 from fastformer.backends.reference import add_layer_norm as add_reference
 from fastformer.backends.reference import layer_norm as reference
 from fastformer.backends.reference.philox import dropout_scales
+from tests.cuda.orders import guarded_outputs
 
 EPS = 1e-5
 DTYPES = [  # data, parameters
@@ -40,23 +41,8 @@ def name(value):
 
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
-    """Outputs start as NaN between two margins that must still be untouched at the end."""
-    buffers = []
-
-    def empty(like, *shape, dtype=None):
-        dtype = dtype or like.dtype
-        count, margin = torch.Size(shape).numel(), 64
-        fill = float("nan") if dtype.is_floating_point else 0xFF
-        buffer = torch.full((count + 2 * margin,), fill, dtype=dtype, device=like.device)
-        buffers.append((buffer, margin, buffer[:margin].clone()))
-        return buffer[margin : margin + count].view(shape)
-
-    monkeypatch.setattr(layer_norm, "empty", empty)
-    monkeypatch.setattr(add_layer_norm, "empty", empty)
-    yield
-    for buffer, margin, untouched in buffers:
-        for edge in (buffer[:margin], buffer[-margin:]):
-            assert torch.equal(edge.view(torch.uint8), untouched.view(torch.uint8)), "a kernel wrote out of bounds"
+    with guarded_outputs(monkeypatch, layer_norm, add_layer_norm):
+        yield
 
 
 def assert_as_good(ours, theirs, exact, what):

@@ -17,6 +17,7 @@ from torch.nn import functional as TF
 
 import fastformer
 from fastformer import functional as F
+from fastformer.backends import registry
 from tests.nn.comparison import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -45,6 +46,9 @@ class Op:
     spread: float = 1.0
 
 
+EPS = 1e-5
+
+
 def _target(x: Tensor) -> Tensor:
     target = (torch.arange(x.shape[0]) * 7919) % x.shape[1]
     target[1::5] = -100
@@ -64,6 +68,24 @@ OPS = {
     "add_layer_norm": Op(
         lambda x, w, b: _both(F.add_layer_norm(x, x.flip(0), x.shape[1:], w, b)),
         lambda x, w, b: _both((TF.layer_norm(x + x.flip(0), x.shape[1:], w, b), x + x.flip(0))),
+        lambda n: [(n,), (n,)],
+    ),
+    "rms_norm": Op(
+        lambda x, w: F.rms_norm(x, x.shape[1:], w, EPS),
+        lambda x, w: TF.rms_norm(x, x.shape[1:], w, EPS),
+        lambda n: [(n,)],
+    ),
+    "rms_norm, weight and bias": Op(
+        lambda x, w, b: F.rms_norm(x, x.shape[1:], w, EPS, bias=b),
+        lambda x, w, b: _biased_rms_norm(x, w, b),
+        lambda n: [(n,), (n,)],
+    ),
+    "rms_norm, plain": Op(
+        lambda x: F.rms_norm(x, x.shape[1:], eps=EPS), lambda x: TF.rms_norm(x, x.shape[1:], eps=EPS)
+    ),
+    "add_rms_norm": Op(
+        lambda x, w, b: _both(F.add_rms_norm(x, x.flip(0), x.shape[1:], w, EPS, bias=b)),
+        lambda x, w, b: _both((_biased_rms_norm(x + x.flip(0), w, b), x + x.flip(0))),
         lambda n: [(n,), (n,)],
     ),
     "softmax": Op(lambda x: F.softmax(x, -1), lambda x: TF.softmax(x, -1), spread=4.0),
@@ -86,6 +108,10 @@ OPS = {
         lambda n: [(n,)],
     ),
 }
+
+
+def _biased_rms_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return TF.rms_norm(x, x.shape[1:], w, EPS) + b
 
 
 def _both(outputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -125,6 +151,8 @@ def test_strided_and_multidimensional_input(backend):
     with fastformer.backend(backend):
         torch.testing.assert_close(F.layer_norm(x, (6, 9), w, b), TF.layer_norm(x, (6, 9), w, b))
         torch.testing.assert_close(F.layer_norm(x, (9,)), TF.layer_norm(x, (9,)))
+        torch.testing.assert_close(F.rms_norm(x, (6, 9), w), TF.rms_norm(x, (6, 9), w))
+        torch.testing.assert_close(F.rms_norm(x, (9,)), TF.rms_norm(x, (9,)))
         for dim in (0, 1, 2, -1):
             torch.testing.assert_close(F.softmax(x, dim), TF.softmax(x, dim))
         torch.testing.assert_close(F.gelu(x), TF.gelu(x))
@@ -156,40 +184,75 @@ def test_rows_of_minus_infinity_give_zeros(backend):
     assert (out[1] == 0).all() and (grad[1] == 0).all() and out[2, 39] == 1 and not grad.isnan().any()
 
 
+ADD_NORMS = {"add_layer_norm": TF.layer_norm, "add_rms_norm": TF.rms_norm}
+
+
+@pytest.mark.parametrize("name", ADD_NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_is_the_same_forward_and_backward_and_follows_the_seed(backend):
-    x, residual = torch.randn(64, 200, requires_grad=True), torch.zeros(64, 200)
+def test_dropout_is_the_same_forward_and_backward_and_follows_the_seed(backend, name):
+    x, residual, add_norm = torch.randn(64, 200, requires_grad=True), torch.zeros(64, 200), getattr(F, name)
     with fastformer.backend(backend):
         torch.manual_seed(11)
-        out, summed = F.add_layer_norm(x, residual, (200,), dropout_p=0.25)
+        out, summed = add_norm(x, residual, (200,), dropout_p=0.25)
         torch.manual_seed(11)
-        again = F.add_layer_norm(x, residual, (200,), dropout_p=0.25)[1]
-        other = F.add_layer_norm(x, residual, (200,), dropout_p=0.25)[1]
+        again = add_norm(x, residual, (200,), dropout_p=0.25)[1]
+        other = add_norm(x, residual, (200,), dropout_p=0.25)[1]
         (grad,) = torch.autograd.grad(summed.sum(), x)
-        off = F.add_layer_norm(x, residual, (200,), dropout_p=0.25, training=False)[1]
-        none = F.add_layer_norm(x, residual, (200,), dropout_p=1.0)[1]
+        off = add_norm(x, residual, (200,), dropout_p=0.25, training=False)[1]
+        none = add_norm(x, residual, (200,), dropout_p=1.0)[1]
     kept = summed != 0
     assert torch.equal(summed, again) and not torch.equal(summed, other)
     torch.testing.assert_close(summed[kept], (x / 0.75)[kept])
     torch.testing.assert_close(grad, kept / 0.75)  # the same elements, the same scale
     assert abs(kept.float().mean().item() - 0.75) < 5 * (0.75 * 0.25 / kept.numel()) ** 0.5
     assert torch.equal(off, x) and (none == 0).all()
-    torch.testing.assert_close(out, TF.layer_norm(summed, (200,)))
+    torch.testing.assert_close(out, ADD_NORMS[name](summed, (200,)))
 
 
-def test_the_dropout_mask_is_the_same_on_every_backend():
+@pytest.mark.parametrize("add_norm", [F.add_layer_norm, F.add_rms_norm])
+def test_the_dropout_mask_is_the_same_on_every_backend(add_norm):
     x, residual = torch.ones(33, 129), torch.zeros(33, 129)
     masks = []
     for backend in BACKENDS:
         torch.manual_seed(4)
         with fastformer.backend(backend):
-            masks.append(F.add_layer_norm(x, residual, (129,), dropout_p=0.4)[1])
+            masks.append(add_norm(x, residual, (129,), dropout_p=0.4)[1])
     assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["out", "summed"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("door", ["eager", "operator"])
+@pytest.mark.parametrize("name", ADD_NORMS)
+def test_the_gradient_of_one_output_alone(name, door, dropout_p, used, monkeypatch):
+    """A post-norm block uses ``out`` and not ``summed``: backward is then given nothing for it, not zeros to read."""
+    kernels, given = registry.load("cpu", name), []
+    backward = kernels.backward
+    monkeypatch.setattr(kernels, "backward", lambda *a: given.append(a[1]) or backward(*a))
+    x, residual = torch.randn(6, 40, requires_grad=True), torch.randn(6, 40, requires_grad=True)
+    d = torch.randn(6, 40)
+
+    def both(x, residual):
+        return getattr(F, name)(x, residual, (40,), dropout_p=dropout_p)
+
+    one = lambda x, residual: both(x, residual)[used]  # noqa: E731
+    if door == "operator":
+        one = torch.compile(one, fullgraph=True, backend="aot_eager")
+    with fastformer.backend("cpu"), torch.autograd.set_multithreading_enabled(False):
+        torch.manual_seed(2)
+        ours = torch.autograd.grad(one(x, residual), (x, residual), d)
+        torch.manual_seed(2)
+        upstream = [d, torch.zeros_like(d)] if used == 0 else [torch.zeros_like(d), d]
+        wanted = torch.autograd.grad(both(x, residual), (x, residual), upstream)
+    assert (given[0] is None) == (used == 0) and given[1] is not None
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
 
 
 GRADCHECKS = {
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [(3, 5), (5,), (5,)]),
     "add_layer_norm": (lambda x, r, w, b: F.add_layer_norm(x, r, (5,), w, b), [(3, 5), (3, 5), (5,), (5,)]),
+    "rms_norm": (lambda x, w, b: F.rms_norm(x, (5,), w, 1e-3, bias=b), [(3, 5), (5,), (5,)]),
+    "add_rms_norm": (lambda x, r, w: F.add_rms_norm(x, r, (5,), w), [(3, 5), (3, 5), (5,)]),
     "softmax": (lambda x: F.softmax(x, 0), [(3, 5)]),
     "log_softmax": (lambda x: F.log_softmax(x, 1), [(3, 5)]),
     "gelu": (F.gelu, [(3, 5)]),
@@ -243,6 +306,24 @@ def test_layer_norm_of_any_shape_has_mean_0_and_variance_1(rows, cols, seed):
         torch.testing.assert_close(y.var(1, unbiased=False), torch.ones(rows, dtype=torch.float64))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 200), st.floats(-3, 3), st.integers(0, 2**31))
+def test_rms_norm_of_any_shape_has_mean_square_1_and_no_scale(rows, cols, exponent, seed):
+    x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1
+    y = F.rms_norm(x, (cols,), eps=0.0)
+    torch.testing.assert_close(y.square().mean(1), torch.ones(rows, dtype=torch.float64))
+    torch.testing.assert_close(F.rms_norm(x * 10**exponent, (cols,), eps=0.0), y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_rms_norm_without_eps_adds_torchs(dtype):
+    """It matters where x is small: 1e-4 squared is less than float32's epsilon, 5e-9 squared than float64's."""
+    x = torch.full((2, 6), 5e-9 if dtype == torch.float64 else 1e-4).to(dtype)
+    torch.testing.assert_close(F.rms_norm(x, (6,)), TF.rms_norm(x, (6,)))
+    torch.testing.assert_close(F.add_rms_norm(x, x, (6,))[0], TF.rms_norm(x + x, (6,)))
+    assert (F.rms_norm(x, (6,)) < 0.5).all()
+
+
 X, W = torch.randn(4, 6), torch.randn(6)
 BAD = {
     r"normalized_shape: \(5,\) is not the end": lambda: F.layer_norm(X, (5,)),
@@ -252,6 +333,15 @@ BAD = {
     "eps: -1 is negative": lambda: F.layer_norm(X, (6,), eps=-1),
     "input: expected a torch.Tensor, got list": lambda: F.layer_norm([1.0], (1,)),
     "input: dtype torch.int64 is not one of": lambda: F.gelu(torch.arange(3)),
+    r"normalized_shape: \(\) is not the end": lambda: F.rms_norm(X, ()),
+    r"weight: shape \(4,\) is not \(6,\)": lambda: F.rms_norm(X, (6,), W[:4]),
+    r"bias: shape \(1, 6\) is not \(6,\)": lambda: F.rms_norm(X, (6,), W, bias=W[None]),
+    "eps: -2 is negative": lambda: F.rms_norm(X, (6,), eps=-2),
+    "eps: nan is negative": lambda: F.add_rms_norm(X, X, (6,), eps=float("nan")),
+    "input: dtype torch.int64 is not one of ": lambda: F.rms_norm(torch.arange(3), (3,)),
+    "weight: expected a torch.Tensor or None, got float": lambda: F.rms_norm(X, (6,), 1e-5),
+    r"residual: shape \(2, 6\)": lambda: F.add_rms_norm(X, X[:2], (6,)),
+    r"dropout_p: -1 is not in \[0, 1\]": lambda: F.add_rms_norm(X, X, (6,), dropout_p=-1),
     "residual: shape": lambda: F.add_layer_norm(X, X[:2], (6,)),
     "residual: dtype": lambda: F.add_layer_norm(X, X.double(), (6,)),
     r"dropout_p: 1.5 is not in \[0, 1\]": lambda: F.add_layer_norm(X, X, (6,), dropout_p=1.5),
@@ -290,6 +380,12 @@ def _operator_calls():
     yield op.layer_norm_backward, (d, p, [8], q, mean, rstd, torch.float32)
     yield op.add_layer_norm, (x, x, [8], w, None, 1e-5, 0.5, torch.tensor(3))
     yield op.add_layer_norm_backward, (d, d, p, [8], q, mean, rstd, 0.5, torch.tensor(3), torch.float32)
+    yield op.add_layer_norm_backward, (d, None, p, [8], q, mean, rstd, 0.0, None, torch.float32)
+    yield op.rms_norm, (x, [8], w, w, 1e-5)
+    yield op.rms_norm_backward, (d, p, [8], q, rstd, torch.float32)
+    yield op.add_rms_norm, (x, x, [8], w, None, 1e-5, 0.5, torch.tensor(3))
+    yield op.add_rms_norm_backward, (d, None, p, [8], q, rstd, 0.5, torch.tensor(3), torch.float32)
+    yield op.add_rms_norm_backward, (None, d, p, [8], None, rstd, 0.0, None, torch.float32)
     yield op.softmax, (x, False)
     yield op.softmax_backward, (d, p.softmax(1), False)
     yield op.gelu, (x, w, True)
@@ -319,6 +415,7 @@ def test_operators_pass_torchs_own_checks():
 def test_compiles_to_one_graph():
     def function(x, w, b):
         y, s = F.add_layer_norm(F.layer_norm(x, (8,), w, b), x, (8,), w, b)
+        y, s = F.add_rms_norm(F.rms_norm(y, (8,), w), s, (8,), w, 1e-4, bias=b)
         return F.cross_entropy(F.softmax(F.bias_gelu(y + s, b, "tanh"), -1), torch.tensor([1, 2, -100]))
 
     tensors = [torch.randn(3, 8), torch.randn(8), torch.randn(8)]
@@ -331,10 +428,12 @@ def test_torch_func_transforms():
     x, w = torch.randn(3, 4, 8), torch.randn(8)
 
     def ours(x):
-        return F.gelu(F.softmax(F.layer_norm(x, (8,), w, w), -1)).square().sum()
+        y, s = F.add_rms_norm(F.rms_norm(F.layer_norm(x, (8,), w, w), (8,), w), x, (8,))
+        return F.gelu(F.softmax(y + s, -1)).square().sum()
 
     def theirs(x):
-        return TF.gelu(TF.softmax(TF.layer_norm(x, (8,), w, w), -1)).square().sum()
+        s = TF.rms_norm(TF.layer_norm(x, (8,), w, w), (8,), w) + x
+        return TF.gelu(TF.softmax(TF.rms_norm(s, (8,)) + s, -1)).square().sum()
 
     transform = lambda f: torch.func.vmap(torch.func.grad(f))(x)  # noqa: E731
     torch.testing.assert_close(transform(ours), transform(theirs))

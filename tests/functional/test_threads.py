@@ -38,6 +38,7 @@ def _functions(x, target, w):
         lambda f, x: f.cross_entropy(x, target, w.abs().to(x.dtype), reduction="none", label_smoothing=0.2),
     )
     yield "layer_norm", lambda f, x: f.layer_norm(x, x.shape[1:], w.to(x.dtype), w.to(x.dtype))
+    yield "rms_norm", lambda f, x: f.rms_norm(x, x.shape[1:], w.to(x.dtype), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -18,6 +18,7 @@ pytest.importorskip("expecttest", reason="torch's op_db imports expecttest (pip 
 # torch's name of the operation (and variant), and ours
 OPS = {
     ("nn.functional.layer_norm", ""): F.layer_norm,
+    ("nn.functional.rms_norm", ""): F.rms_norm,
     ("softmax", ""): F.softmax,
     ("softmax", "with_dtype"): F.softmax,
     ("log_softmax", ""): F.log_softmax,

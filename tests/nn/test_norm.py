@@ -1,4 +1,4 @@
-"""fastformer.nn.LayerNorm beside torch.nn.LayerNorm."""
+"""fastformer.nn.LayerNorm and RMSNorm beside torch.nn's."""
 
 import pytest
 import torch
@@ -44,3 +44,46 @@ def test_reads_strided_input():
 def test_names_the_shape_that_does_not_fit():
     with pytest.raises(ValueError, match="normalized_shape"):
         nn.LayerNorm(16)(torch.randn(3, 15))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "normalized"), SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_rms_norm_matches_torch(shape, normalized, affine, dtype):
+    # eps is given: torch's own default depends on the dtype, and the comparison is with float64
+    arguments = {"eps": 1e-5, "elementwise_affine": affine, "dtype": dtype}
+    torch.manual_seed(0)
+    theirs = torch.nn.RMSNorm(normalized, **arguments)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p)
+    compare(nn.RMSNorm(normalized, **arguments), theirs, [torch.randn(shape, dtype=dtype)])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"eps": 1e-3}, {"elementwise_affine": False}], ids=str)
+def test_rms_norm_is_a_drop_in(arguments):
+    assert_drop_in(lambda: nn.RMSNorm(12, **arguments), lambda: torch.nn.RMSNorm(12, **arguments))
+    assert isinstance(nn.RMSNorm(12), torch.nn.RMSNorm)
+
+
+def test_rms_norm_names_the_shape_that_does_not_fit():
+    with pytest.raises(ValueError, match="normalized_shape"):
+        nn.RMSNorm((2, 16))(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_torchs_own_module_samples(name):
+    """The inputs torch tests its module with (``module_db``): same outputs and gradients."""
+    pytest.importorskip("expecttest", reason="torch's module_db imports expecttest (pip install expecttest)")
+    from torch.testing._internal.common_modules import module_db
+
+    (info,) = [m for m in module_db if m.module_cls is getattr(torch.nn, name)]
+    tried = 0
+    for dtype in (torch.float32, torch.float64):
+        samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True)
+        for sample in samples:
+            constructor, call = sample.constructor_input, sample.forward_input
+            kwargs = {**constructor.kwargs, "dtype": dtype}
+            ours, theirs = (getattr(library, name)(*constructor.args, **kwargs) for library in (nn, torch.nn))
+            compare(ours, theirs, list(call.args))
+            tried += 1
+    assert tried >= 4

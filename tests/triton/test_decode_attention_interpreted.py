@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastformer.backends.attention_options import DecodeOptions
 from fastformer.backends.reference import decode_attention as reference
 from fastformer.backends.triton import decode_attention
 
@@ -52,12 +53,12 @@ def inputs(case, dtype, device):
         slopes = torch.rand(batch, heads, generator=g).to(device)
     q = normal(batch, queries, heads, d).transpose(1, 2)  # as a projection leaves it
     lengths = lengths.to(device)
-    return (q, k, v.transpose(1, 2), lengths, 0.9 / d**0.5, *options, slopes, table, rows, leftpad)
+    return q, k, v.transpose(1, 2), lengths, DecodeOptions(0.9 / d**0.5, *options, slopes, table, rows, leftpad)
 
 
 def check_case(arguments):
-    slopes = arguments[9]  # float32 by contract; doubling it changes no value
-    exact = reference.forward(*double(*arguments))
+    slopes = arguments[4].alibi_slopes
+    exact = reference.forward(*double(*arguments[:3]), *arguments[3:])
     rounded = reference.forward(*arguments)
     ours = decode_attention.forward(*arguments)
     check("out", ours[0], rounded[0], exact[0])
@@ -77,25 +78,25 @@ def test_decode_half_precision(name, dtype, device):
 
 
 def test_a_sequence_without_keys_gives_zeros(splits, device):
-    q, k, v, lengths, *rest = inputs(CASES["one new token"], torch.float32, device)
-    out, lse = decode_attention.forward(q, k, v, torch.zeros_like(lengths), *rest)
+    q, k, v, lengths, options = inputs(CASES["one new token"], torch.float32, device)
+    out, lse = decode_attention.forward(q, k, v, torch.zeros_like(lengths), options)
     assert (out == 0).all() and (lse == float("-inf")).all()
 
 
 def test_what_is_out_of_range_gives_nan_and_only_there(splits, device):
     # The interpreter would fault on a read outside of the tensors.
-    q, k, v, lengths, *rest = inputs(CASES["one new token"], torch.float32, device)
+    q, k, v, lengths, options = inputs(CASES["one new token"], torch.float32, device)
     for bad in (-1, 151, 2**31 - 1):
-        out, lse = decode_attention.forward(q, k, v, torch.tensor([20, bad]).int().to(device), *rest)
+        out, lse = decode_attention.forward(q, k, v, torch.tensor([20, bad]).int().to(device), options)
         assert out[0].isfinite().all() and out[1].isnan().all() and lse[1].isnan().all()
-    rest[-2] = torch.tensor([1, 7]).int().to(device)  # rows of the cache, which has 4
-    out, lse = decode_attention.forward(q, k, v, lengths, *rest)
+    options = options._replace(cache_batch_idx=torch.tensor([1, 7]).int().to(device))  # of 4 rows
+    out, lse = decode_attention.forward(q, k, v, lengths, options)
     assert out[0].isfinite().all() and out[1].isnan().all() and lse[1].isnan().all()
 
-    q, k, v, lengths, *rest = inputs(CASES["pages"], torch.float32, device)
+    q, k, v, lengths, options = inputs(CASES["pages"], torch.float32, device)
     lengths = torch.full_like(lengths, 90)
-    rest[-3][0, 6:], rest[-3][1, 2] = 10**6, 10**6  # behind the end, and within
-    out, lse = decode_attention.forward(q, k, v, lengths, *rest)
+    options.page_table[0, 6:], options.page_table[1, 2] = 10**6, 10**6  # behind the end, and within
+    out, lse = decode_attention.forward(q, k, v, lengths, options)
     assert out[0].isfinite().all() and out[1].isnan().all() and lse[1].isnan().all()
 
 

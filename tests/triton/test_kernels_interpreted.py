@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastformer.backends.reference import philox
-from fastformer.backends.triton import add_layer_norm, cross_entropy, gelu, interpreting, layer_norm, softmax
+from fastformer.backends.triton import add_layer_norm, cross_entropy, gelu, interpreting, layer_norm, rms_norm, softmax
 from fastformer.backends.triton.dropout import dropout, keep_mask
 from fastformer.backends.triton.launch import UNBOUNDED, RowTile, launch
 
@@ -135,43 +135,97 @@ def test_layer_norm_gradients_repeat_bit_for_bit(normal, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-# ---- add_layer_norm and its dropout ----------------------------------------------------------------------------------
+# ---- rms_norm --------------------------------------------------------------------------------------------------------
+
+
+def check_rms_norm(x, weight, bias, dout, needs=(True, True, True)):
+    outputs = [op.forward(*a, 1e-5) for op, a in ours_theirs_exact("rms_norm", x, weight, bias)]
+    check_all("out rstd", *outputs)
+    gradients = [
+        op.backward(*a, rstd, *needs, torch.float64 if a[1].dtype == torch.float64 else x.dtype)
+        for (op, a), (_, rstd) in zip(ours_theirs_exact("rms_norm", dout, x, weight), outputs)
+    ]
+    check_all("dx dweight dbias", *gradients)
+
+
+@every_dtype
+@every_shape
+def test_rms_norm(normal, dtype, shape, device):
+    parameters = normal(dtype, 2, shape[1])
+    check_rms_norm(normal(dtype, *shape), *parameters, normal(dtype, *shape))
+
+
+@every_dtype
+def test_rms_norm_of_rows_longer_than_a_block(normal, dtype, chunked, device):
+    # the mean of 3 must stay where it is
+    check_rms_norm(normal(dtype, 9, 70) + 3, *normal(dtype, 2, 70), normal(dtype, 9, 70))
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("long", [False, True])
+def test_rms_norm_computes_only_what_is_needed(normal, request, needs, long, device):
+    if long:
+        request.getfixturevalue("chunked")
+    check_rms_norm(normal(torch.float32, 5, 40), None, None, normal(torch.float32, 5, 40), needs)
+
+
+def test_rms_norm_strides_and_float32_parameters(normal, device):
+    # rows cut out of wider rows, a gradient expanded to every row, parameters in float32 beside bfloat16
+    x, weight = normal(torch.bfloat16, 6, 90)[:, 10:60], normal(torch.float32, 50)
+    check_rms_norm(x, weight.bfloat16(), None, normal(torch.bfloat16, 1, 50).expand(6, 50))
+    (out, rstd), *others = (op.forward(*a, 1e-5) for op, a in ours_theirs_exact("rms_norm", x, weight, weight))
+    check_all("out rstd", (out, rstd), *others)
+    _, dweight, dbias = rms_norm.backward(x, x, weight, rstd, True, True, True, torch.float32)
+    assert dweight.dtype == dbias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cols", [5000, 40000])
+def test_rms_norm_large_rows(normal, cols, device):
+    if interpreting() and cols > 10000:
+        pytest.skip("minutes in the interpreter; the chunked kernels run there with small chunks")
+    check_rms_norm(normal(torch.float32, 3, cols), *normal(torch.float32, 2, cols), normal(torch.float32, 3, cols))
+
+
+def test_rms_norm_gradients_repeat_bit_for_bit(normal, device):
+    x, dout, weight = normal(torch.float32, 100, 48), normal(torch.float32, 100, 48), normal(torch.float32, 48)
+    _, rstd = rms_norm.forward(x, weight, None, 1e-5)
+    first, second = (rms_norm.backward(dout, x, weight, rstd, True, True, True, torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+# ---- norms behind a residual addition, and its dropout ---------------------------------------------------------------
 
 
 @every_dtype
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("long", [False, True])
-def test_add_layer_norm(normal, request, dtype, dropout_p, long, device):
+@pytest.mark.parametrize(("op", "names"), [("layer_norm", "mean rstd"), ("rms_norm", "rstd")])
+def test_add_norm(normal, request, op, names, dtype, dropout_p, long, device):
     if long:
         request.getfixturevalue("chunked")
     seed, shape = 2**40 + 17, (9, 70)
     x, residual, dout, dsummed = normal(dtype, 4, *shape)
     weight, bias = normal(dtype, 2, shape[1])
     outputs = [
-        op.forward(*a, 1e-5, dropout_p, seed)
-        for op, a in ours_theirs_exact("add_layer_norm", x, residual, weight, bias)
+        backend.forward(*a, 1e-5, dropout_p, seed)
+        for backend, a in ours_theirs_exact(f"add_{op}", x, residual, weight, bias)
     ]
-    check_all("out summed mean rstd", *outputs, mean=x)
+    check_all(f"out summed {names}", *outputs, mean=x)
+    summed = outputs[0][1]
+    # in float64 of the sum as it was stored
+    reference = importlib.import_module(f"fastformer.backends.reference.{op}")
+    statistics = [outputs[0][2:], outputs[1][2:], reference.forward(summed.double(), None, None, 1e-5)[1:]]
     for upstream in (dsummed, None):
         gradients = [
-            op.backward(*a, weight_, mean, rstd, dropout_p, seed, True, True, weight_.dtype)
-            for (op, a), weight_, (_, _, mean, rstd) in zip(
-                ours_theirs_exact("add_layer_norm", dout, upstream, outputs[0][1]),
-                (weight, weight, weight.double()),
-                (outputs[0], outputs[1], reference_statistics(outputs[0][1])),
+            backend.backward(*a, weight_, *saved, dropout_p, seed, True, True, weight_.dtype)
+            for (backend, a), weight_, saved in zip(
+                ours_theirs_exact(f"add_{op}", dout, upstream, summed), (weight, weight, weight.double()), statistics
             )
         ]
         check_all("dx dresidual dweight dbias", *gradients)
     if dropout_p == 0:
         dx, dresidual, *_ = gradients[0]
         assert dx is dresidual
-
-
-def reference_statistics(summed):
-    """(_, _, mean, rstd) in float64 of the sum as it was stored."""
-    from fastformer.backends.reference import layer_norm as reference
-
-    return None, None, *reference.forward(summed.double(), None, None, 1e-5)[1:]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])

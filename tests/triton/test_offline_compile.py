@@ -25,6 +25,9 @@ SAMPLE = {
     "layer_norm": r"^layer_norm (forward_rows (bf16 1024|fp32 16384)|backward_rows (bf16 256$|fp32 8192)|"
     r"(\w+_chunks|backward_parameters) bf16 262144$)",
     "add_layer_norm": r"^add_layer_norm\+dropout \w+_(rows bf16 1024|chunks fp32)",
+    "rms_norm": r"^rms_norm (forward_rows fp32 16384|backward_rows (bf16 256$|fp32 8192)|"
+    r"(\w+_chunks|backward_parameters) bf16 262144$)",
+    "add_rms_norm": r"^add_rms_norm\+dropout \w+_(rows bf16 1024|chunks fp32)",
     "softmax": r"^softmax (forward_rows bf16 32768|backward_rows fp32 16384)|^log_softmax \w+_chunks bf16 262144$",
     "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
     "cross_entropy": r"^cross_entropy \w+ (bf16 262144 weight\+smoothing$|fp32 512$|bf16 32 weight.* of 1)",

@@ -32,7 +32,12 @@ def empty_like(x: Tensor) -> Tensor:
     return on_huge_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
+def row_statistic(x: Tensor) -> Tensor:
+    """Room for one number per row of x ``(*, cols)``."""
+    return torch.empty(x.numel() // max(x.shape[-1], 1), dtype=acc_dtype(x.dtype))
+
+
 def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the mean and 1 / standard deviation of each row of x ``(*, cols)``."""
-    mean = torch.empty(x.numel() // max(x.shape[-1], 1), dtype=acc_dtype(x.dtype))
+    mean = row_statistic(x)
     return mean, torch.empty_like(mean)  # two allocations: an operator's outputs may not share memory

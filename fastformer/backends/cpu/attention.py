@@ -11,7 +11,7 @@ from ..attention_options import Gradients, Options, empty_like_input, empty_out
 from ._call import DTYPES, acc_dtype, on_huge_pages
 
 FEATURES = frozenset(ALL_FEATURES)
-__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain", "plain_with_lse"]
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -52,20 +52,16 @@ def backward(
     return Gradients(dq, dk, dv, dbias, ddistance)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor | None:
-    """``forward``'s output where there is nothing beside q, k and v; None if anything about them is unusual or wrong.
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, with_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """``forward``, the log-sum-exp only on request, where there is nothing beside q, k and v; None if anything about
+    them is unusual or wrong.
 
     For calls so small that the Python of the general way would take longer than the kernel.
     """
     if q.dim() != 4 or v.dim() != 4:
         return None
     out = empty_out(q, v)
-    return out if _C.attention_plain(q, k, v, out, None, scale, causal) else None
-
-
-def plain_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
-    """:func:`plain`, and the log-sum-exp for ``backward``."""
-    if q.dim() != 4 or v.dim() != 4:
-        return None
-    out, lse = empty_out(q, v), torch.empty(q.shape[:3], dtype=acc_dtype(q.dtype))
+    lse = torch.empty(q.shape[:3], dtype=acc_dtype(q.dtype)) if with_lse else None
     return (out, lse) if _C.attention_plain(q, k, v, out, lse, scale, causal) else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ..attention_options import empty_out
+from ..attention_options import DecodeOptions, empty_out
 from ._call import DTYPES, acc_dtype
 
 FEATURES: frozenset[str] = frozenset()
@@ -14,23 +14,10 @@ __all__ = ["DTYPES", "FEATURES", "forward"]
 
 
 def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    page_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, options: DecodeOptions
 ) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq). Lengths, rows and pages out of range: ValueError."""
     out = empty_out(q, v_cache)
     lse = torch.empty(q.shape[:3], dtype=acc_dtype(q.dtype))
-    tensors = (q, k_cache, v_cache, out, lse, cache_seqlens, alibi_slopes, page_table, cache_batch_idx, cache_leftpad)
-    _C.decode_attention(tensors, scale, causal, window_left, window_right, softcap)
+    _C.decode_attention((q, k_cache, v_cache, out, lse, cache_seqlens), options)
     return out, lse

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention_options import empty_out
+from ..attention_options import DecodeOptions, empty_out
 from ._call import empty, library, on_device, stream
 
 DTYPES = frozenset({torch.bfloat16, torch.float16})
@@ -17,19 +17,7 @@ __all__ = ["DTYPES", "FEATURES", "forward"]
 
 
 def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    page_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, options: DecodeOptions
 ) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq) float32; see backends/reference/decode_attention.py.
 
@@ -37,8 +25,7 @@ def forward(
     """
     out = empty_out(q, v_cache)
     lse = empty(q, *q.shape[:3], dtype=torch.float32)
-    tensors = (q, k_cache, v_cache, out, lse, cache_seqlens, alibi_slopes, page_table, cache_batch_idx, cache_leftpad)
-    arguments = (tensors, scale, causal, window_left, window_right, softcap)
+    arguments = ((q, k_cache, v_cache, out, lse, cache_seqlens), options)
     kernels = library()
     with on_device(q):
         workspace = empty(q, kernels.decode_attention_workspace(*arguments), dtype=torch.uint8)

@@ -8,32 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention_options import acc_dtype, empty_out
+from ..attention_options import DecodeOptions, acc_dtype, empty_out
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 FEATURES: frozenset[str] = frozenset()
 
 
 def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    page_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, options: DecodeOptions
 ) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq) acc.
 
-    k_cache is (rows, Hkv, capacity, D), or (pages, Hkv, page_size, D) with a page_table (B, pages of a sequence);
-    alibi_slopes is (1|B, Hq).
+    k_cache is (rows, Hkv, capacity, D), or (pages, Hkv, page_size, D) with a page table.
     """
+    scale, causal, window_left, window_right, softcap, slopes, page_table, cache_batch_idx, cache_leftpad = options
     acc, (batch, heads, queries, _) = acc_dtype(q.dtype), q.shape
     out, lse = empty_out(q, v_cache), torch.empty(q.shape[:3], dtype=acc, device=q.device)
     lengths = cache_seqlens.tolist()
@@ -50,8 +38,8 @@ def forward(
         scores = q[b].to(acc) @ k.transpose(1, 2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        if alibi_slopes is not None:
-            scores = scores - alibi_slopes[b if len(alibi_slopes) > 1 else 0].to(acc)[:, None, None] * distance.abs()
+        if slopes is not None:
+            scores = scores - slopes[b if len(slopes) > 1 else 0].to(acc)[:, None, None] * distance.abs()
         hidden = torch.zeros_like(distance, dtype=torch.bool)
         if causal:
             hidden |= distance > 0

@@ -32,7 +32,7 @@ def forward(
     """x, residual (*, cols) -> out, summed (*, cols), mean, rstd (rows)."""
     dropped = dropout(dropout_p, seed) if dropout_p > 0 else None
     out, summed, mean, rstd = layer_norm.run_forward(x, residual, weight, bias, eps, dropped)
-    assert summed is not None
+    assert summed is not None and mean is not None
     return out, summed, mean, rstd
 
 

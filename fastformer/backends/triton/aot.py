@@ -21,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,6 +34,7 @@ from ..registry import OPS
 from . import interpreting
 from .launch import Configuration
 
+J, R = TypeVar("J"), TypeVar("R")
 CAPABILITIES = (80, 90)
 # Bytes of shared memory one program may use. The tables for sm_80 also serve sm_86 and sm_89, which have 99 KiB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
@@ -141,6 +143,15 @@ def jobs_for(
     return [(c, sm) for c, sm in itertools.product(chosen, capabilities) if sm in c.capabilities]
 
 
+def in_processes(function: Callable[[J], R], jobs: Iterable[J], processes: int) -> Iterator[R]:
+    """``function`` of each job, in order, as results come in."""
+    if processes == 1:
+        yield from map(function, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(function, jobs)
+
+
 def _compile_indexed(job: tuple[tuple[str, ...], tuple[int, ...], int]) -> Build:
     files, capabilities, index = job
     return compile_one(*jobs_for(configurations(files), capabilities)[index])
@@ -155,13 +166,8 @@ def compile_all(
     """Builds everything whose label matches the regular expression ``select``, in order, as results come in."""
     files, capabilities = tuple(files), tuple(capabilities)
     wanted = [i for i, (c, _) in enumerate(jobs_for(configurations(files), capabilities)) if re.search(select, c.label)]
-    jobs = [(files, capabilities, i) for i in wanted]
-    if processes == 1:
-        yield from map(_compile_indexed, jobs)
-        return
     # Kernels do not pickle, so a worker gets the place of its configuration in the list and makes the list itself.
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap(_compile_indexed, jobs)
+    yield from in_processes(_compile_indexed, [(files, capabilities, i) for i in wanted], processes)
 
 
 def header() -> str:

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..attention_options import empty_out
+from ..attention_options import DecodeOptions, empty_out
 from . import decode_attention_kernels
 from .launch import DTYPES as DTYPES
 from .launch import TYPES, Configuration, launch, program_limit
@@ -74,21 +74,12 @@ def splits_for(programs: int, capacity: int, device: torch.device) -> int:
 
 
 def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    page_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, options: DecodeOptions
 ) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Sq, D) -> out (B, Hq, Sq, Dv), lse (B, Hq, Sq) float32; see backends/reference/decode_attention.py."""
+    scale, causal, window_left, window_right, softcap, alibi_slopes, page_table, cache_batch_idx, cache_leftpad = (
+        options
+    )
     batch, heads, queries, head_dim = q.shape
     cache_rows, heads_kv, capacity, head_dim_v = v_cache.shape
     page_size = 1

@@ -61,16 +61,23 @@ PARAMETER_TILE = RowTile(UNBOUNDED, 16, 4, block_cols=128)
 
 
 def run_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dropped: Dropout | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(out, summed, mean, rstd) of layer_norm (``residual`` None, then summed too) or add_layer_norm."""
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropped: Dropout | None,
+    centred: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(out, summed, mean, rstd) of layer_norm (``residual`` None, then summed too) or add_layer_norm; of rms_norm or
+    add_rms_norm if not ``centred`` (then mean is None)."""
     x = unit_stride(x)
     residual = None if residual is None else unit_stride(residual)
     rows, cols, stride = row_layout(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = None if residual is None else torch.empty_like(out)
-    mean = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(rstd) if centred else None
     tile = row_tile(FORWARD_TILES, cols, x.element_size())
     kernel = forward_rows if cols <= tile.block_cols else forward_chunks
     launch(
@@ -87,7 +94,7 @@ def run_backward(
     dsummed: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     dropped: Dropout | None,
     need_dx: bool,
@@ -95,7 +102,8 @@ def run_backward(
     need_dbias: bool,
     param_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(gradient of dropout's input or None, gradient of what was normalised or None, dweight, dbias)."""
+    """(gradient of dropout's input or None, gradient of what was normalised or None, dweight, dbias); of an rms norm if
+    there is no ``mean``."""
     device = x.device
     x, dout = unit_stride(x), unit_stride(dout)
     dsummed = None if dsummed is None else unit_stride(dsummed)
@@ -152,6 +160,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (*, cols), weight and bias (cols) or None -> out (*, cols), mean (rows), rstd (rows)."""
     out, _, mean, rstd = run_forward(x, None, weight, bias, eps, None)
+    assert mean is not None
     return out, mean, rstd
 
 
@@ -171,13 +180,14 @@ def backward(
     return run_backward(dout, None, x, weight, mean, rstd, None, *needs, param_dtype)[1:]
 
 
-def build_configurations(label: str, residual: bool, dropout: bool) -> Iterator[Configuration]:
-    """Every build of layer_norm, or with ``residual`` of add_layer_norm, with weight and bias, per table line."""
+def build_configurations(label: str, residual: bool, dropout: bool, centred: bool = True) -> Iterator[Configuration]:
+    """Every build of layer_norm, or with ``residual`` of add_layer_norm, with weight and bias, per table line; of the
+    rms norms if not ``centred``."""
     scalars = {"eps": "fp32", "seed": "u64", "threshold": "u32", "keep_scale": "fp32"}
-    loose = frozenset({"rows"})
+    loose, mean = frozenset({"rows"}), "*fp32" if centred else None
     for dtype, kind in sorted(TYPES.items(), key=str):
         data = f"*{kind}"
-        shared = {"x_ptr": data, "weight_ptr": data, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", **scalars}
+        shared = {"x_ptr": data, "weight_ptr": data, "mean_ptr": mean, "rstd_ptr": "*fp32", **scalars}
         extra = data if residual else None
         forward_types = shared | {"residual_ptr": extra, "summed_ptr": extra, "bias_ptr": data, "out_ptr": data}
         backward_types = shared | {
@@ -209,7 +219,7 @@ def build_configurations(label: str, residual: bool, dropout: bool) -> Iterator[
             yield Configuration(
                 backward_parameters,
                 f"{label} backward_parameters {kind} {2**18}",
-                {"dout_ptr": data, "x_ptr": data, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", **sums},
+                {"dout_ptr": data, "x_ptr": data, "mean_ptr": mean, "rstd_ptr": "*fp32", **sums},
                 {"BLOCK_ROWS": PARAMETER_TILE.block_rows, "BLOCK_COLS": PARAMETER_TILE.block_cols},
                 PARAMETER_TILE.num_warps,
                 unaligned=loose,

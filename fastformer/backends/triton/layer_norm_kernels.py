@@ -1,8 +1,9 @@
-"""The Triton kernels of layer_norm.py, where the formulas are; add_layer_norm.py uses them too.
+"""The Triton kernels of layer_norm.py and rms_norm.py, where the formulas are, and of both behind a residual addition.
 
 ``*_rows`` hold whole rows in registers, ``*_chunks`` walk through one row that is longer than a block, and
 ``backward_parameters`` sums dweight and dbias for such rows. Arguments that are None switch their part off: a kernel
-with ``residual_ptr`` normalises residual + dropout(x), one without normalises x.
+with ``residual_ptr`` normalises residual + dropout(x), one without normalises x; one with ``mean_ptr`` is a layer norm,
+one without an rms norm, which subtracts no mean.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def forward_rows(
     bias_ptr,  # (cols) or None
     out_ptr,  # (rows, cols) contiguous
     summed_ptr,  # (rows, cols) contiguous, or None with residual_ptr
-    mean_ptr,  # (rows) float32
+    mean_ptr,  # (rows) float32, or None
     rstd_ptr,  # (rows) float32
     rows,
     cols,
@@ -72,13 +73,13 @@ def forward_rows(
     )  # fmt: skip
     if summed_ptr is not None:
         tl.store(summed_ptr + offset, x.to(summed_ptr.dtype.element_ty), mask=mask)
-    mean = tl.sum(x, 1) / cols
-    centred = tl.where(in_col[None, :], x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / cols
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    tl.store(mean_ptr + row, mean, mask=in_row)
+    if mean_ptr is not None:
+        mean = tl.sum(x, 1) / cols
+        tl.store(mean_ptr + row, mean, mask=in_row)
+        x = tl.where(in_col[None, :], x - mean[:, None], 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / cols + eps))
     tl.store(rstd_ptr + row, rstd, mask=in_row)
-    _store_normalised(out_ptr, weight_ptr, bias_ptr, offset, col, in_col, centred * rstd[:, None], mask)
+    _store_normalised(out_ptr, weight_ptr, bias_ptr, offset, col, in_col, x * rstd[:, None], mask)
 
 
 @triton.jit(do_not_specialize=["rows", "seed", "threshold"])
@@ -89,7 +90,7 @@ def forward_chunks(
     bias_ptr,  # (cols) or None
     out_ptr,  # (rows, cols) contiguous
     summed_ptr,  # (rows, cols) contiguous, or None with residual_ptr
-    mean_ptr,  # (rows) float32
+    mean_ptr,  # (rows) float32, or None
     rstd_ptr,  # (rows) float32
     rows,
     cols,
@@ -107,7 +108,7 @@ def forward_chunks(
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_ROWS)
     in_row = row < rows
     mean = tl.zeros([BLOCK_ROWS], tl.float32)
-    squares = tl.zeros([BLOCK_ROWS], tl.float32)  # sum of squared distances from the mean so far
+    squares = tl.zeros([BLOCK_ROWS], tl.float32)  # sum of squared distances from the mean so far, if there is one
     for start in tl.range(0, cols, BLOCK_COLS):
         col = start + tl.arange(0, BLOCK_COLS).to(tl.int64)
         mask = in_row[:, None] & (col < cols)[None, :]
@@ -117,15 +118,18 @@ def forward_chunks(
         )  # fmt: skip
         if summed_ptr is not None:
             tl.store(summed_ptr + row[:, None] * cols + col[None, :], x.to(summed_ptr.dtype.element_ty), mask=mask)
-        count = tl.minimum(cols - start, BLOCK_COLS).to(tl.float32)
-        chunk_mean = tl.sum(x, 1) / count
-        centred = tl.where(mask, x - chunk_mean[:, None], 0.0)
-        distance = chunk_mean - mean
-        share = count / (start + count)
-        mean += distance * share
-        squares += tl.sum(centred * centred, 1) + distance * distance * (share * start)
+        if mean_ptr is not None:
+            count = tl.minimum(cols - start, BLOCK_COLS).to(tl.float32)
+            chunk_mean = tl.sum(x, 1) / count
+            x = tl.where(mask, x - chunk_mean[:, None], 0.0)
+            distance = chunk_mean - mean
+            share = count / (start + count)
+            mean += distance * share
+            squares += distance * distance * (share * start)
+        squares += tl.sum(x * x, 1)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / cols + eps))
-    tl.store(mean_ptr + row, mean, mask=in_row)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=in_row)
     tl.store(rstd_ptr + row, rstd, mask=in_row)
     tl.debug_barrier()  # another thread may have stored what this one now loads from summed_ptr
     for start in tl.range(0, cols, BLOCK_COLS):
@@ -137,7 +141,9 @@ def forward_chunks(
             x = tl.load(summed_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         else:
             x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        xhat = (x - mean[:, None]) * rstd[:, None]
+        if mean_ptr is not None:
+            x -= mean[:, None]
+        xhat = x * rstd[:, None]
         _store_normalised(out_ptr, weight_ptr, bias_ptr, offset, col, in_col, xhat, mask)
 
 
@@ -155,13 +161,21 @@ def _store_gradient(
         tl.store(dropped_ptr + offset, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _normalised(x, mean_ptr, rstd, row, in_row, mask):
+    """xhat of a tile; 0 outside of ``mask``."""
+    if mean_ptr is not None:
+        x -= tl.load(mean_ptr + row, mask=in_row, other=0.0)[:, None]
+    return tl.where(mask, x * rstd[:, None], 0.0)
+
+
 @triton.jit(do_not_specialize=["rows", "seed", "threshold"])
 def backward_rows(
     dout_ptr,  # (rows, cols), rows dout_stride apart
     dsummed_ptr,  # (rows, cols), rows dsummed_stride apart, or None: added to dx
     x_ptr,  # (rows, cols), rows x_stride apart: what was normalised
     weight_ptr,  # (cols) or None
-    mean_ptr,  # (rows) float32
+    mean_ptr,  # (rows) float32, or None
     rstd_ptr,  # (rows) float32
     dx_ptr,  # (rows, cols) contiguous, or None
     dropped_ptr,  # (rows, cols) contiguous: gradient of dropout's input; None without dropout
@@ -192,20 +206,20 @@ def backward_rows(
         row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         in_row = row < rows
         mask = in_row[:, None] & in_col[None, :]
-        mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)
         x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + row[:, None] * dout_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        xhat = _normalised(x, mean_ptr, rstd, row, in_row, mask)
         if dweight_ptr is not None:
             dweight += dout * xhat
         if dbias_ptr is not None:
             dbias += dout
         if dx_ptr is not None:
             g = dout * weight[None, :]
-            mean_g = tl.sum(g, 1) / cols
             mean_gx = tl.sum(g * xhat, 1) / cols
-            dx = rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
+            if mean_ptr is not None:
+                g -= (tl.sum(g, 1) / cols)[:, None]
+            dx = rstd[:, None] * (g - xhat * mean_gx[:, None])
             _store_gradient(
                 dx_ptr, dropped_ptr, dsummed_ptr, row[:, None] * cols + col[None, :],
                 row[:, None] * dsummed_stride + col[None, :], row, 0, dx, mask, seed, threshold, keep_scale,
@@ -224,7 +238,7 @@ def backward_chunks(
     dsummed_ptr,  # (rows, cols), rows dsummed_stride apart, or None
     x_ptr,  # (rows, cols), rows x_stride apart
     weight_ptr,  # (cols) or None
-    mean_ptr,  # (rows) float32
+    mean_ptr,  # (rows) float32, or None
     rstd_ptr,  # (rows) float32
     dx_ptr,  # (rows, cols) contiguous
     dropped_ptr,  # (rows, cols) contiguous, or None
@@ -243,23 +257,25 @@ def backward_chunks(
     """dx of one row longer than a block."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_ROWS)
     in_row = row < rows
-    mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)
     rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)
     sum_g = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     sum_gx = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     for start in tl.range(0, cols, BLOCK_COLS):
         g, xhat, _, _ = _load_gradient(
-            dout_ptr, x_ptr, weight_ptr, row, start, rows, cols, dout_stride, x_stride, mean, rstd, BLOCK_COLS
+            dout_ptr, x_ptr, weight_ptr, mean_ptr, row, start, rows, cols, dout_stride, x_stride, rstd, BLOCK_COLS
         )
-        sum_g += g
+        if mean_ptr is not None:
+            sum_g += g
         sum_gx += g * xhat
     mean_g = tl.sum(sum_g, 1) / cols
     mean_gx = tl.sum(sum_gx, 1) / cols
     for start in tl.range(0, cols, BLOCK_COLS):
         g, xhat, col, mask = _load_gradient(
-            dout_ptr, x_ptr, weight_ptr, row, start, rows, cols, dout_stride, x_stride, mean, rstd, BLOCK_COLS
+            dout_ptr, x_ptr, weight_ptr, mean_ptr, row, start, rows, cols, dout_stride, x_stride, rstd, BLOCK_COLS
         )
-        dx = rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
+        if mean_ptr is not None:
+            g -= mean_g[:, None]
+        dx = rstd[:, None] * (g - xhat * mean_gx[:, None])
         _store_gradient(
             dx_ptr, dropped_ptr, dsummed_ptr, row[:, None] * cols + col[None, :],
             row[:, None] * dsummed_stride + col[None, :], row, start, dx, mask, seed, threshold, keep_scale,
@@ -269,15 +285,16 @@ def backward_chunks(
 
 @triton.jit
 def _load_gradient(
-    dout_ptr, x_ptr, weight_ptr, row, start, rows, cols, dout_stride, x_stride, mean, rstd, BLOCK_COLS: tl.constexpr
+    dout_ptr, x_ptr, weight_ptr, mean_ptr, row, start, rows, cols, dout_stride, x_stride, rstd, BLOCK_COLS: tl.constexpr
 ):
     col = start + tl.arange(0, BLOCK_COLS).to(tl.int64)
-    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    in_row = row < rows
+    mask = in_row[:, None] & (col < cols)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
     g = tl.load(dout_ptr + row[:, None] * dout_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
     if weight_ptr is not None:
         g *= tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
-    xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+    xhat = _normalised(x, mean_ptr, rstd, row, in_row, mask)
     return g, xhat, col, mask
 
 
@@ -285,7 +302,7 @@ def _load_gradient(
 def backward_parameters(
     dout_ptr,  # (rows, cols), rows dout_stride apart
     x_ptr,  # (rows, cols), rows x_stride apart
-    mean_ptr,  # (rows) float32
+    mean_ptr,  # (rows) float32, or None
     rstd_ptr,  # (rows) float32
     dweight_ptr,  # (strips, cols) float32 partial sums, or None
     dbias_ptr,  # (strips, cols) float32 partial sums, or None
@@ -308,10 +325,9 @@ def backward_parameters(
         mask = in_row[:, None] & in_col[None, :]
         dout = tl.load(dout_ptr + row[:, None] * dout_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
         if dweight_ptr is not None:
-            mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)
             rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)
             x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
-            dweight += dout * ((x - mean[:, None]) * rstd[:, None])
+            dweight += dout * _normalised(x, mean_ptr, rstd, row, in_row, mask)
         if dbias_ptr is not None:
             dbias += dout
     offset = strip.to(tl.int64) * cols + col

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import torch
 import triton
 
 from . import aot, attention_problems, interpreting
+from .aot import in_processes
 from .attention_builds import builds
 from .attention_tiles import CLASSES, TILES, Key, Tile, Tiles, family
 from .launch import capability
@@ -223,11 +223,7 @@ def _compiled_here(job: Job) -> Compiled:
 
 def compile_candidates(jobs: list[Job], processes: int) -> Iterator[Compiled]:
     """:func:`compiled` of each job, in order, as results come in."""
-    if processes == 1:
-        yield from map(_compiled_here, jobs)
-        return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap(_compiled_here, jobs)
+    return in_processes(_compiled_here, jobs, processes)
 
 
 def header() -> str:
