@@ -18,6 +18,8 @@ KERNELS = (
     "gelu",
     "cross_entropy",
     "linear_cross_entropy",
+    "embedding",
+    "rotary",
     "attention",
     "decode_attention",
     "feed_forward",

@@ -63,6 +63,18 @@ CASES: dict[str, list[Case]] = {
     "cross_entropy": _cases([(5, 2), (64, 1000), (9, 50257)])
     + _cases([(7, 1000), (3, 50257)], ("probabilities", {"feature": "probabilities"})),
     "linear_cross_entropy": _cases([(5, 8, 2), (70, 64, 1000), (257, 96, 5001)]),
+    # Rows of one element and of many; a vocabulary larger and smaller than the text, few rows with many takers.
+    "embedding": _cases(
+        [(2, 9, 63), (3, 40, 1024), (2, 300, 96)],
+        ("tokens", {"vocabulary": 500}),
+        ("everything", {"vocabulary": 50, "positions": 300, "types": 2, "norm": True}),
+        ("dropout 0.1", {"vocabulary": 50, "positions": 300, "dropout_p": 0.1}),
+    ),
+    "rotary": _cases(
+        [(2, 4, 70, 64), (1, 2, 300, 128), (2, 2, 9, 20)],
+        ("halves", {"kv_heads": 2}),
+        ("interleaved", {"kv_heads": 1, "interleaved": True}),
+    ),
     "attention": [
         # One query, lengths of no full tile, head dims that are no power of two, several tiles of queries and keys.
         *_cases(
@@ -99,6 +111,8 @@ TINY: dict[str, list[Case]] = {
     "gelu": _cases([(3, 70)], ("exact", EXACT))[:2],
     "cross_entropy": _cases([(3, 70)])[:2],
     "linear_cross_entropy": _cases([(70, 16, 40)])[:2],
+    "embedding": _cases([(2, 5, 70)], ("norm", {"vocabulary": 9, "positions": 6, "types": 2, "norm": True}))[:2],
+    "rotary": _cases([(2, 2, 5, 20)], ("interleaved", {"kv_heads": 1, "interleaved": True}))[:2],
     "attention": _cases([(1, 2, 20, 16)], ("causal", {"causal": True}))[:2]
     + _cases([(1, 2, 20, 16)], ("p", PADDING))[:1],
     "decode_attention": [Case((1, 2, 20, 16), "float32", False, "pages", {"kv_heads": 1, "page_size": 8})],
@@ -108,6 +122,7 @@ TINY: dict[str, list[Case]] = {
 KERNELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "add_layer_norm": ("add_layer_norm", ("dropout",)),
     "add_rms_norm": ("add_rms_norm", ("dropout",)),
+    "embedding": ("embedding", ("norm", "dropout")),
     "attention": (
         "attention",
         ("causal", "key_padding_mask", "grouped_heads", "bias", "relative_bias", "window", "dropout"),

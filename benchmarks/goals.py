@@ -108,6 +108,10 @@ GOALS: tuple[Goal, ...] = (
     Goal("linear_cross_entropy", "eager", speedup=3.0, where={"cols": 50257, "dtype": "bfloat16", "backward": True}),
     Goal("linear_cross_entropy", "eager", speedup=1.0, where={"backward": False}),
     Goal("linear_cross_entropy", "eager", speedup=1.0, where={"cols": lambda n: n != 50257, "backward": True}),
+    Goal("embedding", "eager", speedup=1.0),
+    Goal("embedding", "eager", speedup=2.0, where={"variant": "BERT dropout 0.1", "backward": False}),
+    Goal("rotary", "clone", speedup=WITHIN_A_FIFTH),
+    Goal("rotary", "eager", speedup=2.0),
     # Attention: the main shape, biases with their gradients; and never slower at any shape.
     Goal("attention", "eager", speedup=1.4, where={"variant": "causal", "dtype": "float32", "backward": False}),
     Goal("attention", "eager", speedup=2.0, where={"variant": "causal", "dtype": "bfloat16", "backward": False}),
@@ -127,6 +131,8 @@ GOALS: tuple[Goal, ...] = (
     # A GPU, bfloat16.
     *(Goal(op, limit=0.9, device="cuda", where={"cols": lambda n: n >= 1024}) for op in ROWS),
     *(Goal(op, "compile", speedup=1.0, device="cuda") for op in ROWS),
+    *(Goal(op, limit=0.9, device="cuda") for op in ("embedding", "rotary")),
+    *(Goal(op, "compile", speedup=1.0, device="cuda") for op in ("embedding", "rotary")),
     Goal("attention", "the best SDPA backend", peers=SDPA, speedup=1.0, device="cuda"),
     Goal("feed_forward", "matmuls", speedup=0.95, device="cuda"),
     Goal("linear_cross_entropy", "liger", speedup=2.0, device="cuda", where={"backward": True}),

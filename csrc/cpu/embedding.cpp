@@ -33,13 +33,16 @@ template <class T> struct Summands {
 
 static bool is_copy(const ff_embedding_args* a) { return a->num_tables == 1 && a->scale == 1; }
 
-// out = the sum of N rows, rounded once. `next` is the row the first table gives next: nothing but the indices tells which
-// it is, so the hardware cannot ask for it.
-template <int N, class T>
-FF_NOINLINE void sum_row(const Summands<T>& of, const T* next, acc_t<T> scale, T* out, int64_t n) {
+// Asks for the beginning of a row that will be gathered next: nothing but the indices tells where it is. From there the
+// hardware follows by itself; asking for all of it was slower.
+template <class T> FF_INLINE void fetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < std::min<int64_t>(n, 256 / sizeof(T)); i += 64 / sizeof(T)) fetch(row + i);
+}
+
+// out = the sum of N rows, rounded once.
+template <int N, class T> FF_NOINLINE void sum_row(const Summands<T>& of, acc_t<T> scale, T* out, int64_t n) {
   using A = acc_t<T>;
   auto sum = [&](int64_t i, auto... k) FF_LAMBDA {
-    fetch(next + i);
     auto v = load_n(of.from[0] + i, k...);
     if constexpr (sizeof...(k) == 0) v = v * scale;
     else v *= scale;
@@ -49,21 +52,11 @@ FF_NOINLINE void sum_row(const Summands<T>& of, const T* next, acc_t<T> scale, T
   };
   for_row<A>(n, [&](int64_t i) FF_LAMBDA { sum(i); }, [&](int64_t i, int k) FF_LAMBDA { sum(i, k); });
 }
-template <class T> void sum_row(const ff_embedding_args* a, const Summands<T>& of, const T* next, T* out) {
+template <class T> void sum_row(const ff_embedding_args* a, const Summands<T>& of, T* out) {
   const acc_t<T> scale = acc_t<T>(a->scale);
-  if (a->num_tables == 1) sum_row<1>(of, next, scale, out, a->cols);
-  else if (a->num_tables == 2) sum_row<2>(of, next, scale, out, a->cols);
-  else sum_row<3>(of, next, scale, out, a->cols);
-}
-
-template <class T> static void copy_row(const T* from, const T* next, T* to, int64_t n) {
-  constexpr int64_t kBlock = 128 / sizeof(T);
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    fetch(next + i), fetch(next + i + kBlock / 2);
-    memcpy((void*)(to + i), from + i, kBlock * sizeof(T));
-  }
-  memcpy((void*)(to + i), from + i, size_t(n - i) * sizeof(T));
+  if (a->num_tables == 1) sum_row<1>(of, scale, out, a->cols);
+  else if (a->num_tables == 2) sum_row<2>(of, scale, out, a->cols);
+  else sum_row<3>(of, scale, out, a->cols);
 }
 
 // to = from * keep; they may be the same row.
@@ -84,10 +77,10 @@ template <class T, class P> static void forward_rows(const ff_embedding_args* a)
     float* keep = a->dropout_p > 0 ? keep_row(n) : nullptr;
     for (int64_t r = begin; r < end; r++) {
       const Summands<T> of(a, r);
-      const T* next = r + 1 < end ? row_of<T>(a->tables[0], r + 1) : of.from[0];
       T* out = (T*)a->out + r * n;
-      if (copy) copy_row(of.from[0], next, out, n);
-      else sum_row(a, of, next, out);
+      if (r + 1 < end) fetch_row(row_of<T>(a->tables[0], r + 1), n);
+      if (copy) memcpy((void*)out, of.from[0], size_t(n) * sizeof(T));
+      else sum_row(a, of, out);
       if (a->normalize) {  // in place, in L1
         const A mean = row_mean(out, n), rstd = row_rstd<true>(out, n, a->eps, mean, [](int64_t) {});
         normalize_row<true>(out, affine, out, n, mean, rstd, [](int64_t) {});
@@ -128,7 +121,7 @@ template <class T, class P> static void through_norm(const ff_embedding_args* a)
         if (keep) drop_row(a, r + j, dout[j], dropped + j * n, keep), dout[j] = dropped + j * n;
         const Summands<T> of(a, r + j);
         x[j] = of.from[0];
-        if (!copy) sum_row(a, of, of.from[0], sums + j * n), x[j] = sums + j * n;
+        if (!copy) sum_row(a, of, sums + j * n), x[j] = sums + j * n;
       }
       auto finish = [&](int j, int64_t i, auto v, auto... k) FF_LAMBDA {
         store_n((T*)a->dsummed + (r + j) * n + i, v, k...);

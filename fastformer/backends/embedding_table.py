@@ -17,7 +17,7 @@ class Table(NamedTuple):
     weight: Tensor
     """(rows, cols), rows contiguous; a backward pass without a norm reads nothing but its shape."""
     ids: Tensor | None
-    """(period) int64, contiguous."""
+    """int64, contiguous, of any shape with ``period`` elements."""
     period: int
     offset: int
     padding_idx: int
@@ -28,5 +28,5 @@ class Table(NamedTuple):
     def indices(self) -> Tensor:
         """The (period) indices as a tensor."""
         if self.ids is not None:
-            return self.ids
+            return self.ids.view(-1)
         return torch.arange(self.offset, self.offset + self.period, device=self.weight.device)

@@ -219,19 +219,19 @@ def _select(weight: Tensor, eps: float | None, p: float) -> ModuleType:
 def _tables(input_ids, weights, ids, padding: int, name: str = "input_ids") -> tuple[Table, ...]:
     """The tables as kernels take them (backends/embedding_table.py). Indices alike in every sequence stay short."""
     token, position, token_type = weights
+    count = input_ids.numel()
+    first = Table(_readable(token), _indices(input_ids), count, 0, padding, name)
+    if position is None and token_type is None:
+        return (first,)
     position_ids, offset, type_ids = ids
-    shape, count = input_ids.shape, input_ids.numel()
-    last = shape[-1] if shape else 1
+    shape, tables = input_ids.shape, [first]
+    last = shape[-1]
 
-    def table(weight: Tensor, ids: Tensor, name: str, padding: int = -1) -> Table:
+    def table(weight: Tensor, ids: Tensor, name: str) -> Table:
         if ids.numel() == last and ids.shape[-1:] == shape[-1:]:
-            period = last
-        else:
-            ids, period = ids.expand(shape), count
-        ids = ids.detach().to(torch.int64).reshape(-1).contiguous()  # an expanded one may stay a view
-        return Table(_readable(weight), ids, period, 0, padding, name)
+            return Table(_readable(weight), _indices(ids), last, 0, -1, name)
+        return Table(_readable(weight), _indices(ids.expand(shape)), count, 0, -1, name)
 
-    tables = [table(token, input_ids, name, padding)]
     if position is not None and position_ids is not None:
         tables.append(table(position, position_ids, "position_ids"))
     elif position is not None:
@@ -243,8 +243,14 @@ def _tables(input_ids, weights, ids, padding: int, name: str = "input_ids") -> t
     return tuple(tables)
 
 
+def _indices(ids: Tensor) -> Tensor:
+    if ids.dtype is not torch.int64:
+        ids = ids.to(torch.int64)
+    return ids.contiguous()
+
+
 def _readable(weight: Tensor) -> Tensor:
-    return weight.detach() if weight.stride(1) == 1 else weight.detach().contiguous()
+    return weight if weight.stride(1) == 1 else weight.detach().contiguous()
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
@@ -255,13 +261,12 @@ def _forward(kernels, tables, options, norm_weight, norm_bias, statistics=True):
     shape, scale, eps, p, seed = options
     norm = (eps is not None, _contiguous(norm_weight), _contiguous(norm_bias), eps or 0.0)
     try:
-        out, mean, rstd = kernels.forward(tables, shape.numel(), scale, *norm, p, seed, statistics)
+        return kernels.forward(tables, shape, scale, *norm, p, seed, statistics)
     except ValueError as error:
         for i, table in enumerate(tables):
             if str(error).startswith(f"tables[{i}].ids: "):
                 raise IndexError(str(error).replace(f"tables[{i}].ids", table.name)) from None
         raise
-    return out.view(*shape, out.shape[1]), mean, rstd
 
 
 def _backward(kernels, dout, tables, options, norm_weight, mean, rstd, needs, need_dweight, need_dbias, param_dtype):

@@ -76,8 +76,8 @@ OPS = {
         lambda x, w: _sum_of_both((TF.rms_norm(x + x.detach().flip(0), x.shape[1:], w, 1e-5), x + x.detach().flip(0))),
     ),
     "embedding": (
-        lambda x, w: F.transformer_embedding(ROWS, x, None, w[None], scale=2.0, norm_weight=w, norm_eps=1e-5),
-        lambda x, w: TF.layer_norm(2 * x[ROWS] + w, w.shape, w),
+        lambda x, w: F.transformer_embedding(ROWS, x, None, w.detach()[None], scale=2.0, norm_weight=w, norm_eps=1e-5),
+        lambda x, w: TF.layer_norm(2 * x[ROWS] + w.detach(), w.shape, w),
     ),
     "embedding, no norm": (lambda x, w: F.transformer_embedding(ROWS, x, x), lambda x, w: x[ROWS] + x),
     "softmax": (lambda x, w: F.softmax(x, 1), lambda x, w: TF.softmax(x, 1)),

@@ -36,7 +36,7 @@ def check_embedding(tables, rows, dout, *, scale=1.0, norm=None, dropout_p=0.0, 
     results = []
     for op, exact in ((embedding, False), (reference, False), (reference, True)):
         t, w, b, d = (in_double(tables), *double(weight, bias, dout)) if exact else (tables, weight, bias, dout)
-        out, mean, rstd = op.forward(t, rows, *options, w, b, 1e-5, dropout_p, 5)
+        out, mean, rstd = op.forward(t, (rows,), *options, w, b, 1e-5, dropout_p, 5)
         parameters = (w is not None, b is not None, d.dtype)
         wanted = needs or (True,) * len(tables)
         grads, dw, db = op.backward(d, t, *options, w, mean, rstd, dropout_p, 5, wanted, *parameters)
@@ -102,14 +102,14 @@ def test_no_rows(draw, device):
 def test_an_index_out_of_range_gives_nan_and_no_gradient(draw, device):
     normal, _ = draw
     table = Table(normal(torch.float32, 4, 8), torch.tensor([1, 4, -1, 2**40, 3], device=device), 5, 0, -1, "")
-    out, *_ = embedding.forward((table,), 5, 1.0, False, None, None, 0.0, 0.0, 0)
+    out, *_ = embedding.forward((table,), (5,), 1.0, False, None, None, 0.0, 0.0, 0)
     assert out[1:4].isnan().all() and torch.equal(out[[0, 4]], table.weight[[1, 3]])
     dout = torch.ones(5, 8, device=device)
     (gradient,), *_ = embedding.backward(
         dout, (table,), 1.0, False, None, None, None, 0.0, 0, (True,), False, False, dout.dtype
     )
     assert torch.equal(gradient[:, 0], torch.tensor([0.0, 1, 0, 1], device=device))
-    normed, *_ = embedding.forward((table,), 5, 1.0, True, None, None, 1e-5, 0.0, 0)
+    normed, *_ = embedding.forward((table,), (5,), 1.0, True, None, None, 1e-5, 0.0, 0)
     assert normed[1:4].isnan().all() and not normed[[0, 4]].isnan().any()
 
 

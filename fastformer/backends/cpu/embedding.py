@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,7 @@ __all__ = ["DTYPES", "FEATURES", "backward", "forward"]
 
 def forward(
     tables: tuple[Table, ...],
-    rows: int,
+    shape: Sequence[int],
     scale: float,
     normalize: bool,
     norm_weight: Tensor | None,
@@ -25,14 +28,14 @@ def forward(
     seed: int,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """-> out (rows, cols), and with ``normalize`` mean, rstd (rows) acc. ``statistics`` as in layer_norm.
+    """-> out (*shape, cols), and with ``normalize`` mean, rstd (rows) acc. ``statistics`` as in layer_norm.
 
     Raises ValueError for an index out of range, naming the table.
     """
     weight = tables[0].weight
-    out, mean, rstd = on_huge_pages(weight.new_empty((rows, weight.shape[1]))), None, None
+    out, mean, rstd = on_huge_pages(weight.new_empty((*shape, weight.shape[1]))), None, None
     if normalize and statistics:
-        mean = weight.new_empty(rows, dtype=acc_dtype(weight.dtype))
+        mean = weight.new_empty(math.prod(shape), dtype=acc_dtype(weight.dtype))
         rstd = torch.empty_like(mean)
     _C.embedding_forward(tables, out, scale, normalize, eps, dropout_p, seed, norm_weight, norm_bias, mean, rstd)
     return out, mean, rstd

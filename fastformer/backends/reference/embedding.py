@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,7 @@ FEATURES = frozenset({"norm", "dropout"})
 
 def forward(
     tables: tuple[Table, ...],
-    rows: int,
+    shape: Sequence[int],
     scale: float,
     normalize: bool,
     norm_weight: Tensor | None,
@@ -25,16 +28,16 @@ def forward(
     seed: int,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """-> out (rows, cols), and with ``normalize`` mean, rstd (rows) acc. ``statistics`` as in layer_norm.
+    """-> out (*shape, cols), and with ``normalize`` mean, rstd (rows) acc. ``statistics`` as in layer_norm.
 
     Raises ValueError for an index out of range on the CPU, naming the table; elsewhere its row of the output is NaN.
     """
-    out, mean, rstd = _sum(tables, rows, scale), None, None
+    out, mean, rstd = _sum(tables, math.prod(shape), scale), None, None
     if normalize:
         out, mean, rstd = layer_norm.forward(out, norm_weight, norm_bias, eps)
     if dropout_p > 0:
         out = _dropped(out, dropout_p, seed)
-    return out, mean, rstd
+    return out.view(*shape, out.shape[1]), mean, rstd
 
 
 def backward(

@@ -14,7 +14,8 @@ for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -182,7 +183,7 @@ def _sum_takers(
 
 def forward(
     tables: tuple[Table, ...],
-    rows: int,
+    shape: Sequence[int],
     scale: float,
     normalize: bool,
     norm_weight: Tensor | None,
@@ -192,18 +193,18 @@ def forward(
     seed: int,
     statistics: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """-> out (rows, cols), and with ``normalize`` mean, rstd (rows) float32."""
+    """-> out (*shape, cols), and with ``normalize`` mean, rstd (rows) float32."""
     dropped = dropout(dropout_p, seed) if dropout_p > 0 else None
     weight = tables[0].weight
-    cols = weight.shape[1]
-    out = weight.new_empty((rows, cols))
+    rows, cols = math.prod(shape), weight.shape[1]
+    out = weight.new_empty((*shape, cols))
     if not normalize:
         return _run(tables, rows, scale, None, out, dropped), None, None
     tile = row_tile(layer_norm.FORWARD_TILES, cols, weight.element_size())
     if cols > tile.block_cols:
         summed = _run(tables, rows, scale, None, out, None)
         out, mean, rstd = layer_norm.forward(summed, norm_weight, norm_bias, eps)
-        return (out if dropped is None else _dropped(out, dropped)), mean, rstd
+        return (out if dropped is None else _dropped(out.view(rows, cols), dropped).view(out.shape)), mean, rstd
     mean = weight.new_empty(rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     _run(tables, rows, scale, (norm_weight, norm_bias, mean, rstd, eps, tile), out, dropped)
@@ -213,7 +214,7 @@ def forward(
 def _run(
     tables: tuple[Table, ...], rows: int, scale: float, norm: tuple | None, out: Tensor, dropped: Dropout | None
 ) -> Tensor:
-    cols = out.shape[1]
+    cols = out.shape[-1]
     weight, bias, mean, rstd, eps, tile = norm or (
         None,
         None,
@@ -296,7 +297,7 @@ def _table_gradient(table: Table, dout: Tensor, scale: float) -> Tensor:
     if table.ids is None:
         order, start = None, (every_row - table.offset).clamp_(0, table.period)
     else:
-        named, order = torch.sort(table.ids, stable=True)
+        named, order = torch.sort(table.ids.view(-1), stable=True)
         start = torch.searchsorted(named, every_row)
     tile = DENSE if rows >= 8 * size else SPARSE
     blocks, parts = triton.cdiv(cols, tile.block_cols), 1
