@@ -77,7 +77,7 @@ template <bool Centred> int add_norm_backward(const ff_add_layer_norm_args* a) {
       A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
       float* keep = drop ? keep_row(n) : nullptr;
       const Affine<T, P> affine(a->weight, nullptr, n, thread_buffer<A>(2 * n));
-      auto block = [&](int64_t r, auto count) {
+      auto block = [&](int64_t r, auto count, auto usual) {
         constexpr int R = decltype(count)::value;
         const T *dout[R], *x[R];
         for (int j = 0; j < R; j++) {
@@ -90,12 +90,13 @@ template <bool Centred> int add_norm_backward(const ff_add_layer_norm_args* a) {
         };
         const int64_t next = r + 2 * R <= end ? R : 0;
         auto prefetch = [&](int j, int64_t i) FF_LAMBDA {
+          fetch_to_write((T*)a->dresidual + (r + j) * n + i);
           if (sizeof(T) > 2) return;
           fetch(dout[j] + next * a->dout_stride + i), fetch(x[j] + next * n + i);
           if (a->dsummed) fetch((const T*)a->dsummed + (r + j) * a->dsummed_stride + i);
         };
-        backward_rows<Centred, R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true, prefetch,
-                                  finish);
+        backward_rows<Centred, decltype(usual)::value, R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw,
+                                                          db, n, true, prefetch, finish);
         if (a->dx)
           for (int j = 0; j < R; j++) {
             const T* from = (const T*)a->dresidual + (r + j) * n;
@@ -112,8 +113,10 @@ template <bool Centred> int add_norm_backward(const ff_add_layer_norm_args* a) {
           }
       };
       int64_t r = begin;
-      for (; r + kRows<T> <= end; r += kRows<T>) block(r, std::integral_constant<int, kRows<T>>{});
-      for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
+      for_bool(a->weight && dw && !db == !Centred, [&](auto usual) {
+        for (; r + kRows <= end; r += kRows) block(r, std::integral_constant<int, kRows>{}, usual);
+      });
+      for (; r < end; r++) block(r, std::integral_constant<int, 1>{}, std::false_type{});
     });
     if (partial) reduce_partials<T>(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
     return FF_OK;

@@ -90,23 +90,25 @@ FF_NOINLINE void normalize_row(const T* x, const Affine<T, P>& to, T* out, int64
   for_bool(to.weight, [&](auto w) FF_LAMBDA { for_bool(to.bias, [&](auto b) FF_LAMBDA { rows(w, b); }); });
 }
 
-// How many rows to take at once. More share the loads and stores of the running sums, but rows 4096 bytes apart compete
-// for the same lines of L1: at 8192 x 1024 two rows of float are 1.4 times as fast as four.
-template <class T> constexpr int kRows = sizeof(T) == 2 ? 4 : 2;
+// How many rows backward takes at once. More share the loads and stores of the running sums, but rows 2048 or 4096 bytes
+// apart compete for the same lines of L1: two rows were faster than four in every dtype.
+constexpr int kRows = 2;
 
 // Gradients of R rows at once: the running dweight and dbias are loaded and stored once for all of them.
 //   g = dout * weight;  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) (+ dsummed);  dweight += dout * xhat
-// where an rms norm has no mean(g). Its `means` is not read.
+// where an rms norm has no mean(g). Its `means` is not read. Usual promises the usual: a weight, and all gradients wanted
+// (of the bias with a mean only), so that the loops ask nothing.
 // prefetch(r, i), called along the first pass, asks for what is needed next.
 // `finish(r, i, dx)` receives each pair of dx, `finish(r, i, dx, k)` the vectors of the tail. dweight and dbias are in the
 // order of T's pairs (arranged_at).
-template <bool Centred, int R, class T, class P, class Prefetch, class Finish>
+template <bool Centred, bool Usual, int R, class T, class P, class Prefetch, class Finish>
 FF_INLINE void backward_rows(const T* const* dout, const T* const* x, const Affine<T, P>& affine, const acc_t<T>* means,
-                             const acc_t<T>* rstd, acc_t<T>* dweight, acc_t<T>* dbias, int64_t n, bool need_dx,
+                             const acc_t<T>* rstd, acc_t<T>* dweight, acc_t<T>* dbias, int64_t n, bool want_dx,
                              Prefetch prefetch, Finish finish) {
   using A = acc_t<T>;
   constexpr int W = vec<A>::W;
-  const bool weighted = affine.weight;
+  const bool weighted = Usual || affine.weight, need_dx = Usual || want_dx;
+  const bool need_dweight = Usual || dweight, need_dbias = Usual ? Centred : dbias != nullptr;
   A mean[R] = {}, mean_g[R] = {}, mean_gx[R] = {};
   if (Centred) std::copy(means, means + R, mean);
   if (need_dx)
@@ -142,28 +144,30 @@ FF_INLINE void backward_rows(const T* const* dout, const T* const* x, const Affi
       [&](int64_t i) FF_LAMBDA {
         Pair<A> w = weighted ? load_pair(affine.pairs_of_weight + i) : Pair<A>{splat<A>(1), splat<A>(1)};
         Pair<A> dw{}, db{};
-        if (dweight) dw = load_pair(dweight + i);
-        if (dbias) db = load_pair(dbias + i);
+        if (need_dweight) dw = load_pair(dweight + i);
+        if (need_dbias) db = load_pair(dbias + i);
         for (int r = 0; r < R; r++) {
           Pair<A> dy = load_pair(dout[r] + i), xhat = centred<Centred>(load_pair(x[r] + i), mean[r]) * rstd[r];
-          dw += dy * xhat;
-          db += dy;
+          if (need_dweight) dw += dy * xhat;
+          if (need_dbias) db += dy;
           if (need_dx) finish(r, i, (centred<Centred>(dy * w, mean_g[r]) - xhat * mean_gx[r]) * rstd[r]);
         }
-        if (dweight) store_pair(dweight + i, dw);
-        if (dbias) store_pair(dbias + i, db);
+        if (need_dweight) store_pair(dweight + i, dw);
+        if (need_dbias) store_pair(dbias + i, db);
       },
       [&](int64_t i, int k) FF_LAMBDA {
         vec_t<A> w = weighted ? load_n(affine.weight + i, k) : splat<A>(1);
-        vec_t<A> dw = dweight ? load_n(dweight + i, k) : vec_t<A>{}, db = dbias ? load_n(dbias + i, k) : vec_t<A>{};
+        vec_t<A> dw{}, db{};
+        if (need_dweight) dw = load_n(dweight + i, k);
+        if (need_dbias) db = load_n(dbias + i, k);
         for (int r = 0; r < R; r++) {
           vec_t<A> dy = load_n(dout[r] + i, k), xhat = centred<Centred>(load_n(x[r] + i, k), mean[r]) * rstd[r];
           dw += dy * xhat;
           db += dy;
           if (need_dx) finish(r, i, rstd[r] * (centred<Centred>(dy * w, mean_g[r]) - xhat * mean_gx[r]), k);
         }
-        if (dweight) store_n(dweight + i, dw, k);
-        if (dbias) store_n(dbias + i, db, k);
+        if (need_dweight) store_n(dweight + i, dw, k);
+        if (need_dbias) store_n(dbias + i, db, k);
       });
 }
 
@@ -230,7 +234,7 @@ template <bool Centred> int norm_backward(const ff_layer_norm_args* a) {
       A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
       A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
       const Affine<T, P> affine(a->weight, nullptr, n, thread_buffer<A>(2 * n));
-      auto block = [&](int64_t r, auto count) {
+      auto block = [&](int64_t r, auto count, auto usual) {
         constexpr int R = decltype(count)::value;
         const T *dout[R], *x[R];
         for (int j = 0; j < R; j++) {
@@ -240,14 +244,17 @@ template <bool Centred> int norm_backward(const ff_layer_norm_args* a) {
         auto finish = [&](int j, int64_t i, auto v, auto... k) FF_LAMBDA { store_n(dx + (r + j) * n + i, v, k...); };
         const int64_t next = r + 2 * R <= end ? R : 0;
         auto prefetch = [&](int j, int64_t i) FF_LAMBDA {
+          if (dx) fetch_to_write(dx + (r + j) * n + i);
           if (sizeof(T) == 2) fetch(dout[j] + next * a->dout_stride + i), fetch(x[j] + next * a->x_stride + i);
         };
-        backward_rows<Centred, R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, dx != nullptr,
-                                  prefetch, finish);
+        backward_rows<Centred, decltype(usual)::value, R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw,
+                                                          db, n, dx != nullptr, prefetch, finish);
       };
       int64_t r = begin;
-      for (; r + kRows<T> <= end; r += kRows<T>) block(r, std::integral_constant<int, kRows<T>>{});
-      for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
+      for_bool(dx && a->weight && dw && !db == !Centred, [&](auto usual) {
+        for (; r + kRows <= end; r += kRows) block(r, std::integral_constant<int, kRows>{}, usual);
+      });
+      for (; r < end; r++) block(r, std::integral_constant<int, 1>{}, std::false_type{});
     });
     if (partial) reduce_partials<T>(partial, threads, n, (P*)a->dweight, (P*)a->dbias);
     return FF_OK;

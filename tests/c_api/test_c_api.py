@@ -57,6 +57,12 @@ centred = x - x.mean(1, keepdims=True)
 expected = centred / np.sqrt(x.var(1, keepdims=True) + 1e-5) * weight + bias
 np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
 
+args.mean = None  # an rms norm has none
+assert lib.ff_cpu_rms_norm_forward(ctypes.byref(args), None) == 0, lib.ff_last_error()
+expected = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-5) * weight + bias
+np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+assert lib.ff_cpu_layer_norm_forward(ctypes.byref(args), None) == 1 and b"mean, rstd" in lib.ff_last_error()
+
 args.cols = -1
 assert lib.ff_cpu_layer_norm_forward(ctypes.byref(args), None) == 1
 assert b"cols" in lib.ff_last_error()

@@ -28,7 +28,7 @@ SHAPES = [
     (1, 1),  # nothing to vectorise
     (0, 8),  # no rows: gradients of parameters are zeros
     (3, 7),  # shorter than any vector
-    (5, 64),  # whole vectors, a row count that is no multiple of the backward's four
+    (5, 64),  # whole vectors, a row count that is no multiple of the backward's two
     (9, 257),  # a tail of one
     (130, 1024),  # enough for two threads
     (2, 5000),  # more than one chunk of partial sums
