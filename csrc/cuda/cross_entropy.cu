@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_forward(const Cross
 // One block per row, any number of columns.
 template <bool SPREAD, class T, int E>
 __global__ void __launch_bounds__(kLongThreads) cross_entropy_forward_long(const CrossEntropy<T> a) {
+  constexpr int kUnroll = SPREAD ? 1 : 4;  // coefficients take the registers
   FF_SHARED(float, partial, [2][32][2]);
   FF_SHARED(float, partial_spread, [2][32][2]);
   RowMaxSum row_max_sum(partial);
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kLongThreads) cross_entropy_forward_long(const
     const Target<T> target(a, row, true);
     MaxSum m;
     float spread[2] = {0, 0}, z[E];
-#pragma unroll 4
+#pragma unroll kUnroll
     for (int64_t col = begin; col < a.cols; col += step) {
       to_floats<T, E>(z, load_window<T, E>(logits, col, a.cols), col, a.cols);
       add_numbers<E>(m, z);
@@ -346,7 +347,7 @@ int launch_forward(const char* name, CrossEntropy<T> a, void* stream) {
                              cross_entropy_forward<SPREAD, T, E, decltype(packs)::value, decltype(in_cluster)::value>,
                              cluster, grid, block, 0, stream, a);
     };
-    return launch_rows<kForwardClusterPacks, kRowThreads, E>(a, run, beyond);
+    return launch_rows<SPREAD ? 4 : kForwardClusterPacks, kRowThreads, E>(a, run, beyond);
   }
   return beyond();
 }
