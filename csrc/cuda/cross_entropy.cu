@@ -31,8 +31,8 @@ template <class T> struct CrossEntropy {
   T* dprobabilities;       // (rows, cols) or null, with dlogits
 };
 
-// loss = sum_j c_j (lse - z_j) + one_hot (lse - z_t) + z_loss lse^2, where c_j, the coefficients, come from smoothing and
-// probabilities (SPREAD: not all 0) and one_hot from the target.
+// loss = sum_j c_j (lse - z_j) + one_hot (lse - z_t) + z_loss lse^2, where c_j, the coefficients, come from smoothing
+// and probabilities (SPREAD: not all 0) and one_hot from the target.
 template <class T, int E>
 FF_DEVICE void coefficients(float (&c)[E], const CrossEntropy<T>& a, int64_t row, int64_t col) {
 #pragma unroll
@@ -96,8 +96,8 @@ template <class T> struct Row {
   float of_p, one_hot, scale;  // dz_j = scale * (of_p * p_j - c_j - [j == target] * one_hot)
   int64_t target;
 
-  FF_DEVICE Row(const CrossEntropy<T>& a, const Target<T>& t, const MaxSum& total, const float (&spread)[2], int64_t row,
-                bool live) {
+  FF_DEVICE Row(const CrossEntropy<T>& a, const Target<T>& t, const MaxSum& total, const float (&spread)[2],
+                int64_t row, bool live) {
     shift = shift_of(total.max), inverse = 1.f / total.sum;
     const float log_sum = total.sum == 0 ? kNegInf : log_of_sum(total.sum);
     lse = shift + log_sum;
@@ -358,9 +358,9 @@ int run_forward(const char* name, const ff_cross_entropy_args* a, void* stream) 
   return for_dtypes(a->dtype, a->dtype, [&](auto t, auto) {
     using T = decltype(t);
     const CrossEntropy<T> k = make_arguments<T>(a);
-    if (spread)
-      return vector ? launch_forward<true, T, kVector<T>>(name, k, stream) : launch_forward<true, T, 1>(name, k, stream);
-    return vector ? launch_forward<false, T, kVector<T>>(name, k, stream) : launch_forward<false, T, 1>(name, k, stream);
+    constexpr int E = kVector<T>;
+    if (spread) return vector ? launch_forward<true, T, E>(name, k, stream) : launch_forward<true, T, 1>(name, k, stream);
+    return vector ? launch_forward<false, T, E>(name, k, stream) : launch_forward<false, T, 1>(name, k, stream);
   });
 }
 

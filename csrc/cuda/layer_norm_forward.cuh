@@ -205,7 +205,8 @@ constexpr RowPlan kForwardScalarPlans[] = {{256, 32, 8}, {512, 64, 8}, {1024, 12
 
 template <bool ADD, bool RMS, class T, class P, int E>
 int launch_norm_forward(const char* name, NormForward<T, P> a, void* stream) {
-  const RowPlan* plan = E == 1 ? choose_plan(kForwardScalarPlans, a.cols) : forward_plan(a.cols / E, forward_max_threads<T, E>());
+  const RowPlan* plan = E == 1 ? choose_plan(kForwardScalarPlans, a.cols)
+                               : forward_plan(a.cols / E, forward_max_threads<T, E>());
   if (!plan) {
     if constexpr (E > 1) {
       if (const int cluster = cluster_for(a.cols, kClusterThreads * kForwardClusterPacks * E)) {

@@ -1,10 +1,10 @@
-// softmax(scale * x + bias + mask) over rows on a GPU, its logarithm, and their gradients; fastformer.h has the formula.
+// softmax(scale * x + bias + mask) over rows on a GPU, its logarithm, and their gradients; the formula: fastformer.h.
 //
-// Forward: a row is read once, stays in registers as float32, and each exponential is computed once, against the maximum
-// of its thread; one merge of (max, sum) then gives every thread its factor (softmax.cuh). Backward needs the output
-// only: dx = scale * y * (dy - sum(dy * y)), for the logarithm scale * (dy - exp(y) * sum(dy)). On Hopper a row too long
-// for one block is shared by a cluster of 2 to 16; elsewhere, and for still longer rows, it is read twice. Floor: one
-// read and one write of x forward, two reads and one write backward, and mask and bias where there are any.
+// Forward: a row is read once, stays in registers as float32, and each exponential is computed once, against the
+// maximum of its thread; one merge of (max, sum) then gives every thread its factor (softmax.cuh). Backward needs the
+// output only: dx = scale * y * (dy - sum(dy * y)), for the logarithm scale * (dy - exp(y) * sum(dy)). On Hopper a row
+// too long for one block is shared by a cluster of 2 to 16; elsewhere, and for still longer rows, it is read twice.
+// Floor: one read and one write of x forward, two reads and one write backward, and mask and bias where there are any.
 //   nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
 //     -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c softmax.cu
 //   g++ -x c++ -std=c++17 -O2 -fno-strict-aliasing -fPIC -fvisibility=hidden -DFF_EMULATE -c softmax.cu

@@ -1,4 +1,4 @@
-// Rows whose exponentials are summed, for softmax and cross_entropy: rows that start anywhere, and (max, sum) over them.
+// Rows whose exponentials are summed, for softmax and cross_entropy: rows that start anywhere, (max, sum) over them.
 //
 // A row of, say, 50257 halves starts at a multiple of 16 bytes only now and then. It is read in 16-byte packs all the
 // same: they start at the last such multiple before the row, so that only its first and last pack go element by
@@ -142,8 +142,8 @@ struct RowMaxSum {
 };
 
 // ---- launching ------------------------------------------------------------------------------------------------------
-// Chooses how a's rows of virtual_cols are covered, `packs` of E columns in each thread of a cluster, blocks otherwise of
-// at most `threads`: run(packs of each thread, in clusters?, blocks of a cluster, grid, block), or beyond() where no
+// Chooses how a's rows of virtual_cols are covered, with `packs` of E columns in each thread of a cluster and else blocks
+// of at most `threads`: run(packs of each thread, in clusters?, blocks of a cluster, grid, block), or beyond() where no
 // cluster holds a row.
 template <int packs, int threads, int E, class A, class Run, class Beyond>
 int launch_rows(A& a, Run run, Beyond beyond) {
