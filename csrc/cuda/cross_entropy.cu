@@ -359,8 +359,11 @@ int run_forward(const char* name, const ff_cross_entropy_args* a, void* stream) 
     using T = decltype(t);
     const CrossEntropy<T> k = make_arguments<T>(a);
     constexpr int E = kVector<T>;
-    if (spread) return vector ? launch_forward<true, T, E>(name, k, stream) : launch_forward<true, T, 1>(name, k, stream);
-    return vector ? launch_forward<false, T, E>(name, k, stream) : launch_forward<false, T, 1>(name, k, stream);
+    const auto run = [&](auto with_spread) {
+      constexpr bool SPREAD = decltype(with_spread)::value;
+      return vector ? launch_forward<SPREAD, T, E>(name, k, stream) : launch_forward<SPREAD, T, 1>(name, k, stream);
+    };
+    return spread ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 

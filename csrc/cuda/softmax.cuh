@@ -142,8 +142,8 @@ struct RowMaxSum {
 };
 
 // ---- launching ------------------------------------------------------------------------------------------------------
-// Chooses how a's rows of virtual_cols are covered, with `packs` of E columns in each thread of a cluster and else blocks
-// of at most `threads`: run(packs of each thread, in clusters?, blocks of a cluster, grid, block), or beyond() where no
+// Chooses how a's rows of virtual_cols are covered: with `packs` of E columns in each thread of a cluster, or by blocks
+// of at most `threads`. run(packs of each thread, in clusters?, blocks of a cluster, grid, block), or beyond() where no
 // cluster holds a row.
 template <int packs, int threads, int E, class A, class Run, class Beyond>
 int launch_rows(A& a, Run run, Beyond beyond) {
