@@ -31,8 +31,8 @@ template <class T> struct CrossEntropy {
   T* dprobabilities;       // (rows, cols) or null, with dlogits
 };
 
-// loss = sum_j c_j (lse - z_j) + one_hot (lse - z_t) + z_loss lse^2, where c_j, the coefficients, come from smoothing and
-// probabilities (SPREAD: not all 0) and one_hot from the target.
+// loss = sum_j c_j (lse - z_j) + one_hot (lse - z_t) + z_loss lse^2, where c_j, the coefficients, come from smoothing
+// and probabilities (SPREAD: not all 0) and one_hot from the target.
 template <class T, int E>
 FF_DEVICE void coefficients(float (&c)[E], const CrossEntropy<T>& a, int64_t row, int64_t col) {
 #pragma unroll
@@ -96,8 +96,8 @@ template <class T> struct Row {
   float of_p, one_hot, scale;  // dz_j = scale * (of_p * p_j - c_j - [j == target] * one_hot)
   int64_t target;
 
-  FF_DEVICE Row(const CrossEntropy<T>& a, const Target<T>& t, const MaxSum& total, const float (&spread)[2], int64_t row,
-                bool live) {
+  FF_DEVICE Row(const CrossEntropy<T>& a, const Target<T>& t, const MaxSum& total, const float (&spread)[2],
+                int64_t row, bool live) {
     shift = shift_of(total.max), inverse = 1.f / total.sum;
     const float log_sum = total.sum == 0 ? kNegInf : log_of_sum(total.sum);
     lse = shift + log_sum;
@@ -149,9 +149,9 @@ template <class T> FF_DEVICE void store_loss(const CrossEntropy<T>& a, const Row
 }
 
 // The row in registers; plans and clusters as for softmax.
+constexpr int kRowThreads = 512;
 template <bool SPREAD, class T, int E, int V, bool CLUSTER>
-__global__ void __launch_bounds__(CLUSTER ? kClusterThreads : forward_max_threads<T, E>())
-    cross_entropy_forward(const CrossEntropy<T> a) {
+__global__ void __launch_bounds__(kRowThreads) cross_entropy_forward(const CrossEntropy<T> a) {
   FF_CLUSTERS_ONLY(CLUSTER);
   constexpr int kSums = SPREAD ? 4 : 2;
   FF_SHARED(float, partial, [2][32][2]);
@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : forward_max_thread
 // One block per row, any number of columns.
 template <bool SPREAD, class T, int E>
 __global__ void __launch_bounds__(kLongThreads) cross_entropy_forward_long(const CrossEntropy<T> a) {
+  constexpr int kUnroll = SPREAD ? 1 : 4;  // coefficients take the registers
   FF_SHARED(float, partial, [2][32][2]);
   FF_SHARED(float, partial_spread, [2][32][2]);
   RowMaxSum row_max_sum(partial);
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kLongThreads) cross_entropy_forward_long(const
     const Target<T> target(a, row, true);
     MaxSum m;
     float spread[2] = {0, 0}, z[E];
-#pragma unroll 4
+#pragma unroll kUnroll
     for (int64_t col = begin; col < a.cols; col += step) {
       to_floats<T, E>(z, load_window<T, E>(logits, col, a.cols), col, a.cols);
       add_numbers<E>(m, z);
@@ -289,6 +290,23 @@ __global__ void __launch_bounds__(kElementwiseThreads) cross_entropy_backward(co
   }
 }
 
+// data *= *factor, `count` elements; nothing where the factor is 1.
+template <class T>
+__global__ void __launch_bounds__(kElementwiseThreads) scale_gradient(T* data, const T* factor, int64_t count) {
+  const float scale = to_float(*factor);
+  if (scale == 1.f) return;
+  constexpr int E = kVector<T>;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x * E;
+#pragma unroll kElementwisePacks
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * E - offset_of<T, E>(data); i < count; i += step) {
+    const Pack<T, E> x = load_window<T, E>(data, i, count);
+    float y[E];
+#pragma unroll
+    for (int e = 0; e < E; e++) y[e] = x[e] * scale;
+    store_window<T, E>(data, i, count, y);
+  }
+}
+
 // ---- arguments and launching ----------------------------------------------------------------------------------------
 int check(const ff_cross_entropy_args* a) {
   FF_REQUIRE(a, "args: NULL");
@@ -323,13 +341,13 @@ int launch_forward(const char* name, CrossEntropy<T> a, void* stream) {
   };
   if constexpr (E > 1) {
     // Without a gradient nothing is read twice, and a cluster would only synchronise.
-    if (!a.dlogits && !forward_plan<T, E>((a.virtual_cols + E - 1) / E)) return beyond();
+    if (!a.dlogits && !forward_plan((a.virtual_cols + E - 1) / E, kRowThreads)) return beyond();
     const auto run = [&](auto packs, auto in_cluster, int cluster, dim3 grid, dim3 block) {
       return launch_clusters(name,
                              cross_entropy_forward<SPREAD, T, E, decltype(packs)::value, decltype(in_cluster)::value>,
                              cluster, grid, block, 0, stream, a);
     };
-    return launch_rows<T, E>(a, run, beyond);
+    return launch_rows<SPREAD ? 4 : kForwardClusterPacks, kRowThreads, E>(a, run, beyond);
   }
   return beyond();
 }
@@ -340,9 +358,12 @@ int run_forward(const char* name, const ff_cross_entropy_args* a, void* stream) 
   return for_dtypes(a->dtype, a->dtype, [&](auto t, auto) {
     using T = decltype(t);
     const CrossEntropy<T> k = make_arguments<T>(a);
-    if (spread)
-      return vector ? launch_forward<true, T, kVector<T>>(name, k, stream) : launch_forward<true, T, 1>(name, k, stream);
-    return vector ? launch_forward<false, T, kVector<T>>(name, k, stream) : launch_forward<false, T, 1>(name, k, stream);
+    constexpr int E = kVector<T>;
+    const auto run = [&](auto with_spread) {
+      constexpr bool SPREAD = decltype(with_spread)::value;
+      return vector ? launch_forward<SPREAD, T, E>(name, k, stream) : launch_forward<SPREAD, T, 1>(name, k, stream);
+    };
+    return spread ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 
@@ -387,5 +408,20 @@ extern "C" int ff_cuda_cross_entropy_backward(const ff_cross_entropy_args* a, vo
     using T = decltype(t);
     const CrossEntropy<T> k = make_arguments<T>(a);
     return vector ? launch_backward<T, kVector<T>>(name, k, stream) : launch_backward<T, 1>(name, k, stream);
+  });
+}
+
+extern "C" int ff_cuda_cross_entropy_scale(const ff_cross_entropy_args* a, void* stream) {
+  using namespace ff;
+  FF_REQUIRE(a, "args: NULL");
+  const int64_t count = a->rows * a->cols;
+  if (count <= 0) return FF_OK;
+  FF_REQUIRE(a->dloss && a->dlogits, "dloss, dlogits: must not be NULL");
+  if (int status = check_dtypes(a->dtype, a->dtype)) return status;
+  return for_dtypes(a->dtype, a->dtype, [&](auto t, auto) {
+    using T = decltype(t);
+    const int64_t each = kElementwiseThreads * kElementwisePacks * kVector<T>;
+    return launch("cross_entropy_scale", scale_gradient<T>, grid_of((count + kVector<T> - 1 + each - 1) / each),
+                  kElementwiseThreads, 0, stream, static_cast<T*>(a->dlogits), static_cast<const T*>(a->dloss), count);
   });
 }

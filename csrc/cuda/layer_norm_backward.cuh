@@ -68,7 +68,7 @@ template <class P, int E> FF_DEVICE Pack<P, E> load_weight(const P* weight, int6
 template <bool ADD, bool RMS, class T, class P, int E, int V, bool CLUSTER>
 __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormBackward<T, P> a) {
   FF_CLUSTERS_ONLY(CLUSTER);
-  constexpr int kSums = RMS ? 1 : 2;  // of g * xhat, and of g
+  constexpr int kSums = RMS ? 1 : 2;  // of g, not RMS, and of g * xhat
   FF_SHARED(float, partial, [2][32][kSums]);
   FF_SHARED(float, exchanged, [2][CLUSTER ? kMaxCluster : 1][kSums]);
   RowSum<kSums> row_sum(partial);
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
         const float dy = s.dout[i][e], xhat = (s.x[i][e] - s.mean) * s.rstd, g = dy * weight[e];
         dweight[i][e] += dy * xhat;
         dbias[i][e] += dy;
-        sum[0] += g * xhat;
-        if constexpr (!RMS) sum[1] += g;
+        if constexpr (!RMS) sum[0] += g;
+        sum[kSums - 1] += g * xhat;
       }
     }
     if (need_dx) {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
           for (int r = 0; r < slice.blocks; r++) sum[k] += all[r][k];
         }
       }
-      const float mean_gx = sum[0] * a.inverse_cols, mean_g = RMS ? 0.f : sum[kSums - 1] * a.inverse_cols;
+      const float mean_g = RMS ? 0.f : sum[0] * a.inverse_cols, mean_gx = sum[kSums - 1] * a.inverse_cols;
 #pragma unroll
       for (int i = 0; i < V; i++) {
         const Pack<P, E> weight = load_weight<P, E>(a.weight, col_of(i), col_of(i) < slice.end);
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
 // One block per row at a time, any number of columns; the blocks' sums live in the workspace throughout.
 template <bool ADD, bool RMS, class T, class P, int E>
 __global__ void __launch_bounds__(kBackwardThreads) norm_backward_long(const NormBackward<T, P> a) {
-  constexpr int kSums = RMS ? 1 : 2;  // of g * xhat, and of g
+  constexpr int kSums = RMS ? 1 : 2;  // of g, not RMS, and of g * xhat
   FF_SHARED(float, partial, [2][32][kSums]);
   RowSum<kSums> row_sum(partial);
   const int64_t step = int64_t(blockDim.x) * E;
@@ -214,12 +214,12 @@ __global__ void __launch_bounds__(kBackwardThreads) norm_backward_long(const Nor
 #pragma unroll
       for (int e = 0; e < E; e++) {
         const float g = dout[e] * weight[e];
-        sum[0] += g * (x[e] - mean) * rstd;
-        if constexpr (!RMS) sum[1] += g;
+        if constexpr (!RMS) sum[0] += g;
+        sum[kSums - 1] += g * (x[e] - mean) * rstd;
       }
     }
     row_sum(sum);
-    const float mean_gx = sum[0] * a.inverse_cols, mean_g = RMS ? 0.f : sum[kSums - 1] * a.inverse_cols;
+    const float mean_g = RMS ? 0.f : sum[0] * a.inverse_cols, mean_gx = sum[kSums - 1] * a.inverse_cols;
 
     for (int64_t begin = 0; begin < a.cols; begin += step) {
       const int64_t col = begin + threadIdx.x * E;
@@ -288,8 +288,8 @@ inline size_t backward_workspace(int64_t rows, int64_t cols) {
   return rows <= 0 || cols <= 0 ? 0 : size_t(max_backward_blocks(rows)) * size_t(cols) * 2 * sizeof(float);
 }
 
-// Packs in each thread of a cluster: as many as leave registers for their two float32 sums.
-template <int E> constexpr int kBackwardClusterPacks = E == 4 ? 4 : 2;
+// Packs in each thread of a cluster: as many as leave registers for their two float32 sums, and for dsummed.
+template <bool ADD, int E> constexpr int kBackwardClusterPacks = (E == 4 ? 4 : 2) / (ADD ? 2 : 1);
 
 template <bool ADD, bool RMS, class T, class P, int E>
 int launch_norm_backward(const char* name, NormBackward<T, P> a, int64_t& blocks, void* stream) {
@@ -297,7 +297,7 @@ int launch_norm_backward(const char* name, NormBackward<T, P> a, int64_t& blocks
   blocks = max_backward_blocks(a.rows);
   if (!plan) {
     if constexpr (E > 1) {
-      constexpr int V = kBackwardClusterPacks<E>;
+      constexpr int V = kBackwardClusterPacks<ADD, E>;
       if (const int cluster = cluster_for(a.cols, kBackwardThreads * V * E)) {
         a.slice = cluster_slice(a.cols, cluster);
         const int64_t clusters = multiprocessors() / cluster;

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : forward_max_thread
   ClusterExchange<CLUSTER, 2> exchange(exchanged);
   const Slice<CLUSTER> slice(a.cols, a.slice);
   const auto col_of = [&](int i) { return slice.begin + column<E, V>(i); };
-  constexpr int kBatch = V < 8 ? V : CLUSTER && ADD ? 4 : 8;  // loads in flight before the first is used
+  constexpr int kBatch = V < 8 ? V : 8;  // loads in flight before the first is used
   // The loop is the same for all rows of a block, so that they meet at the same barriers; a row past the end idles.
   for (int64_t first = slice.first_row; first < a.rows; first += slice.row_step) {
     const int64_t row = first + threadIdx.y;
@@ -205,12 +205,14 @@ constexpr RowPlan kForwardScalarPlans[] = {{256, 32, 8}, {512, 64, 8}, {1024, 12
 
 template <bool ADD, bool RMS, class T, class P, int E>
 int launch_norm_forward(const char* name, NormForward<T, P> a, void* stream) {
-  const RowPlan* plan = E == 1 ? choose_plan(kForwardScalarPlans, a.cols) : forward_plan<T, E>(a.cols / E);
+  const RowPlan* plan = E == 1 ? choose_plan(kForwardScalarPlans, a.cols)
+                               : forward_plan(a.cols / E, forward_max_threads<T, E>());
   if (!plan) {
     if constexpr (E > 1) {
-      if (const int cluster = cluster_for(a.cols, kClusterThreads * kForwardClusterPacks * E)) {
+      constexpr int V = kForwardClusterPacks / (ADD ? 2 : 1);  // the residual takes registers as well
+      if (const int cluster = cluster_for(a.cols, kClusterThreads * V * E)) {
         a.slice = cluster_slice(a.cols, cluster);
-        return launch_clusters(name, norm_forward<ADD, RMS, T, P, E, kForwardClusterPacks, true>, cluster,
+        return launch_clusters(name, norm_forward<ADD, RMS, T, P, E, V, true>, cluster,
                                grid_of_clusters(a.rows, cluster), kClusterThreads, 0, stream, a);
       }
     }

@@ -59,7 +59,8 @@ template <bool RMS> int check_add_norm(const ff_add_layer_norm_args* a) {
   FF_REQUIRE(a, "args: NULL");
   FF_REQUIRE(a->rows >= 0 && a->cols >= 1, "rows, cols: %lld x %lld", (long long)a->rows, (long long)a->cols);
   FF_REQUIRE(a->dropout_p >= 0 && a->dropout_p <= 1, "dropout_p: %g is not in [0, 1]", a->dropout_p);
-  FF_REQUIRE(a->rows == 0 || (a->summed && (RMS || a->mean) && a->rstd), "summed%s, rstd: must not be NULL", RMS ? "" : ", mean");
+  FF_REQUIRE(a->rows == 0 || (a->summed && (RMS || a->mean) && a->rstd), "summed%s, rstd: must not be NULL",
+             RMS ? "" : ", mean");
   return check_dtypes(a->dtype, a->param_dtype);
 }
 

@@ -186,10 +186,10 @@ template <class T, int E> constexpr int forward_max_threads() { return E > 1 && 
 constexpr RowPlan kForwardPlans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},    {128, 32, 4},  {256, 64, 4},
                                      {512, 128, 4}, {1024, 256, 4}, {2048, 512, 4}, {4096, 1024, 4}};
 
-// The plan of a row of this many packs, or null: too long for one block's registers.
-template <class T, int E> const RowPlan* forward_plan(int64_t packs) {
+// The plan of a row of this many packs, or null: too long for the registers of one block of `most` threads.
+inline const RowPlan* forward_plan(int64_t packs, int most) {
   const RowPlan* plan = choose_plan(kForwardPlans, packs);
-  return plan && plan->threads <= forward_max_threads<T, E>() ? plan : nullptr;
+  return plan && plan->threads <= most ? plan : nullptr;
 }
 inline dim3 forward_block(const RowPlan& plan) {
   return dim3(unsigned(plan.threads), unsigned(plan.threads < kForwardThreads ? kForwardThreads / plan.threads : 1));

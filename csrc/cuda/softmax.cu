@@ -1,10 +1,10 @@
-// softmax(scale * x + bias + mask) over rows on a GPU, its logarithm, and their gradients; fastformer.h has the formula.
+// softmax(scale * x + bias + mask) over rows on a GPU, its logarithm, and their gradients; the formula: fastformer.h.
 //
-// Forward: a row is read once, stays in registers as float32, and each exponential is computed once, against the maximum
-// of its thread; one merge of (max, sum) then gives every thread its factor (softmax.cuh). Backward needs the output
-// only: dx = scale * y * (dy - sum(dy * y)), for the logarithm scale * (dy - exp(y) * sum(dy)). On Hopper a row too long
-// for one block is shared by a cluster of 2 to 16; elsewhere, and for still longer rows, it is read twice. Floor: one
-// read and one write of x forward, two reads and one write backward, and mask and bias where there are any.
+// Forward: a row is read once, stays in registers as float32, and each exponential is computed once, against the
+// maximum of its thread; one merge of (max, sum) then gives every thread its factor (softmax.cuh). Backward needs the
+// output only: dx = scale * y * (dy - sum(dy * y)), for the logarithm scale * (dy - exp(y) * sum(dy)). On Hopper a row
+// too long for one block is shared by a cluster of 2 to 16; elsewhere, and for still longer rows, it is read twice.
+// Floor: one read and one write of x forward, two reads and one write backward, and mask and bias where there are any.
 //   nvcc -std=c++17 -O3 --use_fast_math -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
 //     -cudart static -Xcompiler -fPIC,-fvisibility=hidden -c softmax.cu
 //   g++ -x c++ -std=c++17 -O2 -fno-strict-aliasing -fPIC -fvisibility=hidden -DFF_EMULATE -c softmax.cu
@@ -31,7 +31,14 @@ template <class T> struct RowScores {
   int64_t mask_step, bias_step, last;  // last: the last column that causal lets take part
 
   FF_DEVICE RowScores(const Scores& s, int64_t row) {
-    const int64_t i = row / (s.heads * s.queries), j = row / s.queries % s.heads, k = row % s.queries;
+    int64_t i, j, k;
+    const auto split = [&](auto r) {
+      using Index = decltype(r);
+      const Index rest = r / Index(s.queries);
+      k = r - rest * Index(s.queries), i = rest / Index(s.heads), j = rest - i * Index(s.heads);
+    };
+    if ((row | s.heads | s.queries) >> 32) split(uint64_t(row));
+    else split(uint32_t(row));  // a division of 64 bits takes longer than the row's exponentials
     const int64_t bias = i * s.bias_stride[0] + j * s.bias_stride[1] + k * s.bias_stride[2];
     this->mask = s.mask ? s.mask + i * s.mask_stride[0] + j * s.mask_stride[1] + k * s.mask_stride[2] : nullptr;
     this->bias = s.bias && !s.bias_is_float ? static_cast<const T*>(s.bias) + bias : nullptr;
@@ -199,19 +206,21 @@ FF_DEVICE void add_terms(float (&sum)[2], int log, const Pack<T, E>& y, const Pa
 }
 template <class T, int E>
 FF_DEVICE void store_gradient(const SoftmaxBackward<T>& a, const Pack<T, E>& y, const Pack<T, E>& dy,
-                              const float (&sum)[2], const RowScores<T>& scores, int64_t row, int64_t col) {
+                              const float (&sum)[2], int64_t row, int64_t col) {
   float dx[E];
 #pragma unroll
   for (int e = 0; e < E; e++) {
     dx[e] = a.log ? dy[e] - __expf(y[e]) * sum[0] : y[e] * (dy[e] - sum[0]);
     dx[e] = a.log && sum[1] == 0 ? 0.f : dx[e] * a.scale;  // a row without any element
   }
-  if (a.log) scores.template hide<E>(dx, 0.f, col, a.cols);
+  if (a.log && (a.scores.mask || a.scores.causal))
+    RowScores<T>(a.scores, row).template hide<E>(dx, 0.f, col, a.cols);
   store_window<T, E>(a.dx + row * a.cols, col, a.cols, dx);
 }
+constexpr int kBackwardThreads = 512, kBackwardClusterPacks = 4;  // two tensors' packs are in registers
+
 template <class T, int E, int V, bool CLUSTER>
-__global__ void __launch_bounds__(CLUSTER ? kClusterThreads : forward_max_threads<T, E>())
-    softmax_backward(const SoftmaxBackward<T> a) {
+__global__ void __launch_bounds__(kBackwardThreads) softmax_backward(const SoftmaxBackward<T> a) {
   FF_CLUSTERS_ONLY(CLUSTER);
   FF_SHARED(float, partial, [2][32][2]);
   FF_SHARED(float, exchanged, [2][CLUSTER ? kMaxCluster : 1][2]);
@@ -241,10 +250,9 @@ __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : forward_max_thread
       sum[0] = sum[1] = 0;
       for (int r = 0; r < slice.blocks; r++) sum[0] += all[r][0], sum[1] += all[r][1];
     }
-    const RowScores<T> scores(a.scores, live ? row : 0);
 #pragma unroll
     for (int i = 0; i < V; i++)
-      if (inside(i)) store_gradient<T, E>(a, y[i], dy[i], sum, scores, row, begin + column<E, V>(i));
+      if (inside(i)) store_gradient<T, E>(a, y[i], dy[i], sum, row, begin + column<E, V>(i));
   }
 }
 
@@ -254,7 +262,6 @@ __global__ void __launch_bounds__(kLongThreads) softmax_backward_long(const Soft
   RowSum<2> row_sum(partial);
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const T *y_row = a.out + row * a.cols, *dy_row = a.dout + row * a.dout_stride;
-    const RowScores<T> scores(a.scores, row);
     const int64_t begin = int64_t(threadIdx.x) * E - offset_of<T, E>(y_row), step = int64_t(blockDim.x) * E;
     float sum[2] = {0, 0};
     for (int64_t col = begin; col < a.cols; col += step)
@@ -263,7 +270,7 @@ __global__ void __launch_bounds__(kLongThreads) softmax_backward_long(const Soft
     row_sum(sum);
     for (int64_t col = begin; col < a.cols; col += step)
       store_gradient<T, E>(a, load_window<T, E>(y_row, col, a.cols), load_window<T, E>(dy_row, col, a.cols), sum,
-                           scores, row, col);
+                           row, col);
   }
 }
 
@@ -307,7 +314,7 @@ template <class T, int E> int launch_forward(SoftmaxForward<T> a, void* stream) 
                                           : softmax_forward<false, T, E, V, CLUSTER>,
                              cluster, grid, block, 0, stream, a);
     };
-    return launch_rows<T, E>(a, run, [&] {
+    return launch_rows<kForwardClusterPacks, forward_max_threads<T, E>(), E>(a, run, [&] {
       return launch(name, softmax_forward_long<T, E>, grid_of(a.rows), kLongThreads, 0, stream, a);
     });
   }
@@ -322,7 +329,7 @@ template <class T, int E> int launch_backward(SoftmaxBackward<T> a, void* stream
       return launch_clusters(name, softmax_backward<T, E, decltype(packs)::value, decltype(in_cluster)::value>, cluster,
                              grid, block, 0, stream, a);
     };
-    return launch_rows<T, E>(a, run, [&] {
+    return launch_rows<kBackwardClusterPacks, kBackwardThreads, E>(a, run, [&] {
       return launch(name, softmax_backward_long<T, E>, grid_of(a.rows), kLongThreads, 0, stream, a);
     });
   }

@@ -1,4 +1,4 @@
-// Rows whose exponentials are summed, for softmax and cross_entropy: rows that start anywhere, and (max, sum) over them.
+// Rows whose exponentials are summed, for softmax and cross_entropy: rows that start anywhere, (max, sum) over them.
 //
 // A row of, say, 50257 halves starts at a multiple of 16 bytes only now and then. It is read in 16-byte packs all the
 // same: they start at the last such multiple before the row, so that only its first and last pack go element by
@@ -142,19 +142,21 @@ struct RowMaxSum {
 };
 
 // ---- launching ------------------------------------------------------------------------------------------------------
-// Chooses how a's rows of virtual_cols are covered: run(packs of each thread, in clusters?, blocks of a cluster, grid,
-// block), or beyond() where no cluster holds one.
-template <class T, int E, class A, class Run, class Beyond> int launch_rows(A& a, Run run, Beyond beyond) {
-  const std::integral_constant<int, kForwardClusterPacks> cluster_packs;
-  if (const RowPlan* plan = forward_plan<T, E>((a.virtual_cols + E - 1) / E)) {
+// Chooses how a's rows of virtual_cols are covered: with `packs` of E columns in each thread of a cluster, or by blocks
+// of at most `threads`. run(packs of each thread, in clusters?, blocks of a cluster, grid, block), or beyond() where no
+// cluster holds a row.
+template <int packs, int threads, int E, class A, class Run, class Beyond>
+int launch_rows(A& a, Run run, Beyond beyond) {
+  if (const RowPlan* plan = forward_plan((a.virtual_cols + E - 1) / E, threads)) {
     const dim3 block = forward_block(*plan), grid = forward_grid(a.rows, block);
     if (plan->per_thread == 1) return run(std::integral_constant<int, 1>{}, std::false_type{}, 1, grid, block);
     return run(std::integral_constant<int, 4>{}, std::false_type{}, 1, grid, block);
   }
-  const int cluster = cluster_for(a.virtual_cols, kClusterThreads * cluster_packs() * E);
+  const int cluster = cluster_for(a.virtual_cols, kClusterThreads * packs * E);
   if (!cluster) return beyond();
   a.slice = cluster_slice(a.virtual_cols, cluster);
-  return run(cluster_packs, std::true_type{}, cluster, grid_of_clusters(a.rows, cluster), dim3(kClusterThreads));
+  return run(std::integral_constant<int, packs>{}, std::true_type{}, cluster, grid_of_clusters(a.rows, cluster),
+             dim3(kClusterThreads));
 }
 
 }  // namespace ff

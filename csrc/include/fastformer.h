@@ -213,6 +213,9 @@ FF_KERNEL(cpu, cross_entropy_forward, ff_cross_entropy_args);
 FF_KERNEL(cuda, cross_entropy_forward, ff_cross_entropy_args);
 FF_KERNEL(cpu, cross_entropy_backward, ff_cross_entropy_args);
 FF_KERNEL(cuda, cross_entropy_backward, ff_cross_entropy_args);
+/* dlogits *= dloss[0], here in dtype, for a gradient that forward has written. Where that is 1, which only the device knows,
+ * it goes nowhere near the memory. */
+FF_KERNEL(cuda, cross_entropy_scale, ff_cross_entropy_args);
 
 /* ---- embedding -------------------------------------------------------------------------------------------------------
  * summed = scale * tables[0][ids] + tables[1][ids] + ...;  out = dropout(layer_norm(summed)), the norm where `normalize` is

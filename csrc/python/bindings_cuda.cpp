@@ -136,6 +136,13 @@ PYBIND11_MODULE(FF_MODULE, m) {
           ff::set_gradients(a, dloss, dlogits);
           check(ff_cuda_cross_entropy_backward(&a, ptr(stream)));
         });
+  m.def("cross_entropy_scale", [](py::handle gradient_, py::handle factor, Ptr stream) {
+    const ff::Tensor gradient(gradient_);
+    ff_cross_entropy_args a{};
+    a.dtype = ff_dtype(gradient.dtype), a.rows = gradient.rows(), a.cols = gradient.cols;
+    a.dlogits = gradient.data, a.dloss = ff::Tensor(factor).data;
+    check(ff_cuda_cross_entropy_scale(&a, ptr(stream)));
+  });
 
   m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options, Ptr stream) {
     const ff_attention_args a = ff::attention_args(tensors, options);

@@ -169,6 +169,24 @@ def test_the_gradient_may_take_the_place_of_the_logits(cols, hopper):
     assert torch.equal(logits, dlogits)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1.0, -0.37])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 1641)], ids=name)
+def test_scaling_a_gradient(shape, factor, dtype, device):
+    """In place, and from one element off the boundary as well."""
+    torch.manual_seed(0)
+    for offset in (0, 1):
+        buffer = torch.randn(shape[0] * shape[1] + 20, dtype=torch.float32).to(device, dtype)
+        gradient = buffer[8 + offset : 8 + offset + shape[0] * shape[1]].view(shape)
+        before = buffer.clone()
+        cross_entropy.scale(gradient, torch.tensor(factor, device=device, dtype=torch.float32))
+        expected = before[8 + offset : 8 + offset + gradient.numel()].view(shape)
+        rounded = torch.tensor(factor).to(dtype).float().to(device)
+        torch.testing.assert_close(gradient, (expected.float() * rounded).to(dtype), rtol=0, atol=0)
+        gradient.copy_(expected)
+        assert torch.equal(buffer, before)  # nothing around it was touched
+
+
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "one element off"])
 @pytest.mark.parametrize("stride", [96, 104, 101], ids=["dense", "padded", "odd"])
 def test_strides_and_alignment(stride, offset, device):

@@ -12,7 +12,15 @@ from torch import Tensor
 from ._call import DTYPES, empty, empty_like, library, on_device, stream
 
 FEATURES = frozenset({"weight", "label_smoothing", "z_loss", "probabilities"})
-__all__ = ["DTYPES", "FEATURES", "backward", "backward_probabilities", "forward", "gradient_in_forward"]
+__all__ = ["DTYPES", "FEATURES", "backward", "backward_probabilities", "forward", "gradient_in_forward", "scale"]
+
+
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """gradient (rows, cols) contiguous *= factor, one number, without a trip over memory where that is 1: only the
+    device knows, and asking it would be waiting for it."""
+    factor = factor.to(gradient.dtype)
+    with on_device(gradient):
+        library().cross_entropy_scale(gradient, factor, stream(gradient))
 
 
 def gradient_in_forward(cols: int, dtype: torch.dtype) -> bool:

@@ -1,5 +1,4 @@
-// A sum over the blocks of a cluster through distributed shared memory, right once (bug 0) and wrong in ways the emulator
-// must notice.
+// Clusters of blocks and distributed shared memory, each right once (bug 0) and wrong in ways the emulator must notice.
 #include "../../../csrc/cuda/cluster.cuh"
 #include "run.h"
 
