@@ -31,7 +31,7 @@ from benchmarks.runner import Case, Problem, tensors  # noqa: E402
 from fastformer.backends import registry  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16")
-EXACT, TANH = {"approximate": "none"}, {"approximate": "tanh"}
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "bias gelu", "swiglu")
 PADDING, GROUPED = {"padding": 0.5}, {"causal": True, "kv_heads": 1}
 
 
@@ -53,7 +53,7 @@ CASES: dict[str, list[Case]] = {
     "layer_norm": _cases([*NORM_ROWS, (2, 131072)]),
     "add_layer_norm": _cases(NORM_ROWS, ("", {}), DROPOUT),
     "softmax": _cases([*ROWS, (2, 131072)]),
-    "gelu": _cases(ROWS, ("exact", EXACT), ("tanh", TANH)),
+    "activation": _cases(ROWS, *((kind, {}) for kind in ACTIVATIONS)),
     "cross_entropy": _cases([(5, 2), (64, 1000), (9, 50257)]),
     "attention": [
         # One query, lengths of no full tile, head dims that are no power of two, several tiles of queries and keys.
@@ -80,13 +80,13 @@ CASES: dict[str, list[Case]] = {
         )
         for dtype in DTYPES
     ],
-    "feed_forward": _cases([(70, 64, 256), (257, 96, 200)]),
+    "feed_forward": _cases([(70, 64, 256), (257, 96, 200)], ("", {}), ("residual", {}), ("swiglu", {})),
 }
 TINY: dict[str, list[Case]] = {
     "layer_norm": _cases([(3, 70)])[:2],
     "add_layer_norm": _cases([(3, 70)], DROPOUT)[:2],
     "softmax": _cases([(3, 70)])[:2],
-    "gelu": _cases([(3, 70)], ("exact", EXACT))[:2],
+    "activation": _cases([(3, 70)], ("swiglu", {}))[:2],
     "cross_entropy": _cases([(3, 70)])[:2],
     "attention": _cases([(1, 2, 20, 16)], ("causal", {"causal": True}))[:2]
     + _cases([(1, 2, 20, 16)], ("p", PADDING))[:1],
@@ -100,10 +100,10 @@ KERNELS: dict[str, tuple[str, tuple[str, ...]]] = {
         "attention",
         ("causal", "key_padding_mask", "grouped_heads", "bias", "relative_bias", "window", "dropout"),
     ),
-    "feed_forward": ("gelu", ("bias",)),
+    "feed_forward": ("activation", ("bias", "gate")),
 }
 OPS = tuple(CASES)
-HUGE = ("layer_norm", "softmax", "gelu")  # also checked beyond 2^31 elements
+HUGE = ("layer_norm", "softmax", "activation")  # also checked beyond 2^31 elements
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def check_case(module: ModuleType, op: str, case: Case, backend: str, device: st
 
 def check_huge(module: ModuleType, op: str, backend: str, device: str, rows: int = (1 << 19) + 8) -> list[Check]:
     """More than 2^31 elements (rows of 4096): the last rows must be what those rows give alone."""
-    case = Case((rows, 4096), "bfloat16", False, "exact" if op == "gelu" else "", EXACT)
+    case = Case((rows, 4096), "bfloat16", False, "gelu" if op == "activation" else "")
     problem = module.setup(case, device)
     last = replace(problem, args=tuple(t[-8:] if t.dim() and len(t) == case.shape[0] else t for t in problem.args))
     with fastformer.backend(backend), torch.no_grad():

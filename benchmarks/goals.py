@@ -90,8 +90,8 @@ GOALS: tuple[Goal, ...] = (
     Goal("add_layer_norm", "eager", speedup=2.0),
     Goal("softmax", "clone", speedup=WITHIN_A_FIFTH),
     Goal("softmax", "eager", speedup=1.0),
-    Goal("gelu", "clone", speedup=WITHIN_A_FIFTH),
-    Goal("gelu", "eager", speedup=1.0),
+    Goal("activation", "clone", speedup=WITHIN_A_FIFTH),
+    Goal("activation", "eager", speedup=1.0),
     Goal("cross_entropy", "eager", speedup=2.0, where={"shape": (1024, 50257), "backward": True}),
     Goal("cross_entropy", "eager", speedup=1.0, where={"shape": lambda shape: shape != (1024, 50257)}),
     # Attention: the main shape, biases with their gradients; and never slower at any shape.

@@ -46,7 +46,7 @@ OPS = (
     "layer_norm",
     "add_layer_norm",
     "softmax",
-    "gelu",
+    "activation",
     "cross_entropy",
     "attention",
     "decode_attention",
@@ -152,7 +152,7 @@ def _sanitize(tool: str, backend: str, rehearse: bool) -> Section:
 
 
 def chosen(sections: list[Section], wanted: str) -> list[Section]:
-    """The sections named by kind ("bench"), by full name ("check cuda gelu") or by operation, with what those need."""
+    """The sections named by kind ("bench"), by full name ("check cuda softmax") or by op, with what those need."""
     if not wanted:
         return sections
     found = [s for s in sections if wanted in (s.kind, s.name, s.op)]

@@ -32,7 +32,7 @@ OPS = (
     "layer_norm",
     "add_layer_norm",
     "softmax",
-    "gelu",
+    "activation",
     "cross_entropy",
     "attention",
     "decode_attention",

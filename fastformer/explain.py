@@ -30,6 +30,11 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
     features: tuple[str, ...] = ()
     if op == "add_layer_norm" and float(kwargs.get("dropout_p", 0.0)) > 0 and kwargs.get("training", True):  # type: ignore[arg-type]
         features += ("dropout",)
+    if op == "activation":
+        dropped = float(kwargs.get("dropout_p", 0.0)) > 0 and kwargs.get("training", True)  # type: ignore[arg-type]
+        gated = len(tensors) > 1 and tensors[1].shape == tensors[0].shape and tensors[0].dim() > 1
+        biased = any(isinstance(t, Tensor) and t.dim() == 1 for t in (*tensors[1:], *kwargs.values()))
+        features += tuple(f for f, used in (("bias", biased), ("gate", gated), ("dropout", dropped)) if used)
     if op == "attention":
         features += _attention_features(*args, **kwargs)
     if op == "cross_entropy":

@@ -2,39 +2,14 @@
 //
 // Floor: two reads and two writes forward; three reads and one write (two with dropout) backward. The dropout mask is
 // recomputed from the seed in a row-sized buffer on the stack's side of the cache, never stored.
+#include "dropout.h"
 #include "layer_norm.h"
-
-#include <vector>
 
 FF_DECLARE_IMPL(add_layer_norm_forward)
 FF_DECLARE_IMPL(add_layer_norm_backward)
 
 namespace ff {
 namespace FF_ISA {
-
-// A thread's buffer for one row of dropout scales.
-static float* keep_row(int64_t cols) {
-  static thread_local std::vector<float> buffer;
-  if (int64_t(buffer.size()) < cols + 64) buffer.resize(size_t(cols) + 64);
-  return buffer.data();
-}
-
-// The dropout scales of a pair of elements from position i, in the order of T's pairs, or of the k elements from there.
-template <class T> FF_INLINE Pair<acc_t<T>> scales(const float* keep, int64_t i) {
-  using A = acc_t<T>;
-  constexpr int W = vec<A>::W;
-  Pair<A> s;
-  for (int j = 0; j < W; j++) {
-    s.first[j] = A(keep[i + (kInOrder<T> ? j : 2 * j)]);
-    s.second[j] = A(keep[i + (kInOrder<T> ? W + j : 2 * j + 1)]);
-  }
-  return s;
-}
-template <class T> FF_INLINE vec_t<acc_t<T>> scales(const float* keep, int64_t i, int) {
-  vec_t<acc_t<T>> s;
-  for (int j = 0; j < vec<acc_t<T>>::W; j++) s[j] = acc_t<T>(keep[i + j]);
-  return s;
-}
 
 template <class T, class P> static void forward_rows(const ff_add_layer_norm_args* a) {
   using A = acc_t<T>;

@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-OPS = ("layer_norm", "add_layer_norm", "softmax", "gelu", "cross_entropy", "attention", "decode_attention")
+OPS = ("layer_norm", "add_layer_norm", "softmax", "activation", "cross_entropy", "attention", "decode_attention")
 
 # Fastest first, per device and, where a measurement says otherwise, per operation. benchmarks/ prints the numbers
 # behind each line; a CUDA device's order is the expected one until `make gpu` has run there.

@@ -1,12 +1,12 @@
 """Functions with the signatures of ``torch.nn.functional``, and the transformer operations torch does not have."""
 
+from .activation import bias_activation, gated_activation, gelu, relu, silu
 from .add_layer_norm import add_layer_norm
 from .attention import RelativeBias, attention, attention_qkvpacked
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention, update_kv_cache
-from .feed_forward import feed_forward
-from .gelu import bias_gelu, gelu
+from .feed_forward import feed_forward, gated_feed_forward
 from .layer_norm import layer_norm
 from .scaled_dot_product_attention import scaled_dot_product_attention
 from .softmax import log_softmax, softmax
@@ -17,14 +17,18 @@ __all__ = [
     "attention",
     "attention_qkvpacked",
     "attention_varlen",
-    "bias_gelu",
+    "bias_activation",
     "cross_entropy",
     "decode_attention",
     "feed_forward",
+    "gated_activation",
+    "gated_feed_forward",
     "gelu",
     "layer_norm",
     "log_softmax",
+    "relu",
     "scaled_dot_product_attention",
+    "silu",
     "softmax",
     "update_kv_cache",
 ]

@@ -21,6 +21,8 @@ OPS = {
     ("log_softmax", ""): F.log_softmax,
     ("log_softmax", "with_dtype"): F.log_softmax,
     ("nn.functional.gelu", ""): F.gelu,
+    ("nn.functional.relu", ""): F.relu,
+    ("nn.functional.silu", ""): F.silu,
     ("nn.functional.cross_entropy", ""): F.cross_entropy,
     ("nn.functional.scaled_dot_product_attention", ""): F.scaled_dot_product_attention,
 }

@@ -26,7 +26,9 @@ SAMPLE = {
     r"(\w+_chunks|backward_parameters) bf16 262144$)",
     "add_layer_norm": r"^add_layer_norm\+dropout \w+_(rows bf16 1024|chunks fp32)",
     "softmax": r"^softmax (forward_rows bf16 32768|backward_rows fp32 16384)|^log_softmax \w+_chunks bf16 262144$",
-    "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
+    # a row in blocks, all parts at once
+    "activation": r"^activation (forward bf16 262144 gelu\+bias$|backward bf16 1024 (gelu_tanh\+bias|silu\+gate)$|"
+    r"backward fp32 262144 gelu\+bias\+gate)",
     "cross_entropy": r"^cross_entropy \w+ (bf16 262144 weight\+smoothing$|fp32 512$|bf16 32 weight.* of 1)",
     # the head size of most models, and one between powers of two; a T5 encoder in training; every kind of feature;
     # float32, which has to be sliced
@@ -100,5 +102,5 @@ def test_a_kernel_that_does_not_compile_is_found():
 
 
 def test_command_line_fails_when_nothing_matches(capsys):
-    assert aot.main(["--op", "gelu", "--select", "no such label"]) == 1
+    assert aot.main(["--op", "activation", "--select", "no such label"]) == 1
     assert "0 builds" in capsys.readouterr().out
