@@ -10,10 +10,13 @@ itself.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..backends import registry
 from ..backends.memory import empty
 from . import _checks
 from . import activation as act
@@ -120,11 +123,24 @@ def _run(
         return _composed(x, *weights, residual, activation, p, seed)
     number = int(new_seed()) if p > 0 else 0
     kernels = act.select(x, b1, w_up, b_up, p)
+    fused = _fused(x)
     if recorded:
-        return _FeedForward.apply(x, *weights, residual, activation, p, number, recompute, kernels)
-    gate, up, _ = _first(x.reshape(-1, x.shape[-1]), w1, w_up)
-    activated = kernels.forward(gate, _dense(b1), up, _dense(b_up), activation, p, number, gate)
+        return _FeedForward.apply(x, *weights, residual, activation, p, number, recompute, kernels, fused)
+    rows, b1, b_up = x.reshape(-1, x.shape[-1]), _dense(b1), _dense(b_up)
+    if fused is not None:
+        activated = fused.forward(rows, w1, b1, w_up, b_up, activation, p, number, False)[0]
+    else:
+        gate, up, _ = _first(rows, w1, w_up)
+        activated = kernels.forward(gate, b1, up, b_up, activation, p, number, gate)
     return _second(activated, w2, b2, residual, x)
+
+
+def _fused(x: Tensor) -> ModuleType | None:
+    """Triton's matmul with the epilogue inside, where Triton is asked for by name."""
+    if registry.overridden() != "triton":
+        return None
+    module = registry.load("triton", "linear_activation")
+    return module if module is not None and x.dtype in module.DTYPES else None
 
 
 def _autocast(x: Tensor) -> bool:
@@ -238,18 +254,22 @@ def _second(activated: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor |
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w_up, b_up, w2, b2, residual, activation, p, seed, recompute, kernels):
+    def forward(ctx, x, w1, b1, w_up, b_up, w2, b2, residual, activation, p, seed, recompute, kernels, fused):
         rows, b1, b_up = x.reshape(-1, x.shape[-1]), _dense(b1), _dense(b_up)
-        gate, up, _ = _first(rows, w1, w_up)
         # relu's slope can be read from its result, so its argument need not be kept.
-        ctx.from_result = activation == "relu" and up is None and not recompute
+        ctx.from_result = activation == "relu" and w_up is None and not recompute
         in_place = recompute or ctx.from_result
-        activated = kernels.forward(
-            gate, b1, up, b_up, activation, p, seed, gate if in_place else empty(gate, *gate.shape)
-        )
+        if fused is not None:
+            activated, gate, up = fused.forward(rows, w1, b1, w_up, b_up, activation, p, seed, not in_place)
+        else:
+            gate, up, _ = _first(rows, w1, w_up)
+            activated = kernels.forward(
+                gate, b1, up, b_up, activation, p, seed, gate if in_place else empty(gate, *gate.shape)
+            )
         kept = (None, None, None) if recompute else (None if in_place else gate, up, activated)
         ctx.save_for_backward(rows, w1, b1, w_up, b_up, w2, *kept)
         ctx.rest, ctx.recompute, ctx.kernels = (activation, p, seed), recompute, kernels
+        ctx.fused = None if recompute else fused
         return _second(activated, w2, b2, residual, x)
 
     @staticmethod
@@ -260,7 +280,8 @@ class _FeedForward(torch.autograd.Function):
         dy = dout.reshape(-1, w2.shape[0])
         dx = dw1 = db1 = dw_up = db_up = dw2 = None
         if need_x or need_w1 or need_b1 or need_w_up or need_b_up or (need_w2 and ctx.recompute):
-            dgate, dup, whole = _mm(dy, w2), None, None  # what is in dgate first, the pass below replaces
+            # What is in dgate first, the pass below replaces.
+            dgate, dup, whole = _mm(dy, w2) if ctx.fused is None else empty(dy, len(rows), len(w1)), None, None
             again = None
             if ctx.recompute:
                 gate, up, whole = _first(rows, w1, w_up)
@@ -273,9 +294,13 @@ class _FeedForward(torch.autograd.Function):
                     dgate, dup, whole = _halves(empty(dgate, len(rows), 2 * len(w1)))
                 elif ctx.recompute:
                     dgate, dup = gate, up
-            dgate, dup, db1, db_up = ctx.kernels.backward(
-                dactivated, gate, b1, up, b_up, *ctx.rest, need_b1, need_b_up, dgate, dup, again
-            )
+            if ctx.fused is not None:
+                dup = torch.empty_like(dgate) if up is not None and dup is None else dup
+                db1, db_up = ctx.fused.backward(dy, w2, gate, b1, up, b_up, *ctx.rest, need_b1, need_b_up, dgate, dup)
+            else:
+                dgate, dup, db1, db_up = ctx.kernels.backward(
+                    dactivated, gate, b1, up, b_up, *ctx.rest, need_b1, need_b_up, dgate, dup, again
+                )
             if whole is not None:
                 joined = _joined(w1, w_up)
                 if need_w1 or need_w_up:
@@ -294,7 +319,7 @@ class _FeedForward(torch.autograd.Function):
             dw2 = _weight_grad(dy, activated, w2)
         db2 = dy.sum(0) if need_b2 else None
         dresidual = dout if need_residual else None
-        return dx, dw1, db1, dw_up, db_up, dw2, db2, dresidual, None, None, None, None, None
+        return dx, dw1, db1, dw_up, db_up, dw2, db2, dresidual, None, None, None, None, None, None
 
 
 def _weight_grad(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:

@@ -91,4 +91,4 @@ def test_samples(name, dtype, op_db):
                 scale = _cancelling(sample, ours[0]) if i > 0 and "attention" in op.name else 1.0
                 assert_close_to_fp64(f"result {i} of {sample.kwargs}", o, t, e, scale=scale)
         tried += 1
-    assert tried >= 5
+    assert tried >= 3

@@ -37,6 +37,7 @@ SAMPLE = {
     r"backward_bias bf16 D=128 key_padding_mask\+bias\+dropout$|backward_k fp32 D=128 causal$|"
     r"(forward bf16 D=128 causal\+softcap\+window|backward_k bf16 D=128 causal\+dropout\+varlen)$)",
     "decode_attention": r"^decode_attention (bf16 D=64 rows=(16|64)(\+everything)?|merge bf16 D=64 of 2)$",
+    "linear_activation": r"^linear_activation \w+ bf16 (gelu\+bias|silu\+gate)$",
     "column_sum": r"^column_sum bf16 x2$",
 }
 PROCESSES = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)

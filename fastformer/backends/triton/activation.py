@@ -82,7 +82,7 @@ def _store(ptr, row, col, stride, mask, value):
 
 
 @triton.jit
-def _scales(seed, threshold, keep_scale, row, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def keep_scales(seed, threshold, keep_scale, row, start, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     return tl.where(keep_mask(seed, threshold, row, start, BLOCK_ROWS, BLOCK_COLS), keep_scale, 0.0)
 
 
@@ -118,7 +118,7 @@ def _forward(
     if up_ptr is not None:
         out *= _load(up_ptr, up_bias_ptr, row, col, up_stride, mask, in_col)
     if DROPOUT:
-        out *= _scales(seed, threshold, keep_scale, row, start, BLOCK_ROWS, BLOCK_COLS)
+        out *= keep_scales(seed, threshold, keep_scale, row, start, BLOCK_ROWS, BLOCK_COLS)
     _store(out_ptr, row, col, out_stride, mask, out)
 
 
@@ -166,7 +166,7 @@ def _backward(
         value, slope = evaluate(_load(x_ptr, bias_ptr, row, col, x_stride, mask, in_col), KIND)
         d = _load(dout_ptr, None, row, col, dout_stride, mask, in_col)
         if DROPOUT:
-            scales = _scales(seed, threshold, keep_scale, row, start, BLOCK_ROWS, BLOCK_COLS)
+            scales = keep_scales(seed, threshold, keep_scale, row, start, BLOCK_ROWS, BLOCK_COLS)
             d *= scales
         if up_ptr is not None:
             up = _load(up_ptr, up_bias_ptr, row, col, up_stride, mask, in_col)
@@ -191,7 +191,7 @@ def _backward(
         tl.store(dup_bias_ptr + strip * cols + col, tl.sum(dup_bias, 0), mask=in_col)
 
 
-_NO_DROPOUT = Dropout(0, 0, 0.0)
+NO_DROPOUT = Dropout(0, 0, 0.0)
 
 
 def _layout(by_column: bool, x: Tensor, *others: Tensor | None) -> tuple[int, int, list[int]]:
@@ -216,7 +216,7 @@ def forward(
     """x, up (*, cols), bias, up_bias (cols) -> out (*, cols), a new tensor or the one given, which may be x or up."""
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dropped = dropout(dropout_p, seed) if dropout_p > 0 else _NO_DROPOUT
+    dropped = dropout(dropout_p, seed) if dropout_p > 0 else NO_DROPOUT
     by_column = dropout_p > 0 or bias is not None or up_bias is not None
     rows, cols, strides = _layout(by_column, x, up, out)
     tile = row_tile(TILES, cols, x.element_size())
@@ -249,7 +249,7 @@ def backward(
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if dup is None and up is not None:
         dup = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dropped = dropout(dropout_p, seed) if dropout_p > 0 else _NO_DROPOUT
+    dropped = dropout(dropout_p, seed) if dropout_p > 0 else NO_DROPOUT
     sums = need_dbias + need_dup_bias
     by_column = dropout_p > 0 or sums > 0 or bias is not None or up_bias is not None
     rows, cols, strides = _layout(by_column, dout, x, up, dx, dup, out)
