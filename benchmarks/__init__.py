@@ -15,7 +15,7 @@ KERNELS = (
     "add_layer_norm",
     "add_rms_norm",
     "softmax",
-    "gelu",
+    "activation",
     "cross_entropy",
     "linear_cross_entropy",
     "embedding",

@@ -31,7 +31,7 @@ from benchmarks.runner import Case, Problem, tensors  # noqa: E402
 from fastformer.backends import registry  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16")
-EXACT, TANH = {"approximate": "none"}, {"approximate": "tanh"}
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "bias gelu", "swiglu")
 PADDING, GROUPED = {"padding": 0.5}, {"causal": True, "kv_heads": 1}
 
 
@@ -59,7 +59,7 @@ CASES: dict[str, list[Case]] = {
         [(2, 3, 65, 130)],
         *((feature, {"feature": feature}) for feature in ("mask", "causal", "bias")),
     ),
-    "gelu": _cases(ROWS, ("exact", EXACT), ("tanh", TANH)),
+    "activation": _cases(ROWS, *((kind, {}) for kind in ACTIVATIONS)),
     "cross_entropy": _cases([(5, 2), (64, 1000), (9, 50257)])
     + _cases([(7, 1000), (3, 50257)], ("probabilities", {"feature": "probabilities"})),
     "linear_cross_entropy": _cases([(5, 8, 2), (70, 64, 1000), (257, 96, 5001)]),
@@ -100,7 +100,7 @@ CASES: dict[str, list[Case]] = {
         )
         for dtype in DTYPES
     ],
-    "feed_forward": _cases([(70, 64, 256), (257, 96, 200)]),
+    "feed_forward": _cases([(70, 64, 256), (257, 96, 200)], ("", {}), ("residual", {}), ("swiglu", {})),
 }
 TINY: dict[str, list[Case]] = {
     "layer_norm": _cases([(3, 70)])[:2],
@@ -108,7 +108,7 @@ TINY: dict[str, list[Case]] = {
     "rms_norm": _cases([(3, 70)])[:2],
     "add_rms_norm": _cases([(3, 70)], DROPOUT)[:2],
     "softmax": _cases([(3, 70)])[:2],
-    "gelu": _cases([(3, 70)], ("exact", EXACT))[:2],
+    "activation": _cases([(3, 70)], ("swiglu", {}))[:2],
     "cross_entropy": _cases([(3, 70)])[:2],
     "linear_cross_entropy": _cases([(70, 16, 40)])[:2],
     "embedding": _cases([(2, 5, 70)], ("norm", {"vocabulary": 9, "positions": 6, "types": 2, "norm": True}))[:2],
@@ -127,10 +127,10 @@ KERNELS: dict[str, tuple[str, tuple[str, ...]]] = {
         "attention",
         ("causal", "key_padding_mask", "grouped_heads", "bias", "relative_bias", "window", "dropout"),
     ),
-    "feed_forward": ("gelu", ("bias",)),
+    "feed_forward": ("activation", ("bias", "gate")),
 }
 OPS = tuple(CASES)
-HUGE = ("layer_norm", "softmax", "gelu")  # also checked beyond 2^31 elements
+HUGE = ("layer_norm", "softmax", "activation")  # also checked beyond 2^31 elements
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def check_case(module: ModuleType, op: str, case: Case, backend: str, device: st
 
 def check_huge(module: ModuleType, op: str, backend: str, device: str, rows: int = (1 << 19) + 8) -> list[Check]:
     """More than 2^31 elements (rows of 4096): the last rows must be what those rows give alone."""
-    case = Case((rows, 4096), "bfloat16", False, "exact" if op == "gelu" else "", EXACT)
+    case = Case((rows, 4096), "bfloat16", False, "gelu" if op == "activation" else "")
     problem = module.setup(case, device)
     last = replace(problem, args=tuple(t[-8:] if t.dim() and len(t) == case.shape[0] else t for t in problem.args))
     with fastformer.backend(backend), torch.no_grad():

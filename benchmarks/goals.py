@@ -96,13 +96,13 @@ GOALS: tuple[Goal, ...] = (
     Goal("add_rms_norm", "eager", speedup=2.0, where=MAIN_ROWS),
     Goal("softmax", "clone", speedup=WITHIN_A_FIFTH, where=MAIN_ROWS),
     Goal("softmax", "eager", speedup=1.0, where=NOT_THE_SWEEP),
-    Goal("gelu", "clone", speedup=WITHIN_A_FIFTH, where=MAIN_ROWS),
-    Goal("gelu", "eager", speedup=1.0, where=MAIN_ROWS),
+    Goal("activation", "clone", speedup=WITHIN_A_FIFTH, where=MAIN_ROWS),
+    Goal("activation", "eager", speedup=1.0, where=MAIN_ROWS),
     Goal("cross_entropy", "eager", speedup=2.0, where={"shape": (1024, 50257), "backward": True}),
     Goal("cross_entropy", "eager", speedup=1.0, where={"shape": lambda shape: shape != (1024, 50257), **NOT_THE_SWEEP}),
     *(
         Goal(op, "the faster of eager and compile", peers=("eager", "compile"), speedup=0.95, where={"variant": SWEEP})
-        for op in (*ROWS, "gelu")
+        for op in (*ROWS, "activation")
     ),
     Goal("linear_cross_entropy", "eager", speedup=1.25, where={"cols": 50257, "dtype": "float32", "backward": True}),
     Goal("linear_cross_entropy", "eager", speedup=3.0, where={"cols": 50257, "dtype": "bfloat16", "backward": True}),

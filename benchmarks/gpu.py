@@ -144,7 +144,7 @@ def _sanitize(tool: str, backend: str, rehearse: bool) -> Section:
 
 
 def chosen(sections: list[Section], wanted: str) -> list[Section]:
-    """The sections named by kind ("bench"), by full name ("check cuda gelu") or by operation, with what those need."""
+    """The sections named by kind ("bench"), by full name ("check cuda softmax") or by op, with what those need."""
     if not wanted:
         return sections
     found = [s for s in sections if wanted in (s.kind, s.name, s.op)]

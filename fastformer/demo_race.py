@@ -27,7 +27,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "layer_norm": (),
     "add_layer_norm": (),
     "attention": ("causal",),
-    "gelu": ("bias",),
+    "activation": ("bias",),
     "cross_entropy": (),
 }
 SHOWN_STEPS = (1, 2, 3, 5, 10, 20, 40, 60, 80, 100)

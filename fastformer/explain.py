@@ -41,6 +41,7 @@ _FEATURES: dict[str, tuple[str, ...]] = {
     "add_rms_norm": ("dropout",),
     "embedding": ("norm", "dropout"),
     "softmax": ("mask", "bias", "causal"),
+    "activation": ("bias", "gate", "dropout"),
     "cross_entropy": ("weight", "label_smoothing", "z_loss", "probabilities"),
     "linear_cross_entropy": ("weight", "label_smoothing", "z_loss"),
 }
@@ -54,6 +55,9 @@ def _features(op: str, tensors: list[Tensor], kwargs: dict[str, Any]) -> tuple[s
         values.setdefault("weight", tensors[2] if len(tensors) > 2 else None)
     if op == "softmax" and isinstance(kwargs.get("mask"), Tensor) and kwargs["mask"].dtype != torch.bool:
         values["bias"] = values.pop("mask")
+    if op == "activation":
+        values["gate"] = len(tensors) > 1 and tensors[0].dim() > 1 and tensors[1].shape == tensors[0].shape
+        values["bias"] = any(isinstance(t, Tensor) and t.dim() == 1 for t in (*tensors[1:], *kwargs.values()))
     if not kwargs.get("training", True):
         values["dropout_p"] = 0.0
     used = []

@@ -60,12 +60,12 @@ def test_explain_names_every_backend_and_its_reason():
     with pytest.raises(ValueError, match="op: 'atention' is not one of"):
         fastformer.explain("atention", torch.randn(1))
     with pytest.raises(ValueError, match="needs the call's tensors"):
-        fastformer.explain("gelu")
+        fastformer.explain("activation")
 
 
 @pytest.mark.parametrize("name, expected", [("reference", "reference"), ("nonsense", "FASTFORMER_BACKEND: unknown")])
 def test_environment_variable(name, expected):
-    code = "import torch, fastformer; print(fastformer.explain('gelu', torch.ones(2)).backend)"
+    code = "import torch, fastformer; print(fastformer.explain('activation', torch.ones(2)).backend)"
     env = {"FASTFORMER_BACKEND": name, "PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert expected in done.stdout + done.stderr
@@ -74,5 +74,5 @@ def test_environment_variable(name, expected):
 def test_features_decide():
     assert registry.refusal("cpu", "attention", "cpu", torch.float32, ("bias",)) is None
     assert registry.refusal("cpu", "attention", "cpu", torch.float32, ("bias", "x")) == "does not implement x"
-    assert "dtype int8" in registry.refusal("cpu", "gelu", "cpu", torch.int8, ())
-    assert registry.refusal("reference", "gelu", "cpu", torch.float32, ()) is None
+    assert "dtype int8" in registry.refusal("cpu", "activation", "cpu", torch.int8, ())
+    assert registry.refusal("reference", "activation", "cpu", torch.float32, ()) is None

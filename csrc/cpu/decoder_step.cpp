@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "activation.h"
 #include "layer_norm.h"
 #include "tile.h"
 
@@ -86,17 +87,10 @@ static void start_with(int64_t batch, int64_t N, const void* bias, float* y, int
 }
 
 static void gelu_in_place(float* y, int64_t n, bool tanh) {
-  if (!tanh) {
-    for (int64_t i = 0; i < n; i++) y[i] = 0.5f * y[i] * (1.f + std::erf(y[i] * 0.70710678f));
-    return;
-  }
-  int64_t i = 0;
-  auto f = [](f32v x) {  // x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-    f32v u = x * (x * x * 0.044715f + 1.f) * -1.5957691216f;
-    return x / (vexp(u) + 1.f);
-  };
-  for (; i + kW <= n; i += kW) store(y + i, f(load(y + i)));
-  if (i < n) store_partial(y + i, f(load_partial(y + i, int(n - i))), int(n - i));
+  for_activation(tanh ? FF_GELU_TANH : FF_GELU, [&](auto kind) {
+    for_row<float>(n, [&](int64_t i, int k) { store_n(y + i, activate<decltype(kind)::value>(load_n(y + i, k)), k); });
+    return FF_OK;
+  });
 }
 
 static float dot(const float* x, const float* y, int64_t n) {

@@ -165,23 +165,35 @@ FF_KERNEL(cuda, softmax_forward, ff_softmax_args);
 FF_KERNEL(cpu, softmax_backward, ff_softmax_args);
 FF_KERNEL(cuda, softmax_backward, ff_softmax_args);
 
-/* ---- gelu ------------------------------------------------------------------------------------------------------------
- * out = gelu(x + bias), the exact form x * Phi(x) or the tanh approximation; backward also reduces the bias gradient. */
-typedef struct ff_gelu_args {
+/* ---- activation ------------------------------------------------------------------------------------------------------
+ * out = dropout(act(x + bias) * (up + up_bias)), the second factor only where `up` is given (Shazeer 2020: with silu it is
+ * SwiGLU, with gelu GeGLU; x is the gate). The epilogue of a feed-forward's first matmul; backward reduces the bias
+ * gradients in its one pass. relu max(z, 0); gelu z * Phi(z); gelu_tanh its tanh approximation; silu z * sigmoid(z).
+ *
+ * In place: out may be x or up, dx and dup any of x, up and dout, with the same stride. */
+typedef enum ff_activation { FF_RELU = 0, FF_GELU = 1, FF_GELU_TANH = 2, FF_SILU = 3 } ff_activation;
+typedef struct ff_activation_args {
   ff_dtype dtype;
-  int64_t rows, cols;      /* without a bias: any factorisation of the element count */
-  int tanh;                /* 1: the tanh approximation */
-  const void* x;           /* (rows, cols) contiguous */
+  ff_activation kind;
+  int64_t rows, cols;
+  int64_t x_stride, up_stride, out_stride, dout_stride, dx_stride, dup_stride; /* between rows */
+  double dropout_p;        /* 0 = no dropout */
+  uint64_t seed;
+  const void* x;           /* (rows, cols) */
   const void* bias;        /* (cols) or NULL */
-  void* out;               /* forward: (rows, cols) */
-  const void* dout;        /* backward: (rows, cols) contiguous */
+  const void* up;          /* (rows, cols) or NULL */
+  const void* up_bias;     /* (cols) or NULL, with up */
+  void* out;               /* forward: (rows, cols); backward: the same once more, or NULL */
+  const void* dout;        /* backward: (rows, cols) */
   void* dx;                /* backward: (rows, cols) */
+  void* dup;               /* backward: (rows, cols), with up */
   void* dbias;             /* backward: (cols) or NULL */
-  void* workspace;         /* backward, with dbias */
-} ff_gelu_args;
-FF_KERNEL(cpu, gelu_forward, ff_gelu_args);
-FF_KERNEL(cpu, gelu_backward, ff_gelu_args);
-FF_WORKSPACE(cpu, gelu_backward, ff_gelu_args);
+  void* dup_bias;          /* backward: (cols) or NULL, with up */
+  void* workspace;         /* backward, with dbias or dup_bias */
+} ff_activation_args;
+FF_KERNEL(cpu, activation_forward, ff_activation_args);
+FF_KERNEL(cpu, activation_backward, ff_activation_args);
+FF_WORKSPACE(cpu, activation_backward, ff_activation_args);
 
 /* ---- cross_entropy ---------------------------------------------------------------------------------------------------
  * With z = logits, V = cols, s = label_smoothing and class weights w (1 where NULL):

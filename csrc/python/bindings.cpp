@@ -222,26 +222,19 @@ PYBIND11_MODULE(FF_MODULE, m) {
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("mask") = py::none(),
       py::arg("row_shape") = py::none(), py::arg("causal") = false);
 
-  // Without a bias everything is one row.
-  auto gelu_args = [](const ff::Tensor& x, const ff::Tensor& bias, const ff::Tensor& dbias, bool tanh) {
-    ff_gelu_args a{};
-    const bool in_rows = bias.data || dbias.data;
-    a.dtype = ff_dtype(x.dtype), a.rows = in_rows ? x.rows() : 1, a.cols = in_rows ? x.cols : x.numel, a.tanh = tanh;
-    a.x = x.data, a.bias = bias.data, a.dbias = dbias.data;
-    return a;
-  };
-  m.def("gelu_forward", [=](py::handle x, py::handle bias, py::handle out, bool tanh) {
-    ff_gelu_args a = gelu_args(x, bias, py::none(), tanh);
-    a.out = ff::Tensor(out).data;
-    run(ff_cpu_gelu_forward, a);
+  m.def("activation_forward", [](py::handle x, py::handle bias, py::handle up, py::handle up_bias, py::handle out,
+                                 const std::string& kind, double dropout_p, uint64_t seed) {
+    run(ff_cpu_activation_forward, ff::activation_args(x, bias, up, up_bias, out, kind, dropout_p, seed));
   });
-  m.def("gelu_backward",
-        [=](py::handle dout, py::handle x, py::handle bias, py::handle dx, py::handle dbias, bool tanh) {
-          ff_gelu_args a = gelu_args(x, bias, dbias, tanh);
-          a.dout = ff::Tensor(dout).data, a.dx = ff::Tensor(dx).data;
-          const Scratch scratch(a.dbias ? ff_cpu_gelu_backward_workspace(&a) : 0);
+  m.def("activation_backward",
+        [](py::handle dout, py::handle x, py::handle bias, py::handle up, py::handle up_bias, py::handle dx,
+           py::handle dup, py::handle dbias, py::handle dup_bias, py::handle out, const std::string& kind,
+           double dropout_p, uint64_t seed) {
+          auto a = ff::activation_args(x, bias, up, up_bias, out, kind, dropout_p, seed);
+          ff::set_activation_gradients(a, dout, dx, dup, dbias, dup_bias);
+          const Scratch scratch(a.dbias || a.dup_bias ? ff_cpu_activation_backward_workspace(&a) : 0);
           a.workspace = scratch.data;
-          run(ff_cpu_gelu_backward, a);
+          run(ff_cpu_activation_backward, a);
         });
 
   m.def(

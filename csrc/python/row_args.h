@@ -89,4 +89,27 @@ inline void set_gradients(ff_cross_entropy_args& a, const Tensor& dloss, const T
   a.dloss = dloss.data, a.dloss_stride = dloss.stride[0], a.dlogits = dlogits.data;
 }
 
+inline ff_activation activation_kind(const std::string& name) {
+  static const char* const names[] = {"relu", "gelu", "gelu_tanh", "silu"};  // in ff_activation's order
+  for (int kind = 0; kind < 4; kind++)
+    if (name == names[kind]) return ff_activation(kind);
+  throw pybind11::value_error("activation: " + name);
+}
+
+inline ff_activation_args activation_args(const Tensor& x, const Tensor& bias, const Tensor& up, const Tensor& up_bias,
+                                          const Tensor& out, const std::string& kind, double dropout_p, uint64_t seed) {
+  ff_activation_args a{};
+  a.dtype = ff_dtype(x.dtype), a.kind = activation_kind(kind), a.rows = x.rows(), a.cols = x.cols;
+  a.x_stride = x.row_stride(), a.up_stride = up.row_stride(), a.out_stride = out.row_stride();
+  a.dropout_p = dropout_p, a.seed = seed;
+  a.x = x.data, a.bias = bias.data, a.up = up.data, a.up_bias = up_bias.data, a.out = out.data;
+  return a;
+}
+
+inline void set_activation_gradients(ff_activation_args& a, const Tensor& dout, const Tensor& dx, const Tensor& dup,
+                                     const Tensor& dbias, const Tensor& dup_bias) {
+  a.dout_stride = dout.row_stride(), a.dx_stride = dx.row_stride(), a.dup_stride = dup.row_stride();
+  a.dout = dout.data, a.dx = dx.data, a.dup = dup.data, a.dbias = dbias.data, a.dup_bias = dup_bias.data;
+}
+
 }  // namespace ff

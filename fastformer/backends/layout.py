@@ -20,14 +20,6 @@ def row_layout(x: Tensor) -> tuple[int, int, int]:
     return x.numel() // max(cols, 1), cols, cols
 
 
-def bias_layout(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """(rows, columns) of a contiguous x ``(*, cols)`` for element-wise work with a bias (cols); one row without one."""
-    if bias is None:
-        return 1, x.numel()
-    cols = x.shape[-1]
-    return x.numel() // max(cols, 1), cols
-
-
 def as_matrix(x: Tensor) -> Tensor:
     """x ``(*, cols)``, laid out as for :func:`row_layout`, as a view ``(rows, cols)``."""
     return x if x.dim() == 2 else x.view(row_layout(x)[:2])

@@ -30,7 +30,7 @@ OPS = (
     "rms_norm",
     "add_rms_norm",
     "softmax",
-    "gelu",
+    "activation",
     "cross_entropy",
     "embedding",
     "rotary",

@@ -32,6 +32,11 @@ def through_operator(*tensors: Tensor | None) -> bool:
     return False
 
 
+def transforming() -> bool:
+    """Whether this call is inside a transform of ``torch.func``."""
+    return peek_interpreter_stack() is not None
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record this call."""
     if not torch.is_grad_enabled():

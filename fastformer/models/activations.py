@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 # activation_function -> the fused feed-forward's name for it; the rest runs unfused.
 FUSED_ACTIVATIONS: dict[str, str] = {
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
@@ -17,10 +20,7 @@ FUSED_ACTIVATIONS: dict[str, str] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 OTHER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-    "swish": F.silu,
     "mish": F.mish,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,

@@ -177,7 +177,7 @@ class GPT2MLP(torch_nn.Module):
         if fused is None or type(first) is not Conv1D or type(second) is not Conv1D:
             hidden = first(x)
             if fused is not None:
-                hidden = functional.gelu(hidden, "tanh" if fused == "gelu_tanh" else "none")
+                hidden = functional.bias_activation(hidden, None, fused)
             else:
                 hidden = OTHER_ACTIVATIONS[self.activation](hidden)
             return second(hidden)

@@ -23,7 +23,7 @@ def fused_decoder(model: GPT2LMHeadModel, batch_size: int, max_length: int) -> F
     """A :class:`FusedDecoder`, or None where the kernel does not cover the model as it is."""
     if overridden() not in (None, "cpu"):
         return None
-    if torch.is_autocast_enabled("cpu") or model.config.activation_function not in FUSED_ACTIVATIONS:
+    if torch.is_autocast_enabled("cpu") or _activation(model) not in ("gelu", "gelu_tanh"):
         return None
     plain = (Conv1D, nn.LayerNorm, torch_nn.Embedding, torch_nn.Linear)
     for module in model.modules():
@@ -34,6 +34,10 @@ def fused_decoder(model: GPT2LMHeadModel, batch_size: int, max_length: int) -> F
     if supported(batch_size, list(model.parameters())):
         return None
     return FusedDecoder(model, max_length)
+
+
+def _activation(model: GPT2LMHeadModel) -> str | None:
+    return FUSED_ACTIVATIONS.get(model.config.activation_function)
 
 
 class FusedDecoder:
@@ -86,5 +90,5 @@ class FusedDecoder:
             caches,
             [block.attn.scale for block in body.h],
             model.config.layer_norm_epsilon,
-            FUSED_ACTIVATIONS[model.config.activation_function] == "gelu_tanh",
+            _activation(model) == "gelu_tanh",
         )

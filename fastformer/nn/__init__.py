@@ -1,9 +1,9 @@
 """Drop-in modules: the constructors, forward arguments, state_dict keys and initialisation of ``torch.nn``, fused."""
 
-from .activation import GELU, LogSoftmax, Softmax
+from .activation import GELU, LogSoftmax, ReLU, SiLU, Softmax
 from .attention import MultiheadAttention
 from .embedding import Embedding
-from .feed_forward import FeedForward
+from .feed_forward import FeedForward, GatedFeedForward
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .positions import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
@@ -13,13 +13,16 @@ __all__ = [
     "CrossEntropyLoss",
     "Embedding",
     "FeedForward",
+    "GatedFeedForward",
     "LayerNorm",
     "LearnedPositionalEncoding",
     "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
+    "ReLU",
     "RotaryEmbedding",
+    "SiLU",
     "SinusoidalPositionalEncoding",
     "Softmax",
 ]

@@ -21,6 +21,22 @@ class GELU(torch.nn.GELU):
         return functional.gelu(input, approximate=self.approximate)
 
 
+class SiLU(torch.nn.SiLU):
+    """``x * sigmoid(x)``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape -> the same shape and dtype."""
+        return functional.silu(input, inplace=self.inplace)
+
+
+class ReLU(torch.nn.ReLU):
+    """``max(x, 0)``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape -> the same shape and dtype."""
+        return functional.relu(input, inplace=self.inplace)
+
+
 class Softmax(torch.nn.Softmax):
     """Softmax along ``dim``. A slice that is entirely -inf gives zeros, where ``torch.nn.Softmax`` gives NaN."""
 

@@ -91,7 +91,7 @@ def test_nothing_starts_after_the_deadline():
 
 def test_report_has_the_end_of_what_failed(tmp_path):
     (tmp_path / gpu.PARTS).mkdir()
-    failed = section("check triton gelu", "")
+    failed = section("check triton activation", "")
     failed.status, failed.log = "failed: exit code 1", "some line\nthe error itself\n"
     gpu.write([failed], tmp_path, {"card": "a card", "date": "today", "commit": "abc", "command": "make gpu"})
     text = (tmp_path / "report.md").read_text()

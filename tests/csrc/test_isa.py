@@ -90,8 +90,17 @@ OPS = {
         lambda x, w: F.log_softmax(x, 1, mask=_some(w)).masked_fill(~_some(w), 0.0),
         lambda x, w: TF.log_softmax(x.masked_fill(~_some(w), -torch.inf), 1).masked_fill(~_some(w), 0.0),
     ),
-    "gelu": (F.bias_gelu, lambda x, w: TF.gelu(x + w)),
-    "gelu tanh": (lambda x, w: F.bias_gelu(x, w, "tanh"), lambda x, w: TF.gelu(x + w, approximate="tanh")),
+    "gelu": (F.bias_activation, lambda x, w: TF.gelu(x + w)),
+    "gelu tanh": (
+        lambda x, w: F.bias_activation(x, w, "gelu_tanh"),
+        lambda x, w: TF.gelu(x + w, approximate="tanh"),
+    ),
+    "silu": (lambda x, w: F.bias_activation(x, w, "silu"), lambda x, w: TF.silu(x + w)),
+    "relu": (lambda x, w: F.bias_activation(x, w, "relu"), lambda x, w: TF.relu(x + w)),
+    "silu, gated": (
+        lambda x, w: F.gated_activation(x, x.detach().flip(0), up_bias=w),
+        lambda x, w: TF.silu(x) * (x.detach().flip(0) + w),
+    ),
     "cross_entropy": (
         lambda x, w: F.cross_entropy(x, _target(x), reduction="none"),
         lambda x, w: TF.cross_entropy(x, _target(x), reduction="none"),
@@ -194,6 +203,8 @@ def test_nan_and_infinity_pass_through(dtype, kernels):
         assert torch.equal(soft[3:], torch.zeros(1, 1, dtype=dtype) if n == 1 else TF.softmax(x[3:], 1))
         assert F.gelu(x)[0, n // 2].isnan() and F.gelu(x)[1, n // 2] == float("inf")
         assert F.gelu(x, "tanh")[0, n // 2].isnan() and F.gelu(x, "tanh")[1, n // 2] == float("inf")
+        for function in (F.silu, F.relu):
+            assert function(x)[0, n // 2].isnan() and function(x)[1, n // 2] == float("inf")
         assert F.layer_norm(x, (n,))[:2].isnan().all()
         # the infinity is NaN, what is finite beside it is 0
         assert F.rms_norm(x, (n,))[0].isnan().all() and F.rms_norm(x, (n,))[1, n // 2].isnan()

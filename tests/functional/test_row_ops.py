@@ -1,4 +1,5 @@
-"""The operations on rows (norms, softmax, gelu, cross-entropy): values and gradients against float64, on each backend.
+"""The operations on rows (norms, softmax, activations, cross-entropy): values and gradients against float64, on each
+backend.
 
 torch in the same dtype gives the allowance: an error up to twice its own, plus a few roundings (tests/nn/comparison).
 """
@@ -93,8 +94,18 @@ OPS = {
     "softmax over columns": Op(lambda x: F.softmax(x, 0), lambda x: TF.softmax(x, 0)),
     "gelu": Op(F.gelu, TF.gelu, spread=4.0),
     "gelu tanh": Op(lambda x: F.gelu(x, "tanh"), lambda x: TF.gelu(x, approximate="tanh"), spread=4.0),
-    "bias_gelu": Op(
-        lambda x, b: F.bias_gelu(x, b, "tanh"), lambda x, b: TF.gelu(x + b, approximate="tanh"), lambda n: [(n,)]
+    "silu": Op(F.silu, TF.silu, spread=4.0),
+    "relu": Op(F.relu, TF.relu),
+    "bias_activation": Op(
+        lambda x, b: F.bias_activation(x, b, "gelu_tanh"),
+        lambda x, b: TF.gelu(x + b, approximate="tanh"),
+        lambda n: [(n,)],
+    ),
+    "gated_activation": Op(
+        lambda x, b, c: F.gated_activation(x, x.flip(0), "silu", gate_bias=b, up_bias=c),
+        lambda x, b, c: TF.silu(x + b) * (x.flip(0) + c),
+        lambda n: [(n,), (n,)],
+        spread=2.0,
     ),
     "cross_entropy, sum": Op(
         lambda x: F.cross_entropy(x, _target(x), reduction="sum"),
@@ -157,6 +168,7 @@ def test_strided_and_multidimensional_input(backend):
             torch.testing.assert_close(F.softmax(x, dim), TF.softmax(x, dim))
         torch.testing.assert_close(F.gelu(x), TF.gelu(x))
         torch.testing.assert_close(F.gelu(torch.tensor(0.5)), TF.gelu(torch.tensor(0.5)))
+        torch.testing.assert_close(F.gated_activation(x, x[:, :, :9]), TF.silu(x) * x)
         logits, target = torch.randn(3, 7, 2, 2), torch.randint(0, 7, (3, 2, 2))
         torch.testing.assert_close(F.cross_entropy(logits, target), TF.cross_entropy(logits, target))
 
@@ -245,13 +257,14 @@ GRADCHECKS = {
     "softmax": (lambda x: F.softmax(x, 0), [(3, 5)]),
     "log_softmax": (lambda x: F.log_softmax(x, 1), [(3, 5)]),
     "gelu": (F.gelu, [(3, 5)]),
-    "bias_gelu": (lambda x, b: F.bias_gelu(x, b, "tanh"), [(3, 5), (5,)]),
-    "cross_entropy": (lambda x: F.cross_entropy(x, torch.tensor([1, -100, 4]), label_smoothing=0.1), [(3, 5)]),
-    "feed_forward": (F.feed_forward, [(2, 3, 4), (6, 4), (6,), (4, 6), (4,)]),
-    "feed_forward, GPT-2's layout": (
-        lambda x, w1, b1, w2, b2: F.feed_forward(x, w1.t(), b1, w2.t(), b2, "gelu_tanh"),
-        [(2, 3, 4), (4, 6), (6,), (6, 4), (4,)],
+    "silu": (F.silu, [(3, 5)]),
+    "relu": (F.relu, [(3, 5)]),
+    "bias_activation": (lambda x, b: F.bias_activation(x, b, "gelu_tanh"), [(3, 5), (5,)]),
+    "gated_activation": (
+        lambda x, u, b, c: F.gated_activation(x, u, "gelu", gate_bias=b, up_bias=c),
+        [(3, 5), (3, 5), (5,), (5,)],
     ),
+    "cross_entropy": (lambda x: F.cross_entropy(x, torch.tensor([1, -100, 4]), label_smoothing=0.1), [(3, 5)]),
 }
 
 
@@ -259,23 +272,6 @@ GRADCHECKS = {
 def test_gradcheck(name):
     function, shapes = GRADCHECKS[name]
     assert torch.autograd.gradcheck(function, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
-
-
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_feed_forward(activation, dtype):
-    g = torch.Generator().manual_seed(8)
-    shapes = [(2, 9, 24), (50, 24), (50,), (24, 50), (24,)]
-    tensors = [(torch.randn(s, generator=g) / s[-1] ** 0.5).to(dtype) for s in shapes]
-
-    def plain(x, w1, b1, w2, b2):
-        form = "tanh" if activation == "gelu_tanh" else "none"
-        return TF.linear(TF.gelu(TF.linear(x, w1, b1), approximate=form), w2, b2)
-
-    wanted, same = run(plain, [t.double() for t in tensors]), run(plain, tensors)
-    ours = run(lambda *t: F.feed_forward(*t, activation), tensors)
-    for i, (o, s, w) in enumerate(zip(ours, same, wanted, strict=True)):
-        assert_as_accurate(f"feed_forward {i}", o, s, w)
 
 
 def test_repeats_bit_for_bit():
@@ -336,7 +332,14 @@ BAD = {
     r"dropout_p: 1.5 is not in \[0, 1\]": lambda: F.add_layer_norm(X, X, (6,), dropout_p=1.5),
     "dim: 2 is out of range": lambda: F.softmax(X, 2),
     "approximate: 'tan' is not one of 'none', 'tanh'; did you mean 'tanh'": lambda: F.gelu(X, "tan"),
-    r"bias: shape \(5,\)": lambda: F.bias_gelu(X, W[:5]),
+    r"bias: shape \(5,\)": lambda: F.bias_activation(X, W[:5]),
+    "bias: dtype torch.float64 differs from input's": lambda: F.bias_activation(X, W.double()),
+    "activation: 'sillu' is not one of .* did you mean 'silu'": lambda: F.bias_activation(X, W, "sillu"),
+    r"dropout_p: -0.1 is not in \[0, 1\]": lambda: F.bias_activation(X, W, dropout_p=-0.1),
+    r"up: shape \(2, 6\) is not gate's \(4, 6\)": lambda: F.gated_activation(X, X[:2]),
+    "up: dtype torch.bfloat16 differs": lambda: F.gated_activation(X, X.bfloat16()),
+    r"up_bias: shape \(5,\)": lambda: F.gated_activation(X, X, up_bias=W[:5]),
+    r"gate_bias: shape \(5,\)": lambda: F.gated_activation(X, X, gate_bias=W[:5]),
     "target: row 2 is 6, not in": lambda: F.cross_entropy(X, torch.tensor([0, 1, 6, 2])),
     "target: row 2 is -3, not in": lambda: F.cross_entropy(X, torch.tensor([0, 1, -3, 2])),
     "target: dtype torch.int32": lambda: F.cross_entropy(X, torch.zeros(4, dtype=torch.int32)),
@@ -345,12 +348,6 @@ BAD = {
     r"weight: shape \(5,\) is not \(6,\) ?": lambda: F.cross_entropy(X, torch.zeros(4, dtype=torch.int64), W[:5]),
     "reduction: 'men' is not one of .* did you mean 'mean'": lambda: F.cross_entropy(X, X, reduction="men"),
     "label_smoothing: 2": lambda: F.cross_entropy(X, X, label_smoothing=2),
-    "activation: 'gelu_tan' is not one of .* did you mean 'gelu_tanh'": lambda: F.feed_forward(
-        X, W[None], None, W[:, None], None, "gelu_tan"
-    ),
-    "w1: 5 input features are not x's": lambda: F.feed_forward(X, X[:, :5], None, X, None),
-    "w2: 6 input features are not w1's 4": lambda: F.feed_forward(X, X, None, X, None),
-    r"b1: shape \(6,\) is not \(4,\)": lambda: F.feed_forward(X, X, W, X.t(), None),
 }
 
 
@@ -377,8 +374,10 @@ def _operator_calls():
     yield op.add_rms_norm_backward, (None, d, p, [8], None, rstd, 0.0, None, torch.float32)
     yield op.softmax, (x, False)
     yield op.softmax_backward, (d, p.softmax(1), False)
-    yield op.gelu, (x, w, True)
-    yield op.gelu_backward, (d, p, q, True)
+    yield op.activation, (x, w, None, None, "gelu_tanh", 0.0, None)
+    yield op.activation, (x, w, x, None, "silu", 0.5, torch.tensor(3))
+    yield op.activation_backward, (d, p, q, None, None, "gelu_tanh", 0.0, None)
+    yield op.activation_backward, (d, p, q, p, q, "silu", 0.5, torch.tensor(3))
     ids, seed, needs = torch.tensor([[0, 2, 2]]), torch.tensor(3), [True, True, False, True, False]
     yield op.embedding, (ids, x, x, None, None, 0, None, 1, 2.0, w, w, 1e-5, 0.5, seed)
     yield op.embedding, (ids, x, None, None, None, 0, None, -1, 1.0, None, None, None, 0.0, None)
@@ -406,7 +405,8 @@ def test_compiles_to_one_graph():
     def function(x, w, b):
         y, s = F.add_layer_norm(F.layer_norm(x, (8,), w, b), x, (8,), w, b)
         y, s = F.add_rms_norm(F.rms_norm(y, (8,), w), s, (8,), w, 1e-4, bias=b)
-        return F.cross_entropy(F.softmax(F.bias_gelu(y + s, b, "tanh"), -1), torch.tensor([1, 2, -100]))
+        y = F.gated_activation(F.bias_activation(y + s, b, "gelu_tanh"), y)
+        return F.cross_entropy(F.softmax(y, -1), torch.tensor([1, 2, -100]))
 
     tensors = [torch.randn(3, 8), torch.randn(8), torch.randn(8)]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

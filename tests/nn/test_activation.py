@@ -1,4 +1,4 @@
-"""fastformer.nn.GELU, Softmax and LogSoftmax beside torch.nn's."""
+"""fastformer.nn.GELU, SiLU, ReLU, Softmax and LogSoftmax beside torch.nn's."""
 
 import pytest
 import torch
@@ -15,6 +15,38 @@ def test_gelu(approximate, dtype):
     # Both tails, where an approximation may leave x or 0.
     x = torch.linspace(-12, 12, 977, dtype=dtype).view(1, 977)
     compare(nn.GELU(approximate), torch.nn.GELU(approximate), [x])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["SiLU", "ReLU"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_silu_and_relu(kind, inplace, dtype):
+    x = torch.linspace(-30, 30, 977, dtype=dtype).view(1, 977)
+
+    def call(module, x):
+        return module(x * 1) if inplace else module(x)  # a leaf cannot be changed in place
+
+    compare(getattr(nn, kind)(inplace), getattr(torch.nn, kind)(inplace), [x], call)
+
+
+MODULES = {torch.nn.GELU: nn.GELU, torch.nn.SiLU: nn.SiLU, torch.nn.ReLU: nn.ReLU}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("theirs", MODULES, ids=lambda m: m.__name__)
+def test_torchs_own_samples(theirs, dtype):
+    """PyTorch's ``module_db``."""
+    pytest.importorskip("expecttest", reason="torch's module_db imports expecttest (pip install expecttest)")
+    from torch.testing._internal.common_modules import module_db
+
+    (info,) = (m for m in module_db if m.module_cls is theirs)
+    samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=True)
+    assert samples
+    for sample in samples:
+        made, call = sample.constructor_input, sample.forward_input
+        pair = [module(*made.args, **made.kwargs) for module in (MODULES[theirs], theirs)]
+        assert not call.kwargs
+        compare(*pair, list(call.args), lambda module, x: module(x * 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,6 +83,8 @@ def test_without_dim_warns_as_torch_does():
 
 def test_are_drop_ins():
     assert_drop_in(lambda: nn.GELU("tanh"), lambda: torch.nn.GELU("tanh"))
+    assert_drop_in(lambda: nn.SiLU(True), lambda: torch.nn.SiLU(True))
+    assert_drop_in(lambda: nn.ReLU(), lambda: torch.nn.ReLU())
     assert_drop_in(lambda: nn.Softmax(1), lambda: torch.nn.Softmax(1))
     assert_drop_in(lambda: nn.LogSoftmax(1), lambda: torch.nn.LogSoftmax(1))
 

@@ -1,4 +1,8 @@
-"""fastformer.nn.FeedForward beside the same block from torch.nn."""
+"""fastformer.nn.FeedForward and GatedFeedForward beside the same blocks from torch.nn."""
+
+import copy
+import importlib
+import pickle
 
 import pytest
 import torch
@@ -6,20 +10,46 @@ import torch
 from fastformer import nn
 from tests.nn.comparison import assert_drop_in, compare
 
+implementation = importlib.import_module("fastformer.functional.feed_forward")
+ACTIVATIONS = {
+    "relu": torch.nn.ReLU(),
+    "gelu": torch.nn.GELU(),
+    "gelu_tanh": torch.nn.GELU("tanh"),
+    "silu": torch.nn.SiLU(),
+}
+
 
 class TorchFeedForward(torch.nn.Module):
     def __init__(self, embed_dim, hidden_dim, activation="gelu", bias=True, dtype=None):
         super().__init__()
         self.linear1 = torch.nn.Linear(embed_dim, hidden_dim, bias, dtype=dtype)
         self.linear2 = torch.nn.Linear(hidden_dim, embed_dim, bias, dtype=dtype)
-        self.activation = torch.nn.GELU("tanh" if activation == "gelu_tanh" else "none")
+        self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x):
-        return self.linear2(self.activation(self.linear1(x)))
+    def forward(self, x, residual=None):
+        out = self.linear2(self.activation(self.linear1(x)))
+        return out if residual is None else residual + out
+
+
+class TorchGatedFeedForward(torch.nn.Module):
+    def __init__(self, embed_dim, hidden_dim, activation="silu", bias=False, dtype=None):
+        super().__init__()
+        self.gate_proj = torch.nn.Linear(embed_dim, hidden_dim, bias, dtype=dtype)
+        self.up_proj = torch.nn.Linear(embed_dim, hidden_dim, bias, dtype=dtype)
+        self.down_proj = torch.nn.Linear(hidden_dim, embed_dim, bias, dtype=dtype)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x, residual=None):
+        out = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return out if residual is None else residual + out
+
+
+PAIRS = {"plain": (nn.FeedForward, TorchFeedForward), "gated": (nn.GatedFeedForward, TorchGatedFeedForward)}
+every_form = pytest.mark.parametrize("form", PAIRS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     "shape",
@@ -29,24 +59,78 @@ class TorchFeedForward(torch.nn.Module):
         (2, 0, 24),  # no tokens
     ],
 )
-def test_matches_torch(shape, bias, activation, dtype):
+@every_form
+def test_matches_torch(form, shape, bias, activation, dtype):
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=dtype)
-    theirs = TorchFeedForward(24, 40, activation, bias, dtype)
-    compare(nn.FeedForward(24, 40, activation, bias, dtype=dtype), theirs, [x])
+    ours, theirs = (module(24, 40, activation, bias, dtype=dtype) for module in PAIRS[form])
+    compare(ours, theirs, [x])
 
 
-def test_is_a_drop_in():
-    assert_drop_in(lambda: nn.FeedForward(8, 20), lambda: TorchFeedForward(8, 20))
+@every_form
+def test_residual_and_recomputation(form):
+    torch.manual_seed(0)
+    ours, theirs = PAIRS[form]
+    inputs = [torch.randn(4, 24), torch.randn(4, 24)]
+    for recompute in (False, True):
+        compare(ours(24, 40, recompute=recompute), theirs(24, 40), inputs)
 
 
-def test_dropout_only_in_training():
-    module = nn.FeedForward(16, 32, dropout=0.5)
+@every_form
+def test_is_a_drop_in(form):
+    ours, theirs = PAIRS[form]
+    assert_drop_in(lambda: ours(8, 20), lambda: theirs(8, 20))
+
+
+@every_form
+def test_dropout_only_in_training(form):
+    module = PAIRS[form][0](16, 32, dropout=0.5)
     x = torch.randn(200, 16)
     zeros = (module(x) == 0).float().mean().item()
     assert 0.45 < zeros < 0.55
+    same = (module(x, x) == x).float().mean().item()  # the residual is not dropped
+    assert 0.45 < same < 0.55
     module.eval()
     assert (module(x) == 0).sum() == 0
+
+
+@every_form
+def test_activation_dropout_only_in_training(form):
+    module = PAIRS[form][0](16, 32, activation_dropout=1.0)
+    x = torch.randn(20, 16)
+    bias = getattr(module, "linear2", None)
+    assert torch.equal(module(x), torch.zeros(20, 16) + (0 if bias is None else bias.bias))
+    assert (module.eval()(x) == 0).sum() == 0
+
+
+def joined(module):
+    return implementation._joined(module.gate_proj.weight, module.up_proj.weight) is not None
+
+
+def test_gate_and_up_stay_one_matmul():
+    module = nn.GatedFeedForward(8, 12)
+    assert joined(module)
+    module.load_state_dict(TorchGatedFeedForward(8, 12).state_dict())
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    assert joined(module)
+    x = torch.randn(3, 8)
+    expected = module(x)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.double().float()):
+        assert joined(twin)
+        torch.testing.assert_close(twin(x), expected)
+    assert module.double()(x.double()).dtype == torch.float64 and joined(module)
+    assert [p.data_ptr() for p in optimizer.param_groups[0]["params"]] == [p.data_ptr() for p in module.parameters()]
+
+
+def test_replaced_parameters_work_as_two_matmuls():
+    module = nn.GatedFeedForward(8, 12)
+    x = torch.randn(3, 8)
+    expected = module(x)
+    module.up_proj.weight = torch.nn.Parameter(module.up_proj.weight.detach().clone())
+    assert not joined(module)
+    torch.testing.assert_close(module(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -54,15 +138,23 @@ def test_dropout_only_in_training():
     [
         ((0, 4), "embed_dim"),
         ((4, -1), "hidden_dim"),
-        ((4, 4, "relux"), "activation"),
+        ((4, 4, "relux"), "activation: 'relux' .* did you mean 'relu'"),
         ((4, 4, "gelu", True, 1.5), "dropout"),
     ],
 )
-def test_bad_arguments_are_named(arguments, name):
+@every_form
+def test_bad_arguments_are_named(form, arguments, name):
+    module = PAIRS[form][0]
     with pytest.raises(ValueError, match=name):
-        nn.FeedForward(*arguments)
+        module(*arguments)
+    with pytest.raises(ValueError, match="activation_dropout"):
+        module(4, 4, activation_dropout=-1)
 
 
-def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="x"):
-        nn.FeedForward(4, 8)(torch.randn(2, 5))
+@every_form
+def test_bad_input_is_named(form):
+    module = PAIRS[form][0](4, 8)
+    with pytest.raises(ValueError, match="input features are not x's"):
+        module(torch.randn(2, 5))
+    with pytest.raises(ValueError, match="residual"):
+        module(torch.randn(2, 4), torch.randn(3, 4))

@@ -9,7 +9,15 @@ import triton.language as tl
 
 from fastformer.backends.layout import collapsed
 from fastformer.backends.reference import philox
-from fastformer.backends.triton import add_layer_norm, cross_entropy, gelu, interpreting, layer_norm, rms_norm, softmax
+from fastformer.backends.triton import (
+    activation,
+    add_layer_norm,
+    cross_entropy,
+    interpreting,
+    layer_norm,
+    rms_norm,
+    softmax,
+)
 from fastformer.backends.triton.dropout import dropout, keep_mask
 from fastformer.backends.triton.launch import UNBOUNDED, RowTile, launch
 
@@ -43,7 +51,7 @@ def chunked(monkeypatch):
         (layer_norm, ("FORWARD_TILES", "BACKWARD_TILES")),
         (softmax, ("FORWARD_TILES", "BACKWARD_TILES")),
         (cross_entropy, ("FORWARD_TILES", "BACKWARD_TILES")),
-        (gelu, ("TILES",)),
+        (activation, ("TILES",)),
     ):
         for table in tables:
             monkeypatch.setattr(module, table, chunks)
@@ -116,7 +124,7 @@ def test_strides_beyond_32_bits(normal, device):
     row = normal(torch.float32, 1, 40).as_strided((1, 40), (2**33, 1))
     check_layer_norm(row, row[0], None, row)
     check_softmax(row, row, 1.0, False)
-    check("out", *(op.forward(*a, True) for op, a in ours_theirs_exact("gelu", row, None)))
+    check("out", *(op.forward(*a) for op, a in ours_theirs_exact("activation", row, None, row, None, "silu")))
     check_cross_entropy(row, torch.tensor([3], device=device), None, 0.0, normal(torch.float32, 1))
 
 
@@ -332,27 +340,69 @@ def test_softmax_of_masked_and_biased_scores(normal, request, added, log, dtype,
     check("dx", *(op.backward(*a, 0.7, log, mask, row_shape, causal) for op, a in gradients))
 
 
-# ---- gelu ------------------------------------------------------------------------------------------------------------
+# ---- activation ------------------------------------------------------------------------------------------------------
+
+KINDS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+def check_activation(x, bias, up, up_bias, dout, kind, dropout_p=0.0, seed=0):
+    """Forward, backward and the output computed once more in backward."""
+    arguments = ours_theirs_exact("activation", x, bias, up, up_bias, kind, dropout_p, seed)
+    outputs = [op.forward(*a) for op, a in arguments]
+    check("out", *outputs)
+    needs = bias is not None, up_bias is not None
+    again = [torch.empty_like(out) for out in outputs]
+    gradients = [
+        op.backward(dout.to(a[0].dtype), *a, *needs, None, None, out) for (op, a), out in zip(arguments, again)
+    ]
+    dx, dup, *_ = gradients[2]  # exact: what is summed up in the bias gradients
+    check_all("dx dup dbias dup_bias", *gradients, dx=dout, dbias=dx, dup=dout, dup_bias=dup)
+    check("out again", *again)
 
 
 @every_dtype
 @every_shape
-@pytest.mark.parametrize("tanh", [False, True], ids=["exact", "tanh"])
-def test_gelu(normal, dtype, shape, tanh, device):
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation(normal, dtype, shape, kind, device):
     x, dout, bias = normal(dtype, *shape) * 2, normal(dtype, *shape), normal(dtype, shape[1])
-    for b in (bias, None):
-        check("out", *(op.forward(*a, tanh) for op, a in ours_theirs_exact("gelu", x, b)))
-        gradients = [op.backward(*a, tanh, b is not None) for op, a in ours_theirs_exact("gelu", dout, x, b)]
-        check_all("dx dbias", *gradients, dx=dout, dbias=dout)
+    check_activation(x, bias, None, None, dout, kind)
+    check_activation(x, None, None, None, dout, kind)
 
 
-@pytest.mark.parametrize("tanh", [False, True], ids=["exact", "tanh"])
-def test_gelu_in_blocks_of_columns_and_far_from_zero(normal, tanh, chunked, device):
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("kind", ["gelu", "silu"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gated_activation(normal, dtype, shape, kind, dropout_p, device):
+    x, up, dout = (normal(dtype, *shape) for _ in range(3))
+    bias, up_bias = normal(dtype, shape[1]), normal(dtype, shape[1])
+    check_activation(x, None, up, None, dout, kind, dropout_p, 2**40 + 3)
+    check_activation(x, bias, up, up_bias, dout, kind, dropout_p, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_in_blocks_of_columns_and_far_from_zero(normal, kind, chunked, device):
     x = normal(torch.float32, 7, 70) * 30  # both tails: out = x and out = 0, with slopes 1 and 0
     x[0, :4] = torch.tensor([0.0, -0.0, 1e5, -1e5])
-    check("out", *(op.forward(*a, tanh) for op, a in ours_theirs_exact("gelu", x, None)))
     dout = normal(torch.float32, 7, 70)
-    check_all("dx dbias", *(op.backward(*a, tanh, True) for op, a in ours_theirs_exact("gelu", dout, x, x[1])))
+    check_activation(x, x[1], None, None, dout, kind, 0.3, 7)
+    check_activation(x, None, None, None, dout, kind)
+
+
+@every_dtype
+def test_activation_in_place_on_halves_of_one_tensor(normal, dtype, device):
+    """A gated feed-forward's first matmul gives both factors side by side; gradients replace them."""
+    both, dout = normal(dtype, 9, 2 * 40), normal(dtype, 9, 40)
+    wanted = activation.forward(both[:, :40].contiguous(), None, both[:, 40:].contiguous(), None, "silu")
+    dx, dup, *_ = activation.backward(dout, both[:, :40].contiguous(), None, both[:, 40:].contiguous(), None, "silu")
+    x, up = both[:, :40], both[:, 40:]
+    again = torch.empty_like(wanted)
+    assert activation.backward(dout, x, None, up, None, "silu", dx=x, dup=up, out=again)[0] is x
+    assert torch.equal(both, torch.cat([dx, dup], 1)) and torch.equal(again, wanted)
+    both = normal(dtype, 9, 2 * 40)
+    wanted = activation.forward(both[:, :40].contiguous(), None, both[:, 40:].contiguous(), None, "silu")
+    activation.forward(both[:, :40], None, both[:, 40:], None, "silu", out=both[:, :40])
+    assert torch.equal(both[:, :40], wanted)
 
 
 # ---- cross_entropy ---------------------------------------------------------------------------------------------------

@@ -35,10 +35,12 @@ SAMPLE = {
     "rotary": r"^rotary bf16 D=(128 R=128 halves|80 R=32 interleaved|256 R=256 interleaved)",
     "softmax": r"^softmax (forward_rows bf16 32768$|backward_rows fp32 16384$)|^log_softmax \w+_chunks bf16 262144$|"
     r"^log_softmax (forward|backward)_rows bf16 16384\+mask$",
-    "gelu": r"^gelu (forward bf16 262144 exact\+bias|backward bf16 1024 tanh\+bias)",
     "cross_entropy": r"^cross_entropy \w+ (bf16 262144 (weight\+smoothing|gradient|probabilities)$|fp32 512$|"
     r"bf16 32 weight.* of 1|fp32 2048 probabilities$)",
     "linear_cross_entropy": r"^linear_cross_entropy forward bf16 262144 gradient$",
+    # a row in blocks, all parts at once
+    "activation": r"^activation (forward bf16 262144 gelu\+bias$|backward bf16 1024 (gelu_tanh\+bias|silu\+gate)$|"
+    r"backward fp32 262144 gelu\+bias\+gate)",
     # the head size of most models, and one between powers of two; a T5 encoder in training; every kind of feature;
     # float32, which has to be sliced
     "attention": r"^attention (\w+ bf16 D=64 (causal|key_padding_mask\+relative_bias\+dropout)$|"
@@ -46,6 +48,7 @@ SAMPLE = {
     r"backward_bias bf16 D=128 key_padding_mask\+bias\+dropout$|backward_k fp32 D=128 causal$|"
     r"(forward bf16 D=128 causal\+softcap\+window|backward_k bf16 D=128 causal\+dropout\+varlen)$)",
     "decode_attention": r"^decode_attention (bf16 D=64 rows=(16|64)(\+everything)?|merge bf16 D=64 of 2)$",
+    "linear_activation": r"^linear_activation \w+ bf16 (gelu\+bias|silu\+gate)$",
     "column_sum": r"^column_sum bf16 x2$",
 }
 PROCESSES = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
@@ -111,5 +114,5 @@ def test_a_kernel_that_does_not_compile_is_found():
 
 
 def test_command_line_fails_when_nothing_matches(capsys):
-    assert aot.main(["--op", "gelu", "--select", "no such label"]) == 1
+    assert aot.main(["--op", "activation", "--select", "no such label"]) == 1
     assert "0 builds" in capsys.readouterr().out

@@ -106,7 +106,8 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
     return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
 
 
-KERNEL_FILES = (*OPS, "column_sum")  # column_sum: the second stage that several operations share
+# column_sum: the second stage that several operations share; linear_activation: a matmul of feed_forward's
+KERNEL_FILES = (*OPS, "linear_activation", "column_sum")
 
 
 def configurations(files: Iterable[str] = KERNEL_FILES) -> Iterator[Configuration]:
