@@ -150,10 +150,10 @@ def transformer_embedding(
     if token_weight.shape[1] == 0:
         raise ValueError("token_weight: rows of no elements")
     weights = (token_weight, position_weight, token_type_weight)
-    ids = (position_ids, position_offset, token_type_ids)
+    named = (position_ids, position_offset, token_type_ids)
     p = float(dropout_p) if training else 0.0
     padding = _padding_row(padding_idx, token_weight)
-    return _embed(input_ids, weights, ids, padding, float(scale), norm_weight, norm_bias, norm_eps, p)
+    return _embed(input_ids, weights, named, padding, float(scale), norm_weight, norm_bias, norm_eps, p)
 
 
 def _check_table(name: str, table: Tensor) -> None:
@@ -216,7 +216,7 @@ def _select(weight: Tensor, eps: float | None, p: float) -> ModuleType:
     return registry.select("embedding", weight.device.type, weight.dtype, features)
 
 
-def _tables(input_ids, weights, ids, padding: int, name: str = "input_ids") -> tuple[Table, ...]:
+def _tables(input_ids, weights, ids, padding, name="input_ids"):
     """The tables as kernels take them (backends/embedding_table.py). Indices alike in every sequence stay short."""
     token, position, token_type = weights
     count = input_ids.numel()
