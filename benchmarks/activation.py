@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as TF
 
 import fastformer.functional as F
+from benchmarks.goals import SWEEP
 from benchmarks.rows import sweep
 from benchmarks.runner import Case, Cost, Problem, clone_of_bytes, compiled, on_backend, timed
 
