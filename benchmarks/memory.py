@@ -46,7 +46,7 @@ class Job:
 
 JOBS = {
     "attention": Job(
-        "attention", (1, 12, 4096, 64), (1, 12, 16, 64), 8, "with T5's bias", variant="T5 bias", options={"bias": "T5"}
+        "attention", (1, 12, 4096, 64), (1, 4, 16, 64), 8, "with T5's bias", variant="T5 bias", options={"bias": "T5"}
     ),
     "linear_cross_entropy": Job(
         "linear_cross_entropy", (1024, 768, 50257), (8, 768, 64), 4, "beside its gradients", gradients=False

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not memory.AVAILABLE, reason="peak memory is rea
 def test_t5_bias_takes_less_than_an_eighth_of_pytorchs_memory():
     ours, eager = (memory.peak_bytes(provider, "attention", (1, 3, 4096, 64)) for provider in ("ours", "eager"))
     assert ours >= 3 * 3 * 4096 * 64 * 4  # at least the gradients of q, k and v
-    assert eager >= 3 * 3 * 4096**2 * 4  # at least bias, probabilities and their gradient
+    assert eager >= 0.99 * 3 * 3 * 4096**2 * 4  # bias, probabilities and their gradient; pages are counted in batches
     assert eager > memory.JOBS["attention"].goal * ours
 
 
