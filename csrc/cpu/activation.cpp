@@ -2,7 +2,7 @@
 //
 // Floor: one read and one write forward, two reads and one write backward; with `up` one read more forward, one read and
 // one write more backward. Biases, their gradients and the dropout mask move nothing. bfloat16 is taken apart as even and
-// odd elements (vec.h), two vectors at a time, which also gives the long chains of operations something to overlap with.
+// odd elements (vec.h), two vectors at a time; other types go vector by vector, whose registers suffice.
 // A bias gradient is summed in the pass that computes dx, one row at a time: several rows at once would spare loads of the
 // sums, but 4096 bytes apart they compete for the same lines of the cache (measured: 1.7 times slower at 8192 x 1024).
 #include "activation.h"
@@ -30,8 +30,13 @@ static Args flattened(Args a, bool backward) {
 
 template <class T> FF_INLINE T* row(T* p, int64_t offset) { return p ? p + offset : p; }
 
+// Vector by vector; in pairs where the storage type's order asks for it.
+template <class T, class F> FF_INLINE void walk(int64_t n, F step) {
+  if constexpr (kInOrder<T>) for_row<acc_t<T>>(n, step);
+  else for_row<acc_t<T>>(n, step, step);
+}
+
 template <ff_activation K, class T> static void forward(const Args& a) {
-  using A = acc_t<T>;
   parallel_blocks(a.rows, a.cols, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, int) {
     const int64_t n = c1 - c0;
     const T *bias = row((const T*)a.bias, c0), *up_bias = row((const T*)a.up_bias, c0);
@@ -53,10 +58,10 @@ template <ff_activation K, class T> static void forward(const Args& a) {
           if (keep) y = y * scales<T>(keep, i, k...);
           store_n(out + i, y, k...);
         };
-        for_row<A>(n, step, step);
+        walk<T>(n, step);
       } else {
         auto step = [&](int64_t i, auto... k) FF_LAMBDA { store_n(out + i, activate<K>(load_n(x + i, k...)), k...); };
-        for_row<A>(n, step, step);
+        walk<T>(n, step);
       }
     }
   });
@@ -136,7 +141,7 @@ template <ff_activation K, class T> static void backward(const Args& a) {
         if (sum) store_n(sum + i, load_n(sum + i, k...) + d, k...);
         store_n(dx + i, d, k...);
       };
-      for_row<A>(n, step, step);
+      walk<T>(n, step);
       if ((r - r0) % kRowsPerSum == kRowsPerSum - 1) {
         if (sum) bias_sums.empty(sum, n);
         if (up_sum) up_sums.empty(up_sum, n);

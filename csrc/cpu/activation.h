@@ -47,19 +47,20 @@ template <ff_activation K> FF_INLINE void evaluate(f32v x, f32v& value, f32v& sl
     value = x * cdf;
     slope = cdf + x * e * float(kInvSqrt2Pi);
   } else {  // x sigmoid(t): slope = s + x s (1 - s) t'
-    f32v a, rate;
+    f32v rate;
     if constexpr (K == FF_SILU) {
       e = vexp2_bounded(vmin(splat(88.02f), vabs(x)) * float(-kLog2e));  // there and beyond, e is 0
       rate = splat(1.f);
     } else {
-      a = vmin(splat(10.03f), vabs(x));  // likewise
+      const f32v a = vmin(splat(10.03f), vabs(x));  // likewise
       const f32v square = a * a;
       e = vexp2_bounded(a * (square * float(-2 * kSqrt2OverPi * kCubic * kLog2e) - float(2 * kSqrt2OverPi * kLog2e)));
       rate = square * float(6 * kSqrt2OverPi * kCubic) + float(2 * kSqrt2OverPi);
     }
-    const f32v r = 1.f / (1.f + e), s = x < 0 ? e * r : r;
-    value = x * s;
-    slope = s + x * (e * r * r) * rate;  // x * 0 first: no x is large enough for NaN
+    // As little as possible waits for the division.
+    const f32v r = 1.f / (1.f + e), xe = x * e;  // x * 0 first: no x is large enough for NaN
+    value = (x < 0 ? xe : x) * r;
+    slope = (x < 0 ? e : splat(1.f)) * r + (xe * rate) * (r * r);
   }
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..backends import registry
-from ..backends.memory import empty
+from ..backends.memory import empty, empty_if_large
 from . import _checks
 from . import activation as act
 from ._doors import needs_grad, new_seed, once_differentiable, through_operator, transforming
@@ -208,7 +208,7 @@ def _dense(b: Tensor | None) -> Tensor | None:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out=empty(a, a.shape[0], b.shape[1]))
+    return torch.mm(a, b, out=empty_if_large(a, a.shape[0], b.shape[1]))
 
 
 def _joined(w_gate: Tensor, w_up: Tensor | None) -> Tensor | None:
@@ -239,16 +239,16 @@ def _halves(whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _second(activated: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, x: Tensor) -> Tensor:
     """activated w2^T + b2 + residual in x's leading shape; what is added is what the matmul starts from."""
-    out = empty(activated, activated.shape[0], w2.shape[0])
+    out = empty_if_large(activated, activated.shape[0], w2.shape[0])
     start = b2
     if residual is not None:
-        start = residual.reshape(out.shape)
+        start = residual.reshape(activated.shape[0], w2.shape[0])
         if b2 is not None:
             start = torch.add(start, b2, out=out)
     if start is None:
-        torch.mm(activated, w2.t(), out=out)
+        out = torch.mm(activated, w2.t(), out=out)
     else:
-        torch.addmm(start, activated, w2.t(), out=out)
+        out = torch.addmm(start, activated, w2.t(), out=out)
     return out.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -304,7 +304,7 @@ class _FeedForward(torch.autograd.Function):
             if whole is not None:
                 joined = _joined(w1, w_up)
                 if need_w1 or need_w_up:
-                    dw = torch.mm(whole.t(), rows, out=empty(rows, *joined.shape))
+                    dw = _mm(whole.t(), rows)
                     dw1, dw_up = dw[: len(w1)], dw[len(w1) :]
                 dx = _mm(whole, joined) if need_x else None
             else:

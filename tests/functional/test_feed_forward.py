@@ -100,6 +100,20 @@ def test_leading_shapes(lead, gated):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_results_of_several_megabytes(biases, recompute):
+    """Their memory is asked for here, not by the library."""
+    g = torch.Generator().manual_seed(4)
+    make = lambda *shape: torch.randn(shape, generator=g) / shape[-1] ** 0.5  # noqa: E731
+    tensors = {"x": make(1500, 768), "w1": make(1024, 768), "w2": make(768, 1024), "residual": make(1500, 768)}
+    tensors |= {"b1": make(1024), "b2": make(768)} if biases else {}
+    ours = run(lambda t: fused(t, "silu", recompute=recompute), tensors)
+    theirs = run(lambda t: plain(t, "silu"), tensors)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("gated", [False, "joined"])
 def test_without_gradients(gated):
     tensors = make(torch.float32, gated=gated)
