@@ -58,7 +58,8 @@ def rotary_embedding(
         if k is not None:
             _check_writable("k", k)
     batched = q.dim() == 4
-    q4, k4 = (x if batched or x is None else x.unsqueeze(0) for x in (q, k))
+    q4 = q if batched else q.unsqueeze(0)
+    k4 = k if batched or k is None else k.unsqueeze(0)
     batch, seqlen, offset, batch_offset = q4.shape[0], q4.shape[2], 0, 0
     ids = None
     if cos.dim() == 3:
@@ -91,7 +92,14 @@ def rotary_embedding(
     return (out, k_out) if batched else (out.squeeze(0), None if k_out is None else k_out.squeeze(0))
 
 
-def _check(q, k, cos, sin, position_ids, position_offset) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    position_offset: int | Tensor,
+) -> None:
     _checks.tensor("q", q)
     if q.dim() not in (3, 4):
         raise ValueError(f"q: expected (B, H, S, D) or (H, S, D), got shape {tuple(q.shape)}")
