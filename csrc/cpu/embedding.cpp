@@ -110,9 +110,9 @@ template <class T, class P> static void through_norm(const ff_embedding_args* a)
     A* dw = a->dweight ? partial + int64_t(2 * thread) * n : nullptr;
     A* db = a->dbias ? partial + int64_t(2 * thread + 1) * n : nullptr;
     float* keep = a->dropout_p > 0 ? keep_row(n) : nullptr;
-    A* buffer = thread_buffer<A>((2 + 2 * kRows<T>) * n);
+    A* buffer = thread_buffer<A>((2 + 2 * kRows) * n);
     const Affine<T, P> affine(a->weight, nullptr, n, buffer);
-    T *sums = (T*)(buffer + 2 * n), *dropped = sums + kRows<T> * n;
+    T *sums = (T*)(buffer + 2 * n), *dropped = sums + kRows * n;
     auto block = [&](int64_t r, auto count) {
       constexpr int R = decltype(count)::value;
       const T *dout[R], *x[R];
@@ -126,11 +126,11 @@ template <class T, class P> static void through_norm(const ff_embedding_args* a)
       auto finish = [&](int j, int64_t i, auto v, auto... k) FF_LAMBDA {
         store_n((T*)a->dsummed + (r + j) * n + i, v, k...);
       };
-      backward_rows<true, R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true,
-                       [](int, int64_t) {}, finish);
+      backward_rows<true, false, R>(dout, x, affine, (const A*)a->mean + r, (const A*)a->rstd + r, dw, db, n, true,
+                                    [](int, int64_t) {}, finish);
     };
     int64_t r = begin;
-    for (; r + kRows<T> <= end; r += kRows<T>) block(r, std::integral_constant<int, kRows<T>>{});
+    for (; r + kRows <= end; r += kRows) block(r, std::integral_constant<int, kRows>{});
     for (; r < end; r++) block(r, std::integral_constant<int, 1>{});
   });
   if (partial) reduce_partials<T>(partial, threads, n, (P*)a->dweight, (P*)a->dbias);

@@ -216,7 +216,13 @@ def _select(weight: Tensor, eps: float | None, p: float) -> ModuleType:
     return registry.select("embedding", weight.device.type, weight.dtype, features)
 
 
-def _tables(input_ids, weights, ids, padding, name="input_ids"):
+def _tables(
+    input_ids: Tensor,
+    weights: tuple[Tensor, Tensor | None, Tensor | None],
+    ids: tuple[Tensor | None, int, Tensor | None],
+    padding: int,
+    name: str = "input_ids",
+) -> tuple[Table, ...]:
     """The tables as kernels take them (backends/embedding_table.py). Indices alike in every sequence stay short."""
     token, position, token_type = weights
     count = input_ids.numel()

@@ -94,7 +94,14 @@ def rotary_embedding(
     return (out, k_out) if batched else (out.squeeze(0), None if k_out is None else k_out.squeeze(0))
 
 
-def _check(q, k, cos, sin, position_ids, position_offset):
+def _check(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    position_offset: int | Tensor,
+) -> None:
     _checks.tensor("q", q)
     if q.dim() not in (3, 4):
         raise ValueError(f"q: expected (B, H, S, D) or (H, S, D), got shape {tuple(q.shape)}")

@@ -38,7 +38,8 @@ def forward(
     rows = position_ids.where(inside, 0)
     c = cos[rows].to(acc).where(inside[..., None], torch.nan)[:, None]
     s_ = sin[rows].to(acc)[:, None] * (-1 if inverse else 1)
-    half, outputs = cos.shape[1], []
+    half = cos.shape[1]
+    outputs: list[Tensor | None] = []
     for x in (q, k):
         if x is None:
             outputs.append(None)
@@ -50,4 +51,5 @@ def forward(
         out = x if inplace else x.clone()
         out[..., first], out[..., second] = (x0 * c - x1 * s_).to(x.dtype), (x1 * c + x0 * s_).to(x.dtype)
         outputs.append(out)
+    assert outputs[0] is not None
     return outputs[0], outputs[1]
