@@ -62,7 +62,7 @@ def _is_float(t: object) -> bool:
 def _cancelling(name: str, sample, out: Tensor) -> float:
     """Size of the terms that gradients are sums of, where the sum may be small."""
     if name == "nn.functional.linear_cross_entropy":  # (p - onehot) of each class times w, of each row times x
-        terms = max(sample.input.abs().max().item(), sample.args[0].abs().max().item())
+        terms = 2 * max(t.abs().max().item() for t in (sample.input, sample.args[0]))  # 2: the upstream gradient
         rows = sample.input.numel() // sample.input.shape[-1]
         return terms / (rows if sample.kwargs.get("reduction", "mean") == "mean" else 1)
     if "attention" not in name:
