@@ -49,7 +49,7 @@ FORWARD_TILES = {
 }
 BACKWARD_TILES = {
     (80, False): Tile(128, 64, 32, 8, 3),
-    (80, True): Tile(128, 64, 32, 8, 3),
+    (80, True): Tile(64, 64, 32, 8, 3),  # 128 rows spill with biases and dropout
     (90, False): Tile(128, 64, 64, 8, 3),
     (90, True): Tile(128, 64, 64, 8, 3),
 }
