@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
         dweight[i][e] += dyx;
         dbias[i][e] += dy;
         if constexpr (!RMS) sum[0] += g;
-        sum[kSums - 1] += dyx * weight[e];
+        sum[kSums - 1] += RMS ? dyx * weight[e] : g * xhat;  // the same; each way round spares its kernel a spill
       }
     }
     if (need_dx) {
