@@ -104,12 +104,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
     for (int e = 0; e < E; e++) dweight[i][e] = dbias[i][e] = 0;
   }
 
+  const int step = int(slice.row_step);  // a grid of one block per multiprocessor is small
   int64_t first = slice.first_row;
   Row s = fetch(first + threadIdx.y);
-  for (; first < a.rows; first += slice.row_step) {
+  for (; first < a.rows; first += step) {
     const int64_t row = first + threadIdx.y;
     Row next;
-    if constexpr (kPrefetch) next = fetch(row + slice.row_step);
+    if constexpr (kPrefetch) next = fetch(row + step);
     Pack<T, E> dsummed[ADD ? V : 1];
     if constexpr (ADD) {
 #pragma unroll
@@ -126,10 +127,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
 #pragma unroll
       for (int e = 0; e < E; e++) {
         const float dy = s.dout[i][e], xhat = (s.x[i][e] - s.mean) * s.rstd, g = dy * weight[e];
-        dweight[i][e] += dy * xhat;
+        const float dyx = dy * xhat;
+        dweight[i][e] += dyx;
         dbias[i][e] += dy;
         if constexpr (!RMS) sum[0] += g;
-        sum[kSums - 1] += g * xhat;
+        sum[kSums - 1] += RMS ? dyx * weight[e] : g * xhat;  // the same; each way round spares its kernel a spill
       }
     }
     if (need_dx) {
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) norm_backward(const NormB
       }
     }
     if constexpr (kPrefetch) s = next;
-    else s = fetch(row + slice.row_step);
+    else s = fetch(row + step);
   }
 
   if (!a.partial) return;
