@@ -57,7 +57,7 @@ def eager(case: Case):
 @incomparable
 def matmuls(case: Case, problem: Problem):
     x, w, _ = (t.detach() for t in problem.args)
-    if case.dtype == "bfloat16" and problem.device == "cpu" and case.shape[0] != 1024:
+    if case.dtype == "bfloat16" and problem.device == "cpu" and BFLOAT16_ROWS < 1024:
         raise Unavailable("this CPU has no bfloat16 products")
     logits = x @ w.t()
 
