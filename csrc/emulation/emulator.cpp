@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdarg>
 #include <cstdio>
 #include <map>
@@ -39,6 +40,7 @@ struct BlockState {
   uint3 index;
   char* shared;
   char* stacks;
+  int guarded = 0;       // stacks with a guard page below them, from the first
   std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
   int running;           // threads that have not ended
   bool started;
@@ -261,18 +263,24 @@ void run_cluster() {
   for (int rank = 0; rank < block.cluster && !engine.faulted; rank++) select(rank), check_end_of_block();
 }
 
-// Stacks and shared memory for clusters of this size; pages that nothing touches cost nothing.
-void prepare_memory(int cluster) {
+// Stacks and shared memory for clusters of this size; pages that nothing touches cost nothing. Guard pages do: each makes
+// two mappings, of which Linux allows a process 65,530, so threads get theirs when they first run. Returns whether it could.
+bool prepare_memory(int cluster, int threads) {
   const auto reserve = [](size_t bytes) {
-    return (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? nullptr : static_cast<char*>(p);
   };
   while (int(engine.blocks.size()) < cluster) {
     auto b = std::make_unique<BlockState>();
     b->stacks = reserve(kMaxThreads * kStackBytes);
-    for (int t = 0; t < kMaxThreads; t++) mprotect(b->stacks + t * kStackBytes, kGuardBytes, PROT_NONE);
     b->shared = reserve(256 << 10);
+    if (!b->stacks || !b->shared) return false;
     engine.blocks.push_back(std::move(b));
   }
+  for (int rank = 0; rank < cluster; rank++)
+    for (int& t = engine.blocks[rank]->guarded; t < threads; t++)
+      if (mprotect(engine.blocks[rank]->stacks + t * kStackBytes, kGuardBytes, PROT_NONE)) return false;
+  return true;
 }
 
 }  // namespace
@@ -318,7 +326,11 @@ void launch(const void* kernel, dim3 grid, dim3 block_size, size_t dynamic_share
              most, grid.x, grid.y, grid.z);
     return;
   }
-  prepare_memory(cluster);
+  if (!prepare_memory(cluster, int(threads))) {
+    last_error = cudaErrorLaunchFailure;
+    snprintf(message, sizeof message, "emulator: no memory for the stacks of %d blocks: %s", cluster, strerror(errno));
+    return;
+  }
   block.cluster = cluster;
   engine.body = &body;
   engine.faulted = false;
