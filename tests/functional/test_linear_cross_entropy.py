@@ -206,7 +206,8 @@ def test_a_retained_graph_gives_the_gradients_again(dtype):
     for a, b, c in zip(first, second, third):
         assert torch.equal(a, c)
         rounding = torch.finfo(dtype).eps
-        torch.testing.assert_close(b, 3 * a, rtol=4 * rounding, atol=rounding * a.abs().max().item())
+        terms = 3 / len(x) * max(x.abs().max().item(), w.abs().max().item())  # of the sums that a gradient is
+        torch.testing.assert_close(b, 3 * a, rtol=4 * rounding, atol=16 * rounding * terms)
 
 
 def test_the_result_of_backward_is_not_copied():
@@ -294,7 +295,7 @@ def test_a_second_derivative_is_refused():
     loss = F.linear_cross_entropy(x, torch.randn(5, 4), torch.arange(3))
     (gradient,) = torch.autograd.grad(loss.square(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(gradient.sum(), x)
+        gradient.sum().backward()
 
 
 def test_repeats_bit_for_bit():
