@@ -154,12 +154,13 @@ def _backends() -> list[str]:
 def _operations() -> list[str]:
     """A table: the backend that would run each operation, per device and dtype."""
     lines = []
+    width = max(map(len, registry.OPS)) + 2
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-        lines.append(f"{device:18s}" + "".join(f"{name:10s}" for name in names))
+        lines.append(f"{device:{width}s}" + "".join(f"{name:10s}" for name in names))
         for op in registry.OPS:
             chosen = [registry.explain(op, device, dtype).backend for dtype in DTYPES]
-            lines.append(f"{op:18s}" + "".join(f"{name:10s}" for name in chosen).rstrip())
+            lines.append(f"{op:{width}s}" + "".join(f"{name:10s}" for name in chosen).rstrip())
     return lines
 
 
