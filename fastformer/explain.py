@@ -31,7 +31,13 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
         raise ValueError(f"args: explain({op!r}, ...) needs the call's tensors")
     features = _attention_features(*args, **kwargs) if op == "attention" else _features(op, tensors, kwargs)
     data = next((t for t in tensors if t.is_floating_point()), tensors[0])
-    return registry.explain(op, data.device.type, data.dtype, features)
+    found = registry.explain(op, data.device.type, data.dtype, features)
+    name = next((a for a in (*args, kwargs.get("activation")) if isinstance(a, str)), op)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if found.backend == "cpu" and not features and wants_gradient and registry.prefers_torch(name, data.numel()):
+        reason = f"chosen: {data.numel()} elements with a gradient, less work than a node of autograd's graph in Python"
+        return registry.Explanation(op, "torch", {**found.reasons, "cpu": "can run this call", "torch": reason})
+    return found
 
 
 # Optional parts, by the argument that asks for each; a number does so if it is above 0.

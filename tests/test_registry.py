@@ -44,13 +44,13 @@ def test_the_reference_warns_once_and_is_an_error_under_strict(monkeypatch):
     monkeypatch.setattr(registry, "_cache", {})
     monkeypatch.setattr(registry, "_warned", set())
     x = torch.randn(2, 8)
-    with pytest.warns(UserWarning, match=r"fastformer\.layer_norm: no fused kernel for cpu torch\.float32"):
-        F.layer_norm(x, (8,))
+    with pytest.warns(UserWarning, match=r"fastformer\.add_layer_norm: no fused kernel for cpu torch\.float32"):
+        F.add_layer_norm(x, x, (8,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        F.layer_norm(x, (8,))
+        F.add_layer_norm(x, x, (8,))
     with fastformer.strict(), pytest.raises(fastformer.UnsupportedError, match="no fused kernel"):
-        F.layer_norm(x, (8,))
+        F.add_layer_norm(x, x, (8,))
 
 
 def test_explain_names_every_backend_and_its_reason():

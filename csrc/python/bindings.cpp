@@ -4,10 +4,6 @@
 // Checks live in Python, before the call; a status other than FF_OK that still comes back becomes an exception.
 #include <pybind11/pybind11.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,6 +11,7 @@
 #include "../cpu/vec.h"
 #include "attention_args.h"
 #include "embedding_args.h"
+#include "plain.h"
 #include "row_args.h"
 
 #ifndef FF_MODULE
@@ -117,7 +114,7 @@ template <class A> static double total_of_targets(const ff_cross_entropy_args& a
   return weight ? total : double(counted);
 }
 
-template <class A> static void cross_entropy_reduced(ff_cross_entropy_args a, const ff::Tensor& loss, bool mean) {
+template <class A> static int cross_entropy_reduced(ff_cross_entropy_args a, const ff::Tensor& loss, bool mean) {
   int status;
   {
     py::gil_scoped_release release;
@@ -133,7 +130,12 @@ template <class A> static void cross_entropy_reduced(ff_cross_entropy_args a, co
     for (int i = 1; i < kSums; i++) sums[0] += sums[i];
     if (status == FF_OK) set(loss, sums[0] / total);
   }
-  check(status);
+  return status;
+}
+
+static int cross_entropy_reduced(const ff_cross_entropy_args& a, const ff::Tensor& loss, bool mean) {
+  return a.dtype == FF_FLOAT64 ? cross_entropy_reduced<double>(a, loss, mean)
+                               : cross_entropy_reduced<float>(a, loss, mean);
 }
 
 PYBIND11_MODULE(FF_MODULE, m) {
@@ -142,21 +144,18 @@ PYBIND11_MODULE(FF_MODULE, m) {
   // Whether tensors are read through torch's table of functions (tensor.h); returns whether they are from here on.
   m.def("use_exchange", ff::use_exchange);
   ff::use_exchange(true);
-  // Asks for 2 MiB pages behind [address, address + bytes): memory fresh from the system is then faulted in 512 times
-  // less often, which otherwise takes longer than filling it.
-  m.def("advise_huge_pages", [](Ptr address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr Ptr page = 4096;
-    const Ptr begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-    if (begin < end) madvise(ptr(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  });
+  m.def("advise_huge_pages", ff::advise_huge_pages);
 
   // layer_norm and rms_norm; an rms norm's mean is None.
   auto norm = [&](const std::string& name, auto forward, auto backward, auto workspace) {
     m.def((name + "_forward").c_str(), [=](py::handle x, py::handle weight, py::handle bias, py::handle out,
                                            py::handle mean, py::handle rstd, double eps) {
       run(forward, ff::layer_norm_args(x, weight, bias, out, mean, rstd, eps));
+    });
+    m.def((name + "_plain").c_str(), [=](py::handle x, py::handle shape, py::handle weight, py::handle bias, double eps,
+                                         py::handle out) {
+      auto run_norm = [=](const auto& a) { run(forward, a); };
+      return ff::plain::attempt([&] { return ff::plain::norm(run_norm, x, shape, weight, bias, eps, out); });
     });
     m.def((name + "_backward").c_str(),
           [=](py::handle dout, py::handle x, py::handle weight, py::handle mean, py::handle rstd, py::handle dx,
@@ -222,6 +221,15 @@ PYBIND11_MODULE(FF_MODULE, m) {
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("mask") = py::none(),
       py::arg("row_shape") = py::none(), py::arg("causal") = false);
 
+  m.def("softmax_plain", [](py::handle x, py::handle dim, bool log, py::handle out) {
+    auto run_softmax = [](const auto& a) { run(ff_cpu_softmax_forward, a); };
+    return ff::plain::attempt([&] { return ff::plain::softmax(run_softmax, x, dim, log, out); });
+  });
+
+  m.def("activation_plain", [](py::handle x, const std::string& kind, py::handle out) {
+    auto run_activation = [](const auto& a) { run(ff_cpu_activation_forward, a); };
+    return ff::plain::attempt([&] { return ff::plain::activation(run_activation, x, kind, out); });
+  });
   m.def("activation_forward", [](py::handle x, py::handle bias, py::handle up, py::handle up_bias, py::handle out,
                                  const std::string& kind, double dropout_p, uint64_t seed) {
     run(ff_cpu_activation_forward, ff::activation_args(x, bias, up, up_bias, out, kind, dropout_p, seed));
@@ -268,7 +276,13 @@ PYBIND11_MODULE(FF_MODULE, m) {
     auto a = ff::cross_entropy_args(logits, target, weight, ignore_index, label_smoothing, z_loss, probabilities);
     const ff::Tensor loss(loss_);
     a.dlogits = ff::Tensor(dlogits).data;
-    a.dtype == FF_FLOAT64 ? cross_entropy_reduced<double>(a, loss, mean) : cross_entropy_reduced<float>(a, loss, mean);
+    check(cross_entropy_reduced(a, loss, mean));
+  });
+  m.def("cross_entropy_plain", [](py::handle logits, py::handle target, int64_t ignore_index, double label_smoothing,
+                                  bool mean, py::handle loss) {
+    auto reduce = [](const auto&... args) { return cross_entropy_reduced(args...) == FF_OK; };
+    return ff::plain::attempt(
+        [&] { return ff::plain::cross_entropy(reduce, logits, target, ignore_index, label_smoothing, mean, loss); });
   });
 
   m.def("embedding_forward", [](const py::tuple& tables, py::handle out_, double scale, bool normalize, double eps,

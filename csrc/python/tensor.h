@@ -62,6 +62,7 @@ struct Tensor {
   char* data = nullptr;
   int ndim = 0;
   int dtype = -1;  // ff_dtype, -1 for any other
+  bool is_int64 = false, on_cpu = false, contiguous = false;  // known only where torch has the table
   int64_t shape[kMostDims] = {}, stride[kMostDims] = {};
   int64_t numel = 1, cols = 1;  // cols: the last dimension
 
@@ -95,8 +96,13 @@ private:
     data = static_cast<char*>(view.data) + view.byte_offset;
     ndim = view.ndim;
     for (int d = 0; d < ndim; d++) add_dimension(d, view.shape[d], view.strides[d]);
+    on_cpu = view.device.type == 1, contiguous = true;
+    int64_t distance = 1;
+    for (int d = ndim; d-- > 0; distance *= view.shape[d])
+      if (view.shape[d] != 1 && view.strides[d] != distance) contiguous = false;
     const int bits = view.dtype.bits;
     if (view.dtype.lanes != 1) return;
+    is_int64 = view.dtype.code == 0 && bits == 64;
     if (view.dtype.code == 4 && bits == 16) dtype = FF_BFLOAT16;
     if (view.dtype.code == 2)
       dtype = bits == 32 ? FF_FLOAT32 : bits == 64 ? FF_FLOAT64 : bits == 16 ? FF_FLOAT16 : -1;

@@ -13,13 +13,17 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as TF
 
 from ..backends import registry
+from ..backends.cpu import activation as _cpu
 from . import _checks
 from ._doors import needs_grad, new_seed, once_differentiable, operator, register, register_autograd, through_operator
+from ._small import eager_cpu, records, torch_instead
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 _FORMS = ("none", "tanh")
+_TORCH = {"relu": torch.relu, "silu": TF.silu}
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -123,6 +127,15 @@ def _check_bias(name: str, bias: Tensor | None, like_name: str, like: Tensor) ->
 
 
 def _elementwise(input: Tensor, activation: str, inplace: bool) -> Tensor:
+    if not inplace and eager_cpu(input):
+        if not records(input):
+            found = _cpu.plain(input, activation)
+        elif activation in _TORCH:
+            found = torch_instead(activation, input, _TORCH[activation])
+        else:
+            found = None
+        if found is not None:
+            return found
     _checks.tensor("input", input)
     if not inplace:
         return apply(input, None, None, None, activation)

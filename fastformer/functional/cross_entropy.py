@@ -14,10 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
+from torch.nn import functional as TF
 
 from ..backends import registry
+from ..backends.cpu import cross_entropy as _cpu
 from . import _checks
 from ._doors import needs_grad, once_differentiable, operator, register, register_autograd, through_operator
+from ._small import eager_cpu, records, torch_instead
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -55,7 +58,17 @@ def cross_entropy(
         TypeError, ValueError: arguments that do not fit, naming the argument.
         IndexError: an index outside [0, C) that is not ``ignore_index`` (on a GPU: NaN instead, to avoid waiting).
     """
-    if size_average is not None or reduce is not None:
+    legacy = size_average is not None or reduce is not None
+    if weight is None and not (legacy or z_loss) and reduction in ("mean", "sum") and eager_cpu(input):
+        found = None
+        if not records(input, target):
+            found = _cpu.plain(input, target, ignore_index, label_smoothing, reduction == "mean")
+        elif input.dtype == torch.float32:  # of half precision torch rounds every logarithm
+            arguments = target, None, None, ignore_index, None, reduction, label_smoothing
+            found = torch_instead("cross_entropy", input, TF.cross_entropy, *arguments)
+        if found is not None:
+            return found
+    if legacy:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     _check(input, target, weight, reduction, label_smoothing, z_loss)
     shape = target.shape

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional as TF
 
 from ..backends import registry
+from ..backends.cpu import layer_norm as _cpu
 from ._doors import needs_grad, operator, through_operator
 from ._norms import Norm, check, forward, register_norm, row_shape
+from ._small import eager_cpu, records, torch_instead
 
 
 def layer_norm(
@@ -36,6 +39,14 @@ def layer_norm(
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
     """
+    if eager_cpu(input):
+        arguments = normalized_shape, weight, bias, eps
+        if records(input, weight, bias):
+            found = torch_instead("layer_norm", input, TF.layer_norm, *arguments) if eps >= 0 else None
+        else:
+            found = _cpu.plain(input, *arguments)
+        if found is not None:
+            return found
     shape = row_shape(normalized_shape)
     check("input", input, shape, weight, bias, eps)
     if through_operator(input, weight, bias):

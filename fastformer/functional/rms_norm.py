@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..backends import registry
+from ..backends.cpu import rms_norm as _cpu
 from ._doors import needs_grad, operator, through_operator
 from ._norms import Norm, check, forward, register_norm, row_shape
+from ._small import eager_cpu, records
 
 
 def default_eps(dtype: torch.dtype) -> float:
@@ -46,6 +48,10 @@ def rms_norm(
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
     """
+    if eager_cpu(input) and not records(input, weight, bias):
+        found = _cpu.plain(input, normalized_shape, weight, bias, default_eps(input.dtype) if eps is None else eps)
+        if found is not None:
+            return found
     shape = row_shape(normalized_shape)
     check("input", input, shape, weight, bias, 0.0 if eps is None else eps)
     if eps is None:

@@ -9,7 +9,7 @@ from ... import _C
 from ._call import DTYPES, empty_like
 
 FEATURES = frozenset({"bias", "gate", "dropout"})
-__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
 
 
 def forward(
@@ -27,6 +27,12 @@ def forward(
         out = empty_like(x)
     _C.activation_forward(x, bias, up, up_bias, out, activation, dropout_p, seed)
     return out
+
+
+def plain(x: Tensor, activation: str) -> Tensor | None:
+    """act(x); None if anything about the call is unusual."""
+    out = torch.empty_like(x)
+    return out if _C.activation_plain(x, activation, out) else None
 
 
 def backward(

@@ -10,7 +10,7 @@ from ._call import DTYPES, acc_dtype, empty_like
 
 FEATURES = frozenset({"weight", "label_smoothing", "z_loss", "probabilities"})
 __all__ = [
-    "DTYPES", "FEATURES", "backward", "backward_probabilities", "forward", "gradient_in_forward", "reduced"
+    "DTYPES", "FEATURES", "backward", "backward_probabilities", "forward", "gradient_in_forward", "plain", "reduced"
 ]  # fmt: skip
 
 # A row that is read again should come from the cache; a few megabytes lie in the last level of any.
@@ -76,6 +76,12 @@ def reduced(
     except ValueError as error:
         raise _index_error(error) from None
     return loss, dlogits
+
+
+def plain(logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, mean: bool) -> Tensor | None:
+    """``reduced`` without its gradient; None if anything about the call is unusual or wrong."""
+    loss = logits.new_empty(())
+    return loss if _C.cross_entropy_plain(logits, target, ignore_index, label_smoothing, mean, loss) else None
 
 
 def backward(

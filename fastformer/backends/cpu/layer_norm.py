@@ -9,7 +9,7 @@ from ... import _C
 from ._call import DTYPES, empty_like, row_statistics
 
 FEATURES: frozenset[str] = frozenset()
-__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
 
 
 def forward(
@@ -20,6 +20,12 @@ def forward(
     mean, rstd = row_statistics(x) if statistics else (None, None)
     _C.layer_norm_forward(x, weight, bias, out, mean, rstd, eps)
     return out, mean, rstd
+
+
+def plain(x: Tensor, normalized_shape: object, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor | None:
+    """``forward`` without what backward needs; None if anything about the call is unusual or wrong."""
+    out = torch.empty_like(x)
+    return out if _C.layer_norm_plain(x, normalized_shape, weight, bias, eps, out) else None
 
 
 def backward(

@@ -9,7 +9,7 @@ from ... import _C
 from ._call import DTYPES, empty_like, row_statistic
 
 FEATURES: frozenset[str] = frozenset()
-__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
 
 
 def forward(
@@ -20,6 +20,12 @@ def forward(
     rstd = row_statistic(x) if statistics else None
     _C.rms_norm_forward(x, weight, bias, out, None, rstd, eps)
     return out, rstd
+
+
+def plain(x: Tensor, normalized_shape: object, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor | None:
+    """``forward`` without what backward needs; None if anything about the call is unusual or wrong."""
+    out = torch.empty_like(x)
+    return out if _C.rms_norm_plain(x, normalized_shape, weight, bias, eps, out) else None
 
 
 def backward(

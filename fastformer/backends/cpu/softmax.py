@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ... import _C
 from ._call import DTYPES, empty_like
 
 FEATURES = frozenset({"mask", "bias", "causal"})
-__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
 
 
 def forward(
@@ -27,6 +28,12 @@ def forward(
     else:
         _C.softmax_forward(x, out, scale, log, mask, bias, row_shape, causal)
     return out
+
+
+def plain(x: Tensor, dim: int | None, log: bool) -> Tensor | None:
+    """``forward`` along the last dimension; None if anything about the call is unusual or wrong."""
+    out = torch.empty_like(x)
+    return out if _C.softmax_plain(x, dim, log, out) else None
 
 
 def backward(

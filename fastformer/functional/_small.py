@@ -1,0 +1,55 @@
+"""Calls that take longer than their arithmetic, and the two short ways they go.
+
+Without a derivative, one C++ function checks and runs an eager call of ordinary CPU tensors (csrc/python/plain.h):
+the general way's Python takes 5 to 10 microseconds, PyTorch's whole layer_norm of 64 numbers 4.
+
+With a derivative there is no such way: a node of autograd's graph written in Python takes 10 to 20 microseconds,
+forward and backward. PyTorch's own function, whose node is C++, runs instead where the registry says so. It is asked
+first and checks its arguments itself; where it refuses, the general way says what is wrong with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
+
+from ..backends import registry
+
+
+def eager_cpu(x: object) -> bool:
+    """Whether ``x`` is an ordinary CPU tensor, nothing watches this call, and no other backend is asked for."""
+    return (
+        not is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and registry.overridden() in (None, "cpu")
+        and not _len_torch_dispatch_stack()
+        and peek_interpreter_stack() is None
+    )
+
+
+def records(*tensors: Any) -> bool:
+    """Whether autograd has to record a call of these arguments, which may be anything."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:
+        if t is not None and getattr(t, "requires_grad", False):
+            return True
+    return False
+
+
+def torch_instead(name: str, x: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor | None:
+    """``function(x, *args)``, PyTorch's ``name``, if x is small enough and PyTorch takes the arguments; else None."""
+    if not registry.prefers_torch(name, x.numel()) or not x.is_floating_point():
+        return None
+    try:
+        out = function(x, *args)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return out if out.dtype == x.dtype else None  # autocast may have had another in mind
