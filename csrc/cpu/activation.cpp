@@ -141,7 +141,13 @@ template <ff_activation K, class T> static void backward(const Args& a) {
         if (sum) store_n(sum + i, load_n(sum + i, k...) + d, k...);
         store_n(dx + i, d, k...);
       };
-      walk<T>(n, step);
+      auto plain_step = [&](int64_t i, auto... k) FF_LAMBDA {
+        auto z = load_n(x + i, k...), d = load_n(dout + i, k...), value = z, slope = z;
+        evaluate<K>(z, value, slope);
+        store_n(dx + i, d * slope, k...);
+      };
+      if (bias || up || keep || out || sum) walk<T>(n, step);
+      else walk<T>(n, plain_step);
       if ((r - r0) % kRowsPerSum == kRowsPerSum - 1) {
         if (sum) bias_sums.empty(sum, n);
         if (up_sum) up_sums.empty(up_sum, n);

@@ -48,7 +48,14 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 PREFERENCE_BY_OP: dict[tuple[str, str], tuple[str, ...]] = {}
 # Where a gradient is wanted on a CPU, PyTorch's own function is the faster one up to this many elements: a node of
 # autograd's graph written in Python takes 10 to 20 microseconds, forward and backward, longer than the arithmetic.
-TORCH_UP_TO: dict[str, int] = {"layer_norm": 65536, "relu": 131072, "silu": 65536, "cross_entropy": 2048}
+# feed_forward, counted by its hidden elements and with or without a gradient, is two of PyTorch's linears up to there.
+TORCH_UP_TO: dict[str, int] = {
+    "layer_norm": 65536,
+    "relu": 131072,
+    "silu": 65536,
+    "cross_entropy": 2048,
+    "feed_forward": 16384,
+}
 
 
 class UnsupportedError(ValueError):

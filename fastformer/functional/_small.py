@@ -46,10 +46,15 @@ def records(*tensors: Any) -> bool:
 
 def torch_instead(name: str, x: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor | None:
     """``function(x, *args)``, PyTorch's ``name``, if x is small enough and PyTorch takes the arguments; else None."""
-    if not registry.prefers_torch(name, x.numel()) or not x.is_floating_point():
+    return attempt(function, x, *args) if registry.prefers_torch(name, x.numel()) else None
+
+
+def attempt(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor | None:
+    """``function(x, *args)``, in x's dtype; None if it takes exception to its arguments."""
+    if not x.is_floating_point():
         return None
     try:
         out = function(x, *args)
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None
     return out if out.dtype == x.dtype else None  # autocast may have had another in mind

@@ -29,7 +29,7 @@ _TORCH = {"relu": torch.relu, "silu": TF.silu}
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Elementwise ``max(input, 0)``; arguments as ``torch.nn.functional.relu``. float32, bfloat16, float16 or (CPU)
     float64 of any shape."""
-    return _elementwise(input, "relu", inplace)
+    return elementwise(input, "relu", inplace)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -40,13 +40,13 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         approximate: "none" for the exact form, "tanh" for 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
     """
     _checks.choice("approximate", approximate, _FORMS)
-    return _elementwise(input, "gelu_tanh" if approximate == "tanh" else "gelu", False)
+    return elementwise(input, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """Elementwise ``input * sigmoid(input)``; arguments as ``torch.nn.functional.silu``. float32, bfloat16, float16 or
     (CPU) float64 of any shape."""
-    return _elementwise(input, "silu", inplace)
+    return elementwise(input, "silu", inplace)
 
 
 def bias_activation(
@@ -126,7 +126,8 @@ def _check_bias(name: str, bias: Tensor | None, like_name: str, like: Tensor) ->
         raise ValueError(f"{name}: shape {tuple(bias.shape)} is not {tuple(like.shape[-1:])}")
 
 
-def _elementwise(input: Tensor, activation: str, inplace: bool) -> Tensor:
+def elementwise(input: Tensor, activation: str, inplace: bool = False) -> Tensor:
+    """One of :data:`ACTIVATIONS` of every element."""
     if not inplace and eager_cpu(input):
         if not records(input):
             found = _cpu.plain(input, activation)

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from ..backends import registry
@@ -21,6 +22,7 @@ from ..backends.memory import empty, empty_if_large
 from . import _checks
 from . import activation as act
 from ._doors import needs_grad, new_seed, once_differentiable, through_operator, transforming
+from ._small import attempt, eager_cpu
 
 
 def feed_forward(
@@ -54,6 +56,9 @@ def feed_forward(
     Raises:
         TypeError, ValueError: arguments that do not fit, naming the argument.
     """
+    if dropout_p == 0 and not recompute and eager_cpu(x) and x.numel() <= registry.TORCH_UP_TO.get("feed_forward", 0):
+        if (found := attempt(_separate, x, w1, b1, w2, b2, residual, activation)) is not None:
+            return found
     names = ("w1", "b1", "", "", "w2", "b2")
     p = float(dropout_p) if training else 0.0
     return _run(x, (w1, b1, None, None, w2, b2), names, activation, dropout_p, p, residual, recompute)
@@ -196,8 +201,24 @@ def _composed(x, w1, b1, w_up, b_up, w2, b2, residual, activation, p, seed):
     """The block as operations that torch.compile, autocast and torch.func can see."""
     hidden, up = torch.matmul(x, w1.t()), None if w_up is None else torch.matmul(x, w_up.t())
     b1, b_up = (None if b is None else b.to(hidden.dtype) for b in (b1, b_up))
-    out = torch.nn.functional.linear(act.apply(hidden, b1, up, b_up, activation, p, seed), w2, b2)
+    out = linear(act.apply(hidden, b1, up, b_up, activation, p, seed), w2, b2)
     return out if residual is None else residual + out
+
+
+def _separate(x, w1, b1, w2, b2, residual, activation):
+    """The block of few elements as three calls, which take less Python than one with buffers of its own. What the
+    matmuls do not check themselves is checked here: anything but the right shapes raises."""
+    (hidden, _), (width, _) = w1.shape, w2.shape
+    fits = activation in act.ACTIVATIONS and (b1 is None or b1.shape == (hidden,))
+    fits = fits and (b2 is None or b2.shape == (width,)) and x.dim() > 0 and len(x) > 0
+    if not fits or not registry.prefers_torch("feed_forward", x.numel() // x.shape[-1] * hidden):
+        raise ValueError
+    out = linear(act.elementwise(linear(x, w1, b1), activation), w2, b2)
+    if residual is None:
+        return out
+    if residual.shape != out.shape or residual.dtype != out.dtype:
+        raise ValueError
+    return residual + out
 
 
 # ---- the pieces of an eager call -------------------------------------------------------------------------------------

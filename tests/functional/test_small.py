@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.fixture
 def torch_up_to(monkeypatch):
     """The registry's limits, which tests/conftest.py has taken away."""
-    limits = {"layer_norm": 65536, "relu": 131072, "silu": 65536, "cross_entropy": 2048}
+    limits = {"layer_norm": 65536, "relu": 131072, "silu": 65536, "cross_entropy": 2048, "feed_forward": 16384}
     for name, limit in limits.items():
         monkeypatch.setitem(registry.TORCH_UP_TO, name, limit)
 
@@ -211,3 +211,25 @@ def test_compiled_and_transformed_calls_see_operators(torch_up_to):
     torch.testing.assert_close(torch.func.grad(loss)(x), exact)
     batched = torch.func.vmap(lambda row: F.softmax(row, -1))(x)
     torch.testing.assert_close(batched, F.softmax(x, -1))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_small_feed_forwards(activation, gradient, torch_up_to):
+    shapes = ((3, 5, 8), (32, 8), (32,), (6, 32), (6,), (3, 5, 6))
+    x, w1, b1, w2, b2, residual = tensors = [torch.randn(s, requires_grad=gradient) for s in shapes]
+
+    def call():
+        return F.feed_forward(x, w1, b1, w2, b2, activation, residual=residual)
+
+    small = call()
+    with fastformer.backend("cpu"):
+        large = call()
+    torch.testing.assert_close(small, large)
+    assert gradient == small.requires_grad
+    if gradient:
+        assert "FeedForward" not in type(small.grad_fn).__name__ and "FeedForward" in type(large.grad_fn).__name__
+        for ours, other in zip(*(torch.autograd.grad(out.square().sum(), tensors) for out in (small, large))):
+            torch.testing.assert_close(ours, other, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="b1: shape"):
+        F.feed_forward(x, w1, b1[:1], w2, b2, activation)
