@@ -29,26 +29,6 @@ def test_silu_and_relu(kind, inplace, dtype):
     compare(getattr(nn, kind)(inplace), getattr(torch.nn, kind)(inplace), [x], call)
 
 
-MODULES = {torch.nn.GELU: nn.GELU, torch.nn.SiLU: nn.SiLU, torch.nn.ReLU: nn.ReLU}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("theirs", MODULES, ids=lambda m: m.__name__)
-def test_torchs_own_samples(theirs, dtype):
-    """PyTorch's ``module_db``."""
-    pytest.importorskip("expecttest", reason="torch's module_db imports expecttest (pip install expecttest)")
-    from torch.testing._internal.common_modules import module_db
-
-    (info,) = (m for m in module_db if m.module_cls is theirs)
-    samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=True)
-    assert samples
-    for sample in samples:
-        made, call = sample.constructor_input, sample.forward_input
-        pair = [module(*made.args, **made.kwargs) for module in (MODULES[theirs], theirs)]
-        assert not call.kwargs
-        compare(*pair, list(call.args), lambda module, x: module(x * 1))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax"])
 @pytest.mark.parametrize(

@@ -40,18 +40,3 @@ def test_from_pretrained():
     assert type(module) is nn.Embedding and not module.weight.requires_grad and module.padding_idx == 2
     assert torch.equal(module(torch.tensor([5, 2])), weight[[5, 2]])
     assert nn.Embedding.from_pretrained(weight, freeze=False).weight.requires_grad
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_torchs_own_samples(dtype, training):
-    pytest.importorskip("expecttest", reason="torch's module_db imports expecttest (pip install expecttest)")
-    from torch.testing._internal.common_modules import module_db
-
-    (info,) = (m for m in module_db if m.module_cls is torch.nn.Embedding)
-    samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=training)
-    for sample in samples:
-        make, call = sample.constructor_input, sample.forward_input
-        ours, theirs = (cls(*make.args, dtype=dtype, **make.kwargs) for cls in (nn.Embedding, torch.nn.Embedding))
-        compare(ours, theirs, call.args)
-    assert samples
