@@ -44,13 +44,13 @@ def test_the_reference_warns_once_and_is_an_error_under_strict(monkeypatch):
     monkeypatch.setattr(registry, "_cache", {})
     monkeypatch.setattr(registry, "_warned", set())
     x = torch.randn(2, 8)
-    with pytest.warns(UserWarning, match=r"fastformer\.add_layer_norm: no fused kernel for cpu torch\.float32"):
-        F.add_layer_norm(x, x, (8,))
+    with pytest.warns(UserWarning, match=r"fastformer\.activation: no fused kernel for cpu torch\.float32"):
+        F.bias_activation(x, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        F.add_layer_norm(x, x, (8,))
+        F.bias_activation(x, None)
     with fastformer.strict(), pytest.raises(fastformer.UnsupportedError, match="no fused kernel"):
-        F.add_layer_norm(x, x, (8,))
+        F.bias_activation(x, None)
 
 
 def test_explain_names_every_backend_and_its_reason():

@@ -176,6 +176,12 @@ PYBIND11_MODULE(FF_MODULE, m) {
             run(forward,
                 ff::add_layer_norm_args(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed));
           });
+    m.def((name + "_plain").c_str(), [=](py::handle x, py::handle residual, py::handle shape, py::handle weight,
+                                         py::handle bias, double eps, py::handle out, py::handle summed) {
+      auto run_norm = [=](const auto& a) { run(forward, a); };
+      return ff::plain::attempt(
+          [&] { return ff::plain::add_norm(run_norm, x, residual, shape, weight, bias, eps, out, summed); });
+    });
     m.def((name + "_backward").c_str(),
           [=](py::handle dout, py::handle dsummed, py::handle summed, py::handle weight, py::handle mean,
               py::handle rstd, py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias,

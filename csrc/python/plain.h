@@ -76,19 +76,47 @@ inline void prepare(const Tensor& out) {
   if (bytes >= kHugeBytes) advise_huge_pages(reinterpret_cast<uintptr_t>(out.data), bytes);
 }
 
+inline bool is_ordinary_or_none(pybind11::handle t) { return t.is_none() || is_ordinary(t); }
+
+// What a norm of x's rows takes beside them.
+struct Parameters {
+  Tensor weight, bias;
+  bool fit;
+  Parameters(const Tensor& x, pybind11::handle shape, pybind11::handle weight_, pybind11::handle bias_, double eps)
+      : weight(weight_), bias(bias_) {
+    fit = is_data(x) && one_size(shape) == x.cols && (weight_.is_none() || is_parameter(weight, x)) &&
+          (bias_.is_none() || is_parameter(bias, x)) &&
+          (!weight.data || !bias.data || weight.dtype == bias.dtype) && eps >= 0;
+  }
+};
+
 // layer_norm and rms_norm, without the statistics that backward takes.
 template <class Run>
-bool norm(const Run& run, pybind11::handle x_, pybind11::handle shape, pybind11::handle weight_, pybind11::handle bias_,
+bool norm(const Run& run, pybind11::handle x_, pybind11::handle shape, pybind11::handle weight, pybind11::handle bias,
           double eps, pybind11::handle out_) {
-  if (!is_ordinary(x_) || !(weight_.is_none() || is_ordinary(weight_)) || !(bias_.is_none() || is_ordinary(bias_)))
-    return false;
-  const Tensor x(x_), weight(weight_), bias(bias_), out(out_), none(Py_None);
-  const bool fits = is_data(x) && one_size(shape) == x.cols && (weight_.is_none() || is_parameter(weight, x)) &&
-                    (bias_.is_none() || is_parameter(bias, x)) &&
-                    (!weight.data || !bias.data || weight.dtype == bias.dtype) && is_like(out, x) && eps >= 0;
-  if (!fits) return false;
+  if (!is_ordinary(x_) || !is_ordinary_or_none(weight) || !is_ordinary_or_none(bias)) return false;
+  const Tensor x(x_), out(out_), none(Py_None);
+  const Parameters parameters(x, shape, weight, bias, eps);
+  if (!parameters.fit || !is_like(out, x)) return false;
   prepare(out);
-  run(layer_norm_args(x, weight, bias, out, none, none, eps));
+  run(layer_norm_args(x, parameters.weight, parameters.bias, out, none, none, eps));
+  return true;
+}
+
+// The same of residual + x, which goes to `summed`.
+template <class Run>
+bool add_norm(const Run& run, pybind11::handle x_, pybind11::handle residual_, pybind11::handle shape,
+              pybind11::handle weight, pybind11::handle bias, double eps, pybind11::handle out_,
+              pybind11::handle summed_) {
+  if (!is_ordinary(x_) || !is_ordinary(residual_) || !is_ordinary_or_none(weight) || !is_ordinary_or_none(bias))
+    return false;
+  const Tensor x(x_), residual(residual_), out(out_), summed(summed_), none(Py_None);
+  const Parameters parameters(x, shape, weight, bias, eps);
+  bool fits = parameters.fit && is_like(residual, x) && is_like(out, x) && is_like(summed, x);
+  for (int d = 0; d < x.ndim && d < Tensor::kMostDims; d++) fits = fits && residual.shape[d] == x.shape[d];
+  if (!fits || x.ndim > Tensor::kMostDims) return false;
+  prepare(out), prepare(summed);
+  run(add_layer_norm_args(x, residual, parameters.weight, parameters.bias, out, summed, none, none, eps, 0, 0));
   return true;
 }
 

@@ -34,6 +34,11 @@ def eager_cpu(x: object) -> bool:
     )
 
 
+def without_dropout(dropout_p: float, training: bool) -> bool:
+    """Whether nothing is dropped, by a probability that is one."""
+    return dropout_p == 0 or (not training and 0 < dropout_p <= 1)
+
+
 def records(*tensors: Any) -> bool:
     """Whether autograd has to record a call of these arguments, which may be anything."""
     if not torch.is_grad_enabled():

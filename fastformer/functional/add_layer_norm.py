@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..backends.cpu import add_layer_norm as _cpu
 from ._doors import needs_grad, new_seed, operator, through_operator
 from ._norms import AddNorm, add_forward, check, check_residual, register_add_norm, row_shape, select_add
+from ._small import eager_cpu, records, without_dropout
 
 
 def add_layer_norm(
@@ -43,6 +45,10 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together, naming the argument.
     """
+    if without_dropout(dropout_p, training) and eager_cpu(x) and not records(x, residual, weight, bias):
+        found = _cpu.plain(x, residual, normalized_shape, weight, bias, eps)
+        if found is not None:
+            return found
     shape = row_shape(normalized_shape)
     check("x", x, shape, weight, bias, eps)
     check_residual(x, residual, dropout_p)

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..backends.cpu import add_rms_norm as _cpu
 from ._doors import needs_grad, new_seed, operator, through_operator
 from ._norms import AddNorm, add_forward, check, check_residual, register_add_norm, row_shape, select_add
+from ._small import eager_cpu, records, without_dropout
 from .rms_norm import default_eps
 
 
@@ -42,6 +44,10 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together, naming the argument.
     """
+    if without_dropout(dropout_p, training) and eager_cpu(x) and not records(x, residual, weight, bias):
+        found = _cpu.plain(x, residual, normalized_shape, weight, bias, default_eps(x.dtype) if eps is None else eps)
+        if found is not None:
+            return found
     shape = row_shape(normalized_shape)
     check("x", x, shape, weight, bias, 0.0 if eps is None else eps)
     check_residual(x, residual, dropout_p)

@@ -16,6 +16,7 @@ from fastformer.backends import registry
 from tests.numerics import assert_close_to_fp64
 
 N = 24
+PLAIN = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "softmax", "activation", "cross_entropy"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -39,6 +40,8 @@ CALLS = {
     "layer_norm": lambda f, x: f.layer_norm(x, (N,), _w(x), _w(x)),
     "layer_norm, bare": lambda f, x: f.layer_norm(x, [N]),
     "rms_norm": lambda f, x: f.rms_norm(x, (N,), _w(x)),
+    "add_layer_norm": lambda f, x: torch.stack(f.add_layer_norm(x, x.flip(0), (N,), _w(x), _w(x))),
+    "add_rms_norm": lambda f, x: torch.stack(f.add_rms_norm(x, x.flip(0), (N,), dropout_p=0.5, training=False)),
     "softmax": lambda f, x: f.softmax(x, -1),
     "log_softmax": lambda f, x: f.log_softmax(x, 1),
     "relu": lambda f, x: f.relu(x),
@@ -53,7 +56,7 @@ CALLS = {
 def _taken(monkeypatch, call):
     """What ``call()`` returns, and the answers of the C++ functions it asked."""
     answers = []
-    for op in ("layer_norm", "rms_norm", "softmax", "activation", "cross_entropy"):
+    for op in PLAIN:
         function = getattr(_C, f"{op}_plain")
 
         def asked(*args, function=function):
@@ -115,6 +118,13 @@ WRONG = {
     "no tensor": (lambda x: F.layer_norm(x, (N,), "ones"), TypeError, "weight: expected a torch.Tensor"),
     "parameters of two dtypes": (lambda x: F.layer_norm(x, (N,), _w(x), _w(x).bfloat16()), TypeError, "bias: dtype"),
     "a negative eps": (lambda x: F.layer_norm(x, (N,), None, None, -1.0), ValueError, "eps: -1.0"),
+    "a residual of fewer rows": (lambda x: F.add_layer_norm(x, x[1:], (N,)), ValueError, "residual: shape"),
+    "a residual of another shape": (lambda x: F.add_rms_norm(x, x.view(1, 7, N), (N,)), ValueError, "residual: shape"),
+    "a probability of two": (
+        lambda x: F.add_layer_norm(x, x, (N,), dropout_p=2.0, training=False),
+        ValueError,
+        "dropout_p",
+    ),
     "integers": (lambda x: F.softmax(x.int(), 1), TypeError, "input: dtype torch.int32"),
     "a dimension too many": (lambda x: F.softmax(x, 2), IndexError, "dim: 2"),
     "integers to gelu": (lambda x: F.gelu(x.long()), TypeError, "input: dtype torch.int64"),

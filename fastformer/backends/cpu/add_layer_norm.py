@@ -9,7 +9,7 @@ from ... import _C
 from ._call import DTYPES, empty_like, row_statistics
 
 FEATURES = frozenset({"dropout"})
-__all__ = ["DTYPES", "FEATURES", "backward", "forward"]
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
 
 
 def forward(
@@ -27,6 +27,15 @@ def forward(
     mean, rstd = row_statistics(x) if statistics else (None, None)
     _C.add_layer_norm_forward(x, residual, weight, bias, out, summed, mean, rstd, eps, dropout_p, seed)
     return out, summed, mean, rstd
+
+
+def plain(
+    x: Tensor, residual: Tensor, normalized_shape: object, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """out and summed of ``forward``, without dropout; None if anything about the call is unusual or wrong."""
+    out, summed = torch.empty_like(x), torch.empty_like(x)
+    found = _C.add_layer_norm_plain(x, residual, normalized_shape, weight, bias, eps, out, summed)
+    return (out, summed) if found else None
 
 
 def backward(
