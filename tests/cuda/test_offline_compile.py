@@ -32,6 +32,7 @@ EXPECTED = {
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_fit_in_registers(source):
     kernels = resources.compile_kernels(source)
+    resources.BUILD.mkdir(parents=True, exist_ok=True)
     report = resources.BUILD / f"{source.stem}.md"
     report.write_text(resources.table(kernels))
     print(f"\n{resources.table(kernels)}({report})")
