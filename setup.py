@@ -41,7 +41,8 @@ CSRC = ROOT / "csrc"
 CXX_FLAGS = "-std=c++17 -O3 -fopenmp -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 NVCC_FLAGS = "-std=c++17 -O3 --use_fast_math -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
 
-PTXAS_STATISTICS = "^ptxas info +: (Compiling entry|Function properties|Used|[0-9]+ bytes gmem)|bytes stack frame"
+# ptxas's remarks on speed have a number in brackets and are shown.
+PTXAS_STATISTICS = "^ptxas info +: +[^ (]|bytes stack frame"
 
 # Flags of each instruction set, least demanding first. This is also the link order: where two objects hold the same
 # inline function (a std:: template, say) the linker keeps the first, which then runs on every machine.
