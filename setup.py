@@ -193,9 +193,9 @@ class Ninja:
             nvcc = shlex.quote(nvcc)
             self.lines += [
                 "rule nvcc",
-                # What ptxas says of each kernel stays in a file, for backends/cuda/resources.py; the rest is shown.
-                f"  command = {prefix}{nvcc} $flags -Xptxas -v -MD -MF $out.d -c $in -o $out >$out.log 2>&1; "
-                f"status=$$?; grep -Ev '{PTXAS_STATISTICS}' $out.log; exit $$status",
+                # The flags and what ptxas says of each kernel stay in a file, for backends/cuda/resources.py.
+                f"  command = echo '$flags' >$out.log; {prefix}{nvcc} $flags -Xptxas -v -MD -MF $out.d -c $in -o $out "
+                f">>$out.log 2>&1; status=$$?; sed 1d $out.log | grep -Ev '{PTXAS_STATISTICS}'; exit $$status",
                 "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
                 "rule nvlink",
                 f"  command = {nvcc} -shared -cudart static -Xcompiler -fPIC -o $out $in",
@@ -261,7 +261,9 @@ class Ninja:
         edges = [text for *_, text in sorted(self.edges, key=lambda edge: edge[:2], reverse=True)]
         path, text = self.folder / "build.ninja", "\n".join([*self.lines, *edges]) + "\n"
         if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text(text)
+            scratch.replace(path)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = os.environ.get("MAX_JOBS", str(cores))
         if subprocess.run([find_ninja(), "-C", str(self.folder), "-j", jobs]).returncode:

@@ -117,13 +117,10 @@ def built_log(source: Path) -> Path | None:
     The flags may be more than :data:`FLAGS`: how the host's code is compiled, and PTX for later cards.
     """
     compiled = MODULE_BUILD / "cuda" / source.parent.name / f"{source.name}.o"
-    log, ninja = compiled.with_name(f"{compiled.name}.log"), MODULE_BUILD / "build.ninja"
-    if source.parent != CUDA or not (compiled.exists() and log.exists() and ninja.exists()):
+    log = compiled.with_name(f"{compiled.name}.log")
+    if source.parent != CUDA or not (compiled.exists() and log.exists()):
         return None
-    rule = re.search(
-        rf"^build cuda/cuda/{re.escape(source.name)}\.o: nvcc .*\n +flags = (.*)$", ninja.read_text(), re.M
-    )
-    given = rule[1].split() if rule else []
+    given = log.read_text().partition("\n")[0].split()
     machine_code = [flag for flag in given if flag.startswith("-gencode") and ",code=sm_" in flag]
     if not set(FLAGS) <= set(given) or sorted(machine_code) != sorted(_gencode(ARCHITECTURES)):
         return None
