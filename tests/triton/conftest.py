@@ -6,7 +6,7 @@ process has imported Triton (torch.compile does, transformers does). All such te
 their own, started with TRITON_INTERPRET=1 when the first of them is reached, and each is reported here under its own
 name with the outcome it had there. ``TRITON_INTERPRET=1 pytest tests/triton`` runs them directly, to debug one.
 
-pytest-xdist's workers share them: there are as many parts as workers, and each worker runs one and reads the others'.
+pytest-xdist's workers share them: in parts, each of which is run by one worker and read by all.
 """
 
 import fcntl
@@ -26,6 +26,7 @@ from fastformer.backends.triton import interpreting
 
 REPORT_TO = "FASTFORMER_TRITON_REPORT"  # the file in which the other process leaves its outcomes
 TIME_LIMIT = 900  # seconds
+PARTS = 3  # for each worker: the last one done is the longest that another waits for
 Outcomes = dict[str, dict[str, str]]  # node id -> outcome and text
 _outcomes, _folder = pytest.StashKey[Outcomes](), pytest.StashKey[Path]()
 
@@ -53,12 +54,13 @@ def _outcome(session: pytest.Session, node: str) -> dict[str, str]:
     known = session.stash.setdefault(_outcomes, {})
     if node not in known:
         nodes = [item.nodeid for item in session.items if _runs_kernels(item)]
-        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        parts = [nodes[i::workers] for i in range(workers)]  # neighbours take about as long as each other
-        own = nodes.index(node) % workers
+        workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+        count = PARTS * int(workers) if workers else 1
+        parts = [nodes[i::count] for i in range(count)]  # neighbours take about as long as each other
+        own = nodes.index(node) % count
         found = _part(session, parts, own, wait=False)
         if found is None:  # another worker is at it; meanwhile the rest
-            for other in range(workers):
+            for other in range(count):
                 known |= _part(session, parts, other, wait=False) or {}
             found = _part(session, parts, own, wait=True) or {}
         known |= found
@@ -100,6 +102,11 @@ def _run_elsewhere(session: pytest.Session, nodes: list[str]) -> Outcomes:
         f"{finished.stdout[-4000:]}{finished.stderr[-4000:]}",
     }
     return {node: outcomes.get(node, missing) for node in nodes}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter's tests first: the longest ones, for whoever waits for a part."""
+    items.sort(key=lambda item: not _runs_kernels(item))
 
 
 @pytest.hookimpl(tryfirst=True)
