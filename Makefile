@@ -52,7 +52,7 @@ demo: build/built
 test: build/built-wide
 	@echo "==> Running the tests (ARGS='-k layer_norm' runs some of them)"
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
-	  $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && printf -- -n%s $(WORKERS)) $(ARGS)
+	  $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && printf -- '-n%s --dist=worksteal' $(WORKERS)) $(ARGS)
 
 bench: build/built
 	@$(PY) -m benchmarks $(ARGS)

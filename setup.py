@@ -41,6 +41,9 @@ CSRC = ROOT / "csrc"
 CXX_FLAGS = "-std=c++17 -O3 -fopenmp -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 NVCC_FLAGS = "-std=c++17 -O3 --use_fast_math -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
 
+# ptxas's remarks on speed have a number in brackets and are shown.
+PTXAS_STATISTICS = "^ptxas info +: +[^ (]|bytes stack frame"
+
 # Flags of each instruction set, least demanding first. This is also the link order: where two objects hold the same
 # inline function (a std:: template, say) the linker keeps the first, which then runs on every machine.
 AVX2 = "-mavx2 -mfma -mf16c"
@@ -54,10 +57,11 @@ ISA_FLAGS = {
     "avx512_bf16": "-DFF_ISA=avx512_bf16 -DFF_VEC_BYTES=64 -DFF_BF16_DOT=1 " + AVX512_BF16,
     "amx": "-DFF_ISA=amx -DFF_VEC_BYTES=64 -DFF_BF16_DOT=2 " + AMX,
 }
+# -O1: these run in tests alone, and vectors of two registers take five times as long to compile at -O3.
 WIDE_FLAGS = {
-    "avx512": "-DFF_ISA=avx512 -DFF_VEC_BYTES=64 -Wno-psabi " + AVX2,
-    "avx512_bf16": "-DFF_ISA=avx512_bf16 -DFF_VEC_BYTES=64 -DFF_BF16_DOT=1 -Wno-psabi " + AVX2,
-    "amx": "-DFF_ISA=amx -DFF_VEC_BYTES=64 -DFF_BF16_DOT=2 -Wno-psabi " + AVX2,
+    "avx512": "-DFF_ISA=avx512 -DFF_VEC_BYTES=64 -Wno-psabi -O1 " + AVX2,
+    "avx512_bf16": "-DFF_ISA=avx512_bf16 -DFF_VEC_BYTES=64 -DFF_BF16_DOT=1 -Wno-psabi -O1 " + AVX2,
+    "amx": "-DFF_ISA=amx -DFF_VEC_BYTES=64 -DFF_BF16_DOT=2 -Wno-psabi -O1 " + AVX2,
 }
 # The files with bfloat16 products; on those instruction sets everything else runs AVX-512's code.
 BF16_ISAS = ("avx512_bf16", "amx")
@@ -173,6 +177,7 @@ class Ninja:
         includes = [sysconfig.get_paths()["include"], pybind11_include()]
         self.python_flags = " ".join("-I" + shlex.quote(str(path)) for path in includes)
         self.folder = folder
+        self.edges = []  # (is a .cu, bytes of the source, text)
         self.bf16 = is_x86_64() and knows_bf16(cxx)
         self.lines = [
             "ninja_required_version = 1.5",
@@ -188,7 +193,9 @@ class Ninja:
             nvcc = shlex.quote(nvcc)
             self.lines += [
                 "rule nvcc",
-                f"  command = {prefix}{nvcc} $flags -MD -MF $out.d -c $in -o $out",
+                # The flags and what ptxas says of each kernel stay in a file, for backends/cuda/resources.py.
+                f"  command = echo '$flags' >$out.log; {prefix}{nvcc} $flags -Xptxas -v -MD -MF $out.d -c $in -o $out "
+                f">>$out.log 2>&1; status=$$?; sed 1d $out.log | grep -Ev '{PTXAS_STATISTICS}'; exit $$status",
                 "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
                 "rule nvlink",
                 f"  command = {nvcc} -shared -cudart static -Xcompiler -fPIC -o $out $in",
@@ -210,11 +217,12 @@ class Ninja:
             flags += (
                 " -O1 " + self.python_flags
             )  # they pass arguments on; at -O3 they are the longest step of the build
-        self.lines.append(f"build {out}: {rule} {self.escape(source)}\n  flags = {flags}")
+        text = f"build {out}: {rule} {self.escape(source)}\n  flags = {flags}"
+        self.edges.append((rule == "nvcc", source.stat().st_size, text))
         return out
 
     def link(self, rule, module, objects):
-        self.lines.append(f"build {self.file_name(module)}: {rule} {' '.join(objects)}")
+        self.edges.append((False, 0, f"build {self.file_name(module)}: {rule} {' '.join(objects)}"))
 
     def cpu_module(self, module, wide=False):
         variant = "wide" if wide else "cpu"
@@ -249,9 +257,13 @@ class Ninja:
         self.link("nvlink", module, [self.compile("nvcc", s, "cuda", flags) for s in cuda_sources()])
 
     def build(self):
-        path, text = self.folder / "build.ninja", "\n".join(self.lines) + "\n"
+        # ninja starts jobs in this order: the longest first, so that no core is left alone with one at the end.
+        edges = [text for *_, text in sorted(self.edges, key=lambda edge: edge[:2], reverse=True)]
+        path, text = self.folder / "build.ninja", "\n".join([*self.lines, *edges]) + "\n"
         if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text(text)
+            scratch.replace(path)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = os.environ.get("MAX_JOBS", str(cores))
         if subprocess.run([find_ninja(), "-C", str(self.folder), "-j", jobs]).returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ def attention_formula(
     return out, lse
 
 
+@cache
 def t5_bucket(distance: int, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
     """T5's bucket of one distance (Raffel et al. 2020), by scalar arithmetic, the logarithm in float32 as T5's is."""
     first = 0

@@ -1,4 +1,5 @@
-"""Every test draws the same random numbers in every run, whatever ran before it, and tests our kernels at any size."""
+"""Every test draws the same random numbers in every run, whatever ran before it, and tests our kernels at any size; slow
+tests come first."""
 
 import pytest
 import torch
@@ -12,3 +13,8 @@ torch.manual_seed(0)  # for the numbers drawn while test files are imported
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    # So that none of pytest-xdist's workers is left alone with one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastformer.backends.attention_options import Options
-from fastformer.backends.cuda import attention, emulation
+from fastformer.backends.cuda import attention
 from fastformer.backends.reference import attention as reference
-from tests.cuda.orders import COMPLETIONS, set_completion
+from tests.cuda.orders import MODES, running, set_completion
 from tests.cuda.test_attention_cuda import (  # noqa: F401  guarded: outputs between margins
     BF16,
     F16,
@@ -142,11 +142,9 @@ def test_broadcast_tensors(device):
     check(q, k, v, dout[:, :, :1].expand(2, 4, 140, 64), dlse, Options(0.125))  # between positions: the other family's
 
 
-@pytest.mark.parametrize("completion", COMPLETIONS)
-@pytest.mark.parametrize("order", emulation.ORDERS)
 @pytest.mark.parametrize("dim", [96, 128])
 @pytest.mark.parametrize("name", ["plain", "everything", "packed"])
-def test_any_order_of_threads(name, dim, order, completion, device):
+def test_any_order_of_threads(name, dim, device):
     """Bit for bit what the first order gave, whenever copies land and products finish: blocks take turns at dq."""
     if device != "cpu":
         pytest.skip("a GPU chooses its own order")
@@ -165,10 +163,10 @@ def test_any_order_of_threads(name, dim, order, completion, device):
         return [*ours, *attention.backward(dout, dlse, q, k, v, *ours, options)[:3]]
 
     expected = run()
-    emulation.set_order(order)
-    set_completion(completion)
-    for ours, first in zip(run(), expected, strict=True):
-        assert torch.equal(ours, first)
+    for mode in MODES[1:]:
+        with running(*mode):
+            for part, (ours, first) in enumerate(zip(run(), expected, strict=True)):
+                assert torch.equal(ours, first), (*mode, part)
 
 
 def test_gradients_repeat(device):

@@ -8,7 +8,7 @@ from fastformer import functional as F
 from fastformer.backends.attention_options import DecodeOptions
 from fastformer.backends.cuda import decode_attention, emulation
 from fastformer.backends.reference import decode_attention as reference
-from tests.cuda.orders import COMPLETIONS, guarded_outputs, set_completion
+from tests.cuda.orders import MODES, guarded_outputs, running, set_completion
 from tests.functional.test_decode_attention import CASES as COMMON
 from tests.functional.test_decode_attention import Case, inputs
 from tests.numerics import assert_close_to_fp64
@@ -74,22 +74,20 @@ def test_output_and_log_sum_exp(name, dtype, parts, device):
     assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("completion", COMPLETIONS)
-@pytest.mark.parametrize("order", emulation.ORDERS)
 @pytest.mark.parametrize(
     "name", ["several parts to merge, grouped heads", "tails of every vector", "parts of pages, everything"]
 )
-def test_any_order_of_threads(name, order, completion, device):
+def test_any_order_of_threads(name, device):
     """Bit for bit what the first order gave, whenever copies land: no warp reads a tile that is not there yet."""
     if device != "cpu":
         pytest.skip("a GPU chooses its own order")
     emulation.load().set_multiprocessors(30)
     given = arguments(CASES[name], BF16, device)
     expected = decode_attention.forward(*given)
-    emulation.set_order(order)
-    set_completion(completion)
-    for ours, first in zip(decode_attention.forward(*given), expected, strict=True):
-        assert torch.equal(ours, first)
+    for mode in MODES[1:]:
+        with running(*mode):
+            for ours, first in zip(decode_attention.forward(*given), expected, strict=True):
+                assert torch.equal(ours, first), mode
 
 
 def test_pages_and_rows_of_the_same_keys_give_the_same_bits(device):

@@ -1,6 +1,8 @@
 """Every kernel of csrc/cuda compiles for sm_80 and sm_90a, keeps its registers and does not serialise wgmma."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,7 @@ EXPECTED = {
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_fit_in_registers(source):
     kernels = resources.compile_kernels(source)
+    resources.BUILD.mkdir(parents=True, exist_ok=True)
     report = resources.BUILD / f"{source.stem}.md"
     report.write_text(resources.table(kernels))
     print(f"\n{resources.table(kernels)}({report})")
@@ -119,3 +122,29 @@ def test_a_warning_without_a_name_counts_against_all():
     log = LOG.replace(" in the function '_Z3badPf'", "")
     assert all(k.serialised for k in resources.parse(log))
     assert not any(dataclasses.replace(k, serialised=False).serialised for k in resources.parse(log))
+
+
+def test_what_the_build_kept_is_read_while_nothing_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "CUDA", tmp_path / "csrc" / "cuda")
+    monkeypatch.setattr(resources, "MODULE_BUILD", tmp_path / "build")
+    compiled = tmp_path / "build" / "cuda" / "cuda" / "kernel.cu.o"
+    for folder in (resources.CUDA, compiled.parent):
+        folder.mkdir(parents=True)
+    source, header, log = resources.CUDA / "kernel.cu", resources.CUDA / "row.cuh", Path(f"{compiled}.log")
+    architectures = "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a"
+    flags = "-std=c++17 -O3 --use_fast_math {} -gencode=arch=compute_80,code=compute_80\n"
+    source.write_text("")
+    header.write_text("")
+    assert resources.built_log(source) is None
+    compiled.write_text("")
+    log.write_text(flags.format(architectures) + LOG)
+    for path in (source, header):
+        os.utime(path, (0, 0))
+    assert resources.built_log(source) == log
+    monkeypatch.setattr(resources, "find_nvcc", lambda: None)
+    assert [k.registers for k in resources.compile_kernels(source)] == [32, 168]
+    os.utime(header, (2**33, 2**33))
+    assert resources.built_log(source) is None
+    os.utime(header, (0, 0))
+    log.write_text(flags.format("-gencode=arch=compute_80,code=sm_80") + LOG)
+    assert resources.built_log(source) is None

@@ -318,8 +318,15 @@ ADDED = {
 
 
 @pytest.mark.parametrize("added", ADDED)
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("dtype, long", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize(  # what is added is done before log and dtype matter, which meet in test_softmax
+    "log, dtype, long",
+    [
+        (False, torch.float32, False),
+        (True, torch.bfloat16, False),
+        (False, torch.float32, True),
+        (True, torch.float32, True),
+    ],
+)
 def test_softmax_of_masked_and_biased_scores(normal, request, added, log, dtype, long, device):
     if long:
         request.getfixturevalue("chunked")

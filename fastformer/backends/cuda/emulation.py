@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -59,18 +60,22 @@ def build(sources: Sequence[Path], name: str, flags: str = "") -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = []
-        for source, key in zip(sources, keys, strict=True):
-            out = BUILD / "objects" / f"{source.name}.{key}.o"
-            if not out.exists():
-                out.parent.mkdir(exist_ok=True)
-                scratch = out.with_suffix(".tmp")
-                language = ["-x", "c++"] if source.suffix == ".cu" else []
-                _run([*command, *language, "-c", str(source), "-o", str(scratch)])
-                scratch.replace(out)
-            objects.append(str(out))
+        objects = {s: BUILD / "objects" / f"{s.name}.{key}.o" for s, key in zip(sources, keys, strict=True)}
+        missing = sorted((s for s in sources if not objects[s].exists()), key=lambda s: s.stat().st_size, reverse=True)
+
+        def compile_one(source: Path) -> None:
+            out = objects[source]
+            scratch = out.with_suffix(".tmp")
+            language = ["-x", "c++"] if source.suffix == ".cu" else []
+            _run([*command, *language, "-c", str(source), "-o", str(scratch)])
+            scratch.replace(out)
+
+        (BUILD / "objects").mkdir(exist_ok=True)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ThreadPoolExecutor(cores) as pool:  # other processes wait for the lock, so every core is free for this
+            list(pool.map(compile_one, missing))
         scratch = target.with_suffix(".tmp")
-        _run([*compiler(), "-shared", "-Wl,-Bsymbolic", "-o", str(scratch), *objects])
+        _run([*compiler(), "-shared", "-Wl,-Bsymbolic", "-o", str(scratch), *map(str, objects.values())])
         scratch.replace(target)
     return target
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "resources"
+MODULE_BUILD = ROOT / "build" / str(sysconfig.get_config_var("SOABI"))  # setup.py's
 
 ARCHITECTURES = ("80", "90a")
 FLAGS = ("-std=c++17", "-O3", "--use_fast_math")
@@ -105,22 +107,46 @@ def _readable(names: Sequence[str]) -> list[str]:
     return [re.sub(r"^void |\(.*$", "", line).replace("__nv_bfloat16", "bf16") for line in done.stdout.splitlines()]
 
 
+def _gencode(architectures: Iterable[str]) -> list[str]:
+    return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+
+
+def built_log(source: Path) -> Path | None:
+    """What ptxas said when setup.py compiled ``source`` for :data:`ARCHITECTURES`; None if it is out of date.
+
+    The flags may be more than :data:`FLAGS`: how the host's code is compiled, and PTX for later cards.
+    """
+    compiled = MODULE_BUILD / "cuda" / source.parent.name / f"{source.name}.o"
+    log = compiled.with_name(f"{compiled.name}.log")
+    if source.parent != CUDA or not (compiled.exists() and log.exists()):
+        return None
+    given = log.read_text().partition("\n")[0].split()
+    machine_code = [flag for flag in given if flag.startswith("-gencode") and ",code=sm_" in flag]
+    if not set(FLAGS) <= set(given) or sorted(machine_code) != sorted(_gencode(ARCHITECTURES)):
+        return None
+    read = [source, *CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *CUDA.parent.glob("*.h"), *CUDA.parent.glob("include/*.h")]
+    changed = max(path.stat().st_mtime for path in read)
+    return log if changed < min(log.stat().st_mtime, compiled.stat().st_mtime) else None
+
+
 def compile_kernels(
     source: Path, architectures: Sequence[str] = ARCHITECTURES, flags: Sequence[str] = ()
 ) -> list[Kernel]:
     """Compiles ``source`` for every architecture and returns its kernels.
 
-    What ptxas said is kept in ``build/resources`` by the hash of the source, the headers of csrc/cuda and the command,
-    so that an unchanged file is not compiled twice.
+    A file that setup.py has just compiled in the same way is not compiled again (:func:`built_log`). Else what ptxas
+    said is kept in ``build/resources`` by the hash of the source, the headers of csrc/cuda and the command, so that an
+    unchanged file is not compiled twice.
 
     Raises:
         RuntimeError: there is no nvcc, or the file does not compile; the message has the compiler's output.
     """
+    if tuple(architectures) == ARCHITECTURES and not flags and (log := built_log(source)):
+        return _kernels(log)
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
-    command = [nvcc, *FLAGS, *flags, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)]
-    command += ["-Xptxas", "-v", "-fatbin"]
+    command = [nvcc, *FLAGS, *flags, *_gencode(architectures), "-Xptxas", "-v", "-fatbin"]
     digest = hashlib.sha256("\0".join(command).encode())
     for path in (source, *sorted(CUDA.glob("*.cuh")), *sorted(CUDA.glob("*.h"))):
         digest.update(path.name.encode() + path.read_bytes())
@@ -134,6 +160,10 @@ def compile_kernels(
         scratch = log.with_suffix(f".{os.getpid()}")
         scratch.write_text(text)
         scratch.replace(log)
+    return _kernels(log)
+
+
+def _kernels(log: Path) -> list[Kernel]:
     kernels = parse(log.read_text())
     names = _readable([k.name for k in kernels])
     return [Kernel(**{**vars(k), "name": name}) for k, name in zip(kernels, names, strict=True)]

@@ -22,12 +22,12 @@ def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 def random_bits(seed: int, rows: Tensor, cols: int) -> Tensor:
     """32 random bits for each (row, column): an int64 tensor ``(len(rows), cols)`` of values in [0, 2^32)."""
-    col = torch.arange(cols, device=rows.device)
-    counter = (col // 32) * 8 + col % 8
-    word = (col // 8) % 4
-    c0 = counter.expand(len(rows), cols)
-    c1 = (rows & _MASK)[:, None].expand(len(rows), cols)
-    c2 = (rows >> 32)[:, None].expand(len(rows), cols)
+    # A counter's four words serve four columns, 8 apart: 8 counters for every 32 columns.
+    blocks = (cols + 31) // 32
+    shape = (len(rows), 8 * blocks)
+    c0 = torch.arange(8 * blocks, device=rows.device).expand(shape)
+    c1 = (rows & _MASK)[:, None].expand(shape)
+    c2 = (rows >> 32)[:, None].expand(shape)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -35,7 +35,8 @@ def random_bits(seed: int, rows: Tensor, cols: int) -> Tensor:
         h1, l1 = _mulhilo(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.where(word == 0, c0, torch.where(word == 1, c1, torch.where(word == 2, c2, c3)))
+    words = torch.stack([c.reshape(len(rows), blocks, 8) for c in (c0, c1, c2, c3)], 2)
+    return words.reshape(len(rows), 32 * blocks)[:, :cols]
 
 
 def dropout_scales(
