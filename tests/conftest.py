@@ -1,5 +1,4 @@
-"""Every test draws the same random numbers in every run, whatever ran before it, and tests our kernels at any size; slow
-tests come first."""
+"""Every test draws the same random numbers in every run and tests our kernels at any size; slow tests come first."""
 
 import pytest
 import torch
