@@ -194,8 +194,9 @@ class Ninja:
             self.lines += [
                 "rule nvcc",
                 # The flags and what ptxas says of each kernel stay in a file, for backends/cuda/resources.py.
-                f"  command = echo '$flags' >$out.log; {prefix}{nvcc} $flags -Xptxas -v -MD -MF $out.d -c $in -o $out "
-                f">>$out.log 2>&1; status=$$?; sed 1d $out.log | grep -Ev '{PTXAS_STATISTICS}'; exit $$status",
+                f"  command = echo '$nvcc_flags' >$out.log; "
+                f"{prefix}{nvcc} $flags -Xptxas -v -MD -MF $out.d -c $in -o $out >>$out.log 2>&1; status=$$?; "
+                f"sed 1d $out.log | grep -Ev '{PTXAS_STATISTICS}'; exit $$status",
                 "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
                 "rule nvlink",
                 f"  command = {nvcc} -shared -cudart static -Xcompiler -fPIC -o $out $in",
@@ -254,6 +255,7 @@ class Ninja:
         if "80" in archs:  # and as PTX, for cards newer than this list
             gencode += " -gencode=arch=compute_80,code=compute_80"
         flags = f"{NVCC_FLAGS} {gencode} -DFF_MODULE={module}"
+        self.lines.append(f"nvcc_flags = {flags}")
         self.link("nvlink", module, [self.compile("nvcc", s, "cuda", flags) for s in cuda_sources()])
 
     def build(self):

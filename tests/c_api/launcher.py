@@ -26,7 +26,8 @@ def built(source: Path, arguments: list[str]) -> Path | None:
     """setup.py's object, if it is newer than everything that could have gone into it."""
     ninja = BUILT / "build.ninja"
     edges = re.findall(r"^build (\S+): cxx (\S+)\n  flags = (.*)$", ninja.read_text(), re.M) if ninja.exists() else []
-    changed = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    read = [ROOT / "csrc" / "checks.h", *(ROOT / "csrc" / "cpu").iterdir(), *(ROOT / "csrc" / "include").iterdir()]
+    changed = max(path.stat().st_mtime for path in read)
     for name, path, given in edges:
         compiled = BUILT / name
         same = Path(path) == source and flags(shlex.split(given)) == flags(arguments)
