@@ -36,7 +36,7 @@ template <class T> struct Tiles {
 template <class T> struct Params {
   TensorMap left, right[2];          // x, w1 and w_up; dout and w2
   int rows, cols, steps;             // the last: of the inner dimension
-  int64_t down, across;              // tiles of rows, of columns
+  uint32_t down, across;             // tiles of rows, of columns
   bool whole;                        // rows and columns allow 4 elements at a time
   ff_activation kind;
   Dropout dropout;
@@ -51,9 +51,10 @@ template <class T> struct Params {
 struct Place {
   int row, col;
 };
-template <class T> FF_DEVICE Place find_tile(const Params<T>& p, int64_t tile, int tile_cols) {
-  const int64_t group = tile / (kGroup * p.across), within = tile - group * kGroup * p.across;
-  const int64_t height = min(p.down - group * kGroup, int64_t(kGroup));
+// In 32 bits: one of 64 would be a call, to a function with more registers than the warp that copies has kept.
+template <class T> FF_DEVICE Place find_tile(const Params<T>& p, uint32_t tile, int tile_cols) {
+  const uint32_t size = uint32_t(kGroup) * p.across, group = tile / size, within = tile - group * size;
+  const uint32_t height = min(p.down - group * kGroup, uint32_t(kGroup));
   return {int((group * kGroup + within % height) * kRows), int(within / height) * tile_cols};
 }
 
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_activation_hopper(const __
     decrease_registers<24>();
     if (t > 0) return;
 #pragma unroll 1
-    for (int64_t tile = blockIdx.x; tile < p.down * p.across; tile += gridDim.x) {
+    for (uint32_t tile = blockIdx.x; tile < p.down * p.across; tile += gridDim.x) {
       const Place at = find_tile(p, tile, kTileCols);
 #pragma unroll 1
       for (int step = 0; step < p.steps; step++, n++) {
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_activation_hopper(const __
     if (t % 32 == 0) mbarrier_arrive(&tiles->empty[slice % kStages]);
   };
 #pragma unroll 1
-  for (int64_t tile = blockIdx.x; tile < p.down * p.across; tile += gridDim.x) {
+  for (uint32_t tile = blockIdx.x; tile < p.down * p.across; tile += gridDim.x) {
 #pragma unroll 1
     for (int step = 0; step < p.steps; step++, n++) {
       const int stage = n % kStages;
@@ -339,8 +340,9 @@ int check(const ff_linear_activation_args* a) {
   if (!is_half_precision(a->dtype))
     return fail(FF_UNSUPPORTED, "dtype: %s; linear_activation's CUDA kernel takes bfloat16 and float16",
                 dtype_name(a->dtype));
-  if (a->rows > INT32_MAX - kRows || a->cols > INT32_MAX - kCols || a->inner > INT32_MAX - kInner)
-    return fail(FF_UNSUPPORTED, "rows, cols, inner: %lld, %lld, %lld are beyond 2^31", (long long)a->rows,
+  if (a->rows > INT32_MAX - kRows || a->cols > INT32_MAX - kCols || a->inner > INT32_MAX - kInner ||
+      (a->rows / kRows + 1) * (a->cols * 2 / kCols + 1) > INT32_MAX)
+    return fail(FF_UNSUPPORTED, "rows, cols, inner: %lld, %lld, %lld are too many to count in 32 bits", (long long)a->rows,
                 (long long)a->cols, (long long)a->inner);
   if (!is_hopper()) return fail(FF_UNSUPPORTED, "linear_activation: the device's compute capability is not 9.0");
   return FF_OK;
@@ -376,7 +378,7 @@ int run(const char* name, const ff_linear_activation_args* a, Params<T>& p, cons
     if (status) return status;
   }
   p.rows = int(a->rows), p.cols = int(a->cols);
-  p.down = (a->rows + kRows - 1) / kRows, p.across = (a->cols * Parts + kCols - 1) / kCols;
+  p.down = uint32_t((a->rows + kRows - 1) / kRows), p.across = uint32_t((a->cols * Parts + kCols - 1) / kCols);
   p.steps = int((a->inner + kInner - 1) / kInner);
   p.kind = a->kind, p.dropout = make_dropout(a->dropout_p, a->seed);
   p.b1 = static_cast<const T*>(a->b1), p.b_up = static_cast<const T*>(a->b_up);
@@ -384,7 +386,7 @@ int run(const char* name, const ff_linear_activation_args* a, Params<T>& p, cons
   p.whole = a->cols % 4 == 0 && a->dgate_stride % 4 == 0;
   for (const void* pointer : {a->out, a->gate, a->up, a->dgate, a->dup})
     p.whole &= reinterpret_cast<uintptr_t>(pointer) % (4 * sizeof(T)) == 0;
-  const int64_t count = multiprocessors(), tiles = p.down * p.across;
+  const int64_t count = multiprocessors(), tiles = int64_t(p.down) * p.across;
   if (count == 0) {
     const int status = check_cuda(name);
     return status != FF_OK ? status : fail(FF_DEVICE_ERROR, "%s: the device has no multiprocessors", name);
