@@ -115,7 +115,7 @@ template <class T> FF_DEVICE void drop(float (&values)[4], const Params<T>& p, i
   if (!p.dropout.on) return;
   const uint32_t kept = keep_bits<4>(p.dropout, row, col);
 #pragma unroll
-  for (int e = 0; e < 4; e++) values[e] = kept >> e & 1 ? values[e] * p.dropout.scale : 0.f;
+  for (int e = 0; e < 4; e++) values[e] *= kept >> e & 1 ? p.dropout.scale : 0.f;
 }
 
 // What a lane does with a panel of W columns: 4 columns of every kStep-th row of its warp's 16.
@@ -235,7 +235,7 @@ FF_DEVICE void finish_backward(const Params<T>& p, const float (&sums)[1][kCols 
 #pragma unroll
     for (int w = 0; w < 4; w++) total += tiles->panel[warpgroup * 4 + w][t];
     const int strip = tile.row / kStrip, sum_col = tile.col + which * W + t % W;
-    if (strip < p.strips && sum_col < p.cols && (t < W || p.up))
+    if (sum_col < p.cols && (t < W || p.up))
       p.partial[int64_t(t / W * p.strips + strip) * p.cols + sum_col] = total;
     named_barrier_sync(1 + warpgroup, 128);
   }
@@ -323,6 +323,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_activation_hopper(const __
     release(n - 1);
     Place at = find_tile(p, tile, kTileCols);
     at.row += warpgroup * kStrip;
+    if (at.row >= p.rows) continue;  // the last tile's lower half
     if constexpr (Backward) finish_backward(p, sums, tiles, at);
     else finish_forward<T, Parts>(p, sums, tiles, at);
   }
