@@ -143,6 +143,13 @@ def test_nan_stays_in_its_row(device):
             assert torch.equal(t[66:], clean[name][66:]), name
 
 
+def test_an_infinite_bias(device):
+    """Its column alone is infinite: the rows that fill up a tile, 0 times infinity there, do not count."""
+    given = tensors((1, 16, 40), BF16, device)
+    given[4][7] = float("inf")
+    check(given, "silu")
+
+
 def test_no_rows(device):
     given = tensors((5, 16, 40), BF16, device)
     given[0], given[5] = given[0][:0], given[5][:0]
@@ -253,6 +260,10 @@ def test_what_is_refused(device, monkeypatch):
         assert fastformer.explain("gated_feed_forward", x, w1, w_up, w2).backend == "cuda"
         explained = str(fastformer.explain("feed_forward", x, w1[:, 3:], b1, w2, None))
     assert "the library's matmul: w1's rows do not start at multiples of 16 bytes" in explained
+    monkeypatch.setitem(choice.DEFAULT, device, "cuda")
+    assert choice.select(x, w1, w_up, w2) is linear_activation
+    with fastformer.backend("reference"):
+        assert choice.select(x, w1, w_up, w2) is None
     if device == "cpu":
         monkeypatch.setenv("FASTFORMER_CUDA_FAMILY", "sm80")
         assert choice.refusal("cuda", x, w1, w_up, w2) == "the kernel is made for compute capability 9.0"
