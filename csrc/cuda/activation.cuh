@@ -1,9 +1,9 @@
 // relu, gelu, gelu_tanh and silu with their derivatives, for one number in float32.
 //
 // All but relu cost one exponential of a non-positive number and one division, for the value, the slope or both.
-//   gelu       Phi(-a) = exp(-a^2 / 2) * R(a) for a = |x|, with R (the Mills ratio over sqrt(2 pi)) as a quotient of two
-//              polynomials with positive coefficients: nothing cancels in the left tail, as it does in 1 + erf, and the
-//              same exponential is the density.
+//   gelu       Phi(-a) = exp(-a^2 / 2) * R(a) for a = |x|, with R (the Mills ratio over sqrt(2 pi)) as a quotient of
+//              two polynomials with positive coefficients: nothing cancels in the left tail, as it does in 1 + erf, and
+//              the same exponential is the density.
 //   gelu_tanh  0.5 * (1 + tanh(u)) = sigmoid(2u), from e = exp(-|2u|), 2u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 //   silu       x * sigmoid(x), from e = exp(-|x|).
 #pragma once
@@ -53,6 +53,18 @@ template <ff_activation K> FF_DEVICE void evaluate(float x, float& value, float&
     const float r = __fdividef(1.f, 1.f + e), xe = x * e;  // x * 0 first: no x is large enough for NaN
     value = (x < 0 ? xe : x) * r;
     slope = (x < 0 ? e : 1.f) * r + (xe * rate) * (r * r);
+  }
+}
+
+// The same with a kind that only the call knows: K is kAnyKind.
+constexpr int kAnyKind = -1;
+template <int K> FF_DEVICE void evaluate(ff_activation kind, float x, float& value, float& slope) {
+  if constexpr (K != kAnyKind) return evaluate<ff_activation(K)>(x, value, slope);
+  switch (kind) {
+    case FF_RELU: return evaluate<FF_RELU>(x, value, slope);
+    case FF_GELU: return evaluate<FF_GELU>(x, value, slope);
+    case FF_GELU_TANH: return evaluate<FF_GELU_TANH>(x, value, slope);
+    case FF_SILU: return evaluate<FF_SILU>(x, value, slope);
   }
 }
 

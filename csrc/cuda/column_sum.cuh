@@ -1,5 +1,5 @@
-// Second stage of gradients that are summed over rows: the first leaves one float32 row of sums per block, and this adds
-// those in a fixed order, which makes the result the same in every run.
+// Second stage of gradients that are summed over rows: the first leaves one float32 row of sums per block, and this
+// adds those in a fixed order, which makes the result the same in every run.
 #pragma once
 #include "row.cuh"
 
