@@ -100,7 +100,9 @@ CASES: dict[str, list[Case]] = {
         )
         for dtype in DTYPES
     ],
-    "feed_forward": _cases([(70, 64, 256), (257, 96, 200)], ("", {}), ("residual", {}), ("swiglu", {})),
+    "feed_forward": _cases(  # tiles and their tails, and widths of several slices
+        [(70, 64, 256), (257, 96, 200), (300, 520, 648)], ("", {}), ("residual", {}), ("swiglu", {})
+    ),
 }
 TINY: dict[str, list[Case]] = {
     "layer_norm": _cases([(3, 70)])[:2],

@@ -1,5 +1,6 @@
 """feed_forward beside torch's linear, GELU, linear, and beside its matmuls alone: two forward, six with backward; and
-the gated form ("swiglu"), whose first matmul is twice as wide where its two weights lie next to each other.
+the gated form ("swiglu"), whose first matmul is twice as wide where its two weights lie next to each other. "triton"
+and "cuda": ours with their own first matmul, the activation inside it.
 
 The shape is (rows, width, hidden width). "residual" adds the block's input to its output.
 """
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as TF
 
 import fastformer.functional as F
-from benchmarks.runner import Case, Cost, Problem, compiled, incomparable, timed
+from benchmarks.runner import Call, Case, Cost, Problem, Unavailable, compiled, incomparable, on_backend, timed
+from fastformer.backends import linear_activation
 
 OP = "feed_forward"
 GPT2 = (2048, 768, 3072)
@@ -99,4 +101,23 @@ def matmuls(case: Case, problem: Problem):
     return run
 
 
-PROVIDERS = {"ours": timed(ours), "eager": timed(eager), "compile": compiled(eager), "matmuls": matmuls}
+def fused(backend: str):
+    def build(case: Case, problem: Problem) -> Call:
+        run = on_backend(backend, linear_activation.OP, ours)(case, problem)
+        x, w1, second, w2, *_ = problem.args
+        reason = linear_activation.refusal(backend, x, w1, second if case.variant == "swiglu" else None, w2)
+        if reason:
+            raise Unavailable(reason)
+        return run
+
+    return build
+
+
+PROVIDERS = {
+    "ours": timed(ours),
+    "eager": timed(eager),
+    "compile": compiled(eager),
+    "matmuls": matmuls,
+    "triton": fused("triton"),
+    "cuda": fused("cuda"),
+}

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import registry
+from .backends import linear_activation, registry
 from .backends.attention_options import Options
 
 
 def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
     """Which backend would run ``fastformer.functional.<op>(*args, **kwargs)``, and why not the others. ("embedding" is
-    also ``transformer_embedding``, "rotary" ``rotary_embedding``.)
+    also ``transformer_embedding``, "rotary" ``rotary_embedding``; of "feed_forward" and "gated_feed_forward" it says
+    what runs between the matmuls, and whose the first matmul is.)
 
     Args:
         op: an operation's name, such as "attention".
@@ -24,6 +25,8 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
 
     >>> print(fastformer.explain("layer_norm", torch.zeros(8, 64), (64,)))
     """
+    if op in _BLOCKS:
+        return _feed_forward(op, *args, **kwargs)  # type: ignore[arg-type]
     if op not in registry.OPS:
         raise ValueError(f"op: {op!r} is not one of {', '.join(registry.OPS)}")
     tensors = [a for a in args if isinstance(a, Tensor)]
@@ -51,6 +54,28 @@ _FEATURES: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("weight", "label_smoothing", "z_loss", "probabilities"),
     "linear_cross_entropy": ("weight", "label_smoothing", "z_loss"),
 }
+
+
+_BLOCKS = ("feed_forward", "gated_feed_forward")
+
+
+def _feed_forward(
+    op: str, x: Tensor, w1: Tensor, second: Tensor | None, w2: Tensor, *_: object, **kwargs: Any
+) -> registry.Explanation:
+    """The activation's explanation, and of the backends with a first matmul of their own, why it does not run."""
+    gated = op == "gated_feed_forward"
+    used = ("bias",) if (kwargs.get("b_gate") if gated else second) is not None else ()
+    used += ("gate",) if gated else ()
+    used += ("dropout",) if kwargs.get("dropout_p", 0) > 0 and kwargs.get("training", True) else ()
+    explanation = registry.explain("activation", x.device.type, x.dtype, used)
+    backend, reasons = explanation.backend, dict(explanation.reasons)
+    for name in linear_activation.FUSED:
+        reason = linear_activation.refusal(name, x, w1, second if gated else None, w2)
+        if reason is None and name == linear_activation.chosen(x):
+            backend, reasons[name] = name, "chosen, the first matmul with it"
+        else:
+            reasons[name] += f"; the library's matmul: {reason or 'its own has to be asked for by name'}"
+    return registry.Explanation(op, backend, reasons)
 
 
 def _features(op: str, tensors: list[Tensor], kwargs: dict[str, Any]) -> tuple[str, ...]:

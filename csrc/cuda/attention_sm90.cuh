@@ -8,11 +8,6 @@
 #include "attention.cuh"
 #include "sm90.h"
 
-// Kernels that use wgmma exist for sm_90a alone; other architectures of a build get empty ones.
-#if defined(FF_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FF_HOPPER 1
-#endif
-
 namespace ff {
 
 // A (batch, head, position, dim) tensor; packed: (head, position, dim).
@@ -54,14 +49,6 @@ template <int Rows, int D, class T> FF_DEVICE void clear_rows(T* tile, int first
     for (int panel = 0; panel < kPanels<D>; panel++)
       reinterpret_cast<uint4*>(tile + panel * Rows * 64)[i] = make_uint4(0, 0, 0, 0);
   }
-}
-
-// Operands of a product: 16 of K from `k` on. K along the rows (a row is one of M or N), or M or N along the rows.
-template <int Rows, class T> FF_DEVICE uint64_t k_in_rows(const T* tile, int k) {
-  return shared_descriptor(tile + k / 64 * Rows * 64 + k % 64, 16, 1024);
-}
-template <int Rows, class T> FF_DEVICE uint64_t k_across_rows(const T* tile, int k) {
-  return shared_descriptor(tile + k * 64, Rows * 128, 1024);
 }
 
 // The element of panel column `col` (of 64) in row `row`.

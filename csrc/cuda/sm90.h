@@ -7,6 +7,11 @@
 #pragma once
 #include "common.cuh"
 
+// Kernels that use wgmma exist for sm_90a alone; other architectures of a build get empty ones.
+#if defined(FF_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FF_HOPPER 1
+#endif
+
 #ifdef FF_EMULATE
 #include "../emulation/sm90.h"
 #else
@@ -125,6 +130,9 @@ FF_DEVICE uint64_t shared_descriptor(const void* tile, uint32_t leading, uint32_
 #define FF_WGMMA_OUT32 FF_WGMMA_OUT8(0), FF_WGMMA_OUT8(8), FF_WGMMA_OUT8(16), FF_WGMMA_OUT8(24)
 #define FF_WGMMA_OUT48 FF_WGMMA_OUT32, FF_WGMMA_OUT8(32), FF_WGMMA_OUT8(40)
 #define FF_WGMMA_OUT64 FF_WGMMA_OUT48, FF_WGMMA_OUT8(48), FF_WGMMA_OUT8(56)
+#define FF_WGMMA_OUT128                                                                                        \
+  FF_WGMMA_OUT64, FF_WGMMA_OUT8(64), FF_WGMMA_OUT8(72), FF_WGMMA_OUT8(80), FF_WGMMA_OUT8(88), FF_WGMMA_OUT8(96), \
+      FF_WGMMA_OUT8(104), FF_WGMMA_OUT8(112), FF_WGMMA_OUT8(120)
 #define FF_WGMMA_D32                                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
@@ -134,6 +142,12 @@ FF_DEVICE uint64_t shared_descriptor(const void* tile, uint32_t leading, uint32_
 #define FF_WGMMA_D64 \
   FF_WGMMA_D48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FF_WGMMA_D128                                                                                              \
+  FF_WGMMA_D64                                                                                                     \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
+  "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
+  "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "     \
+  "%125, %126, %127"
 // accumulate, a, b, transpose flags: the operands after d.
 #define FF_WGMMA_SHARED(n, type, D, OUT, s, a_, b_, ta, tb)                                                 \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" s ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." \
@@ -147,11 +161,11 @@ FF_DEVICE uint64_t shared_descriptor(const void* tile, uint32_t leading, uint32_
                : "r"(int(accumulate)), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(transpose_b))
 
 // d (64 x N, float; N / 2 values in each of 128 threads) = a (64 x 16) b (16 x N), added to d if `accumulate`. N is 64,
-// 96 or 128, T __nv_bfloat16 or __half. transpose_*: the operand has M or N in its rows. d[i] of thread t is row
+// 96, 128 or 256, T __nv_bfloat16 or __half. transpose_*: the operand has M or N in its rows. d[i] of thread t is row
 // 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (t % 4) + i % 2.
 template <class T, int transpose_a, int transpose_b, int half_n>
 FF_DEVICE void wgmma_m64k16(float (&d)[half_n], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(half_n == 32 || half_n == 48 || half_n == 64, "N is 64, 96 or 128");
+  static_assert(half_n == 32 || half_n == 48 || half_n == 64 || half_n == 128, "N is 64, 96, 128 or 256");
   constexpr bool bf16 = std::is_same_v<T, __nv_bfloat16>;
   if constexpr (half_n == 32 && bf16)
     FF_WGMMA_SHARED("64", "bf16", FF_WGMMA_D32, FF_WGMMA_OUT32, "32", "33", "34", "35", "36");
@@ -161,11 +175,15 @@ FF_DEVICE void wgmma_m64k16(float (&d)[half_n], uint64_t a, uint64_t b, bool acc
     FF_WGMMA_SHARED("96", "bf16", FF_WGMMA_D48, FF_WGMMA_OUT48, "48", "49", "50", "51", "52");
   else if constexpr (half_n == 48)
     FF_WGMMA_SHARED("96", "f16", FF_WGMMA_D48, FF_WGMMA_OUT48, "48", "49", "50", "51", "52");
-  else if constexpr (bf16)
+  else if constexpr (half_n == 64 && bf16)
     FF_WGMMA_SHARED("128", "bf16", FF_WGMMA_D64, FF_WGMMA_OUT64, "64", "65", "66", "67", "68");
-  else FF_WGMMA_SHARED("128", "f16", FF_WGMMA_D64, FF_WGMMA_OUT64, "64", "65", "66", "67", "68");
+  else if constexpr (half_n == 64)
+    FF_WGMMA_SHARED("128", "f16", FF_WGMMA_D64, FF_WGMMA_OUT64, "64", "65", "66", "67", "68");
+  else if constexpr (bf16)
+    FF_WGMMA_SHARED("256", "bf16", FF_WGMMA_D128, FF_WGMMA_OUT128, "128", "129", "130", "131", "132");
+  else FF_WGMMA_SHARED("256", "f16", FF_WGMMA_D128, FF_WGMMA_OUT128, "128", "129", "130", "131", "132");
 }
-// The same with a in registers: each warp's 16 rows as mma_m16n8k16 has them (sm80.h).
+// The same, N up to 128, with a in registers: each warp's 16 rows as mma_m16n8k16 has them (sm80.h).
 template <class T, int transpose_b, int half_n>
 FF_DEVICE void wgmma_m64k16(float (&d)[half_n], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   static_assert(half_n == 32 || half_n == 48 || half_n == 64, "N is 64, 96 or 128");
@@ -227,6 +245,15 @@ int make_tensor_map(TensorMap* map, bool bf16, const void* data, const int64_t (
 #endif
 
 namespace ff {
+
+// Operands of a product: 16 of K from `k` on. K along the rows (a row is one of M or N), or M or N along the rows. The
+// tile is `Rows` high, in panels of 64 columns.
+template <int Rows, class T> FF_DEVICE uint64_t k_in_rows(const T* tile, int k) {
+  return shared_descriptor(tile + k / 64 * Rows * 64 + k % 64, 16, 1024);
+}
+template <int Rows, class T> FF_DEVICE uint64_t k_across_rows(const T* tile, int k) {
+  return shared_descriptor(tile + k * 64, Rows * 128, 1024);
+}
 
 // A (rows, cols) matrix with rows `stride` elements apart.
 inline int make_tensor_map(TensorMap* map, bool bf16, const void* data, int64_t rows, int64_t cols, int64_t stride,

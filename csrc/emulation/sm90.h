@@ -140,7 +140,7 @@ void warp_product(const Product& p, int first_row, bool from_registers, bool acc
 
 template <class T, bool transpose_a, bool transpose_b, int half_n>
 void warpgroup_product(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(half_n == 32 || half_n == 48 || half_n == 64, "N is 64, 96 or 128");
+  static_assert(half_n == 32 || half_n == 48 || half_n == 64 || half_n == 128, "N is 64, 96, 128 or 256");
   WarpProducts& w = sm90().warps[warp()];
   Product& p = w.next;
   p.d[lane()] = d;

@@ -195,6 +195,47 @@ FF_KERNEL(cpu, activation_forward, ff_activation_args);
 FF_KERNEL(cpu, activation_backward, ff_activation_args);
 FF_WORKSPACE(cpu, activation_backward, ff_activation_args);
 
+/* ---- linear_activation -----------------------------------------------------------------------------------------------
+ * The first matmul of a feed-forward with the activation above as its epilogue, and the backward pass of both.
+ * Forward:  gate = x w1^T, up = x w_up^T;  out = dropout(act(gate + b1) * (up + b_up)), the second factor only where w_up is
+ * given; gate and up are stored where they are wanted.
+ * Backward: d = dout w2, the gradient of out;  dgate and dup as activation has them, from the stored gate and up;  db1 and
+ * db_up, their sums over the rows.
+ *
+ * Weights may lie either way round: one of their strides is 1. x, dout and the weights start at a multiple of 16 bytes, and
+ * their other stride is a multiple of 8; sizes are anything. FF_BFLOAT16 and FF_FLOAT16, compute capability 9.0. */
+typedef struct ff_linear_activation_args {
+  ff_dtype dtype;
+  ff_activation kind;
+  int64_t rows, cols;      /* of the hidden tensor */
+  int64_t inner;           /* the width summed over: of x or dout, positive */
+  double dropout_p;        /* 0 = no dropout */
+  uint64_t seed;
+  const void* x;           /* forward: (rows, inner) */
+  int64_t x_stride;        /* between rows */
+  const void* w1;          /* forward: (cols, inner) */
+  const void* w_up;        /* forward: (cols, inner) or NULL */
+  int64_t w_stride[2];     /* of w1 and w_up */
+  const void* b1;          /* (cols) or NULL */
+  const void* b_up;        /* (cols) or NULL */
+  void* out;               /* forward: (rows, cols) */
+  void* gate;              /* (rows, cols): written by forward, or NULL; read by backward */
+  void* up;                /* (rows, cols): written by forward, or NULL; read by backward, NULL = there was no w_up */
+  const void* dout;        /* backward: (rows, inner) */
+  int64_t dout_stride;
+  const void* w2;          /* backward: (inner, cols) */
+  int64_t w2_stride[2];
+  void* dgate;             /* backward: (rows, cols) */
+  void* dup;               /* backward: (rows, cols), with up */
+  int64_t dgate_stride;    /* between rows of dgate and of dup */
+  void* db1;               /* backward: (cols) or NULL */
+  void* db_up;             /* backward: (cols) or NULL, with up */
+  void* workspace;         /* backward, with db1 or db_up */
+} ff_linear_activation_args;
+FF_KERNEL(cuda, linear_activation_forward, ff_linear_activation_args);
+FF_KERNEL(cuda, linear_activation_backward, ff_linear_activation_args);
+FF_WORKSPACE(cuda, linear_activation_backward, ff_linear_activation_args);
+
 /* ---- cross_entropy ---------------------------------------------------------------------------------------------------
  * With z = logits, V = cols, s = label_smoothing and class weights w (1 where NULL):
  * loss = (1 - s) * w[t] * (lse - z[t]) + s / V * sum_j w[j] * (lse - z[j]) + z_loss * lse^2;  0 where target ==

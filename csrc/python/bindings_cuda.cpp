@@ -98,6 +98,35 @@ PYBIND11_MODULE(FF_MODULE, m) {
   bind_add_norm<ff_cuda_add_rms_norm_forward, ff_cuda_add_rms_norm_backward_workspace, ff_cuda_add_rms_norm_backward>(
       m, "add_rms_norm");
 
+  m.def("linear_activation_forward",
+        [](py::handle x_, py::handle w1_, py::handle w_up, py::handle b1, py::handle b_up, py::handle out,
+           py::handle gate, py::handle up, const std::string& kind, double dropout_p, uint64_t seed, Ptr stream) {
+          const ff::Tensor x(x_), w1(w1_);
+          auto a = ff::linear_activation_args(x, b1, b_up, gate, up, kind, dropout_p, seed);
+          a.cols = w1.shape[0], a.x_stride = x.stride[0];
+          a.x = x.data, a.w1 = w1.data, a.w_up = ff::Tensor(w_up).data, a.out = ff::Tensor(out).data;
+          w1.strides_to(a.w_stride);
+          check(ff_cuda_linear_activation_forward(&a, ptr(stream)));
+        });
+  m.def("linear_activation_backward",
+        [](py::handle dout_, py::handle w2_, py::handle gate, py::handle b1, py::handle up, py::handle b_up,
+           const std::string& kind, double dropout_p, uint64_t seed, py::handle dgate_, py::handle dup, py::handle db1,
+           py::handle db_up, py::handle workspace, Ptr stream) {
+          const ff::Tensor dout(dout_), w2(w2_), dgate(dgate_);
+          auto a = ff::linear_activation_args(dout, b1, b_up, gate, up, kind, dropout_p, seed);
+          a.cols = w2.shape[1], a.dout_stride = dout.stride[0], a.dgate_stride = dgate.stride[0];
+          a.dout = dout.data, a.w2 = w2.data, a.dgate = dgate.data, a.dup = ff::Tensor(dup).data;
+          a.db1 = ff::Tensor(db1).data, a.db_up = ff::Tensor(db_up).data, a.workspace = ff::Tensor(workspace).data;
+          w2.strides_to(a.w2_stride);
+          check(ff_cuda_linear_activation_backward(&a, ptr(stream)));
+        });
+  m.def("linear_activation_backward_workspace", [](int64_t rows, int64_t cols, bool gated) {
+    ff_linear_activation_args a{};
+    a.rows = rows, a.cols = cols;
+    a.db1 = &a, a.up = gated ? &a : nullptr;  // what matters is that they are there
+    return ff_cuda_linear_activation_backward_workspace(&a);
+  });
+
   m.def("softmax_forward", [](py::handle x_, py::handle out, double scale, bool log, py::handle mask, py::handle bias,
                               py::handle row_shape, bool causal, Ptr stream) {
     const ff::Tensor x(x_);

@@ -112,4 +112,15 @@ inline void set_activation_gradients(ff_activation_args& a, const Tensor& dout, 
   a.dout = dout.data, a.dx = dx.data, a.dup = dup.data, a.dbias = dbias.data, a.dup_bias = dup_bias.data;
 }
 
+// `data`: x or dout.
+inline ff_linear_activation_args linear_activation_args(const Tensor& data, const Tensor& b1, const Tensor& b_up,
+                                                        const Tensor& gate, const Tensor& up, const std::string& kind,
+                                                        double dropout_p, uint64_t seed) {
+  ff_linear_activation_args a{};
+  a.dtype = ff_dtype(data.dtype), a.kind = activation_kind(kind);
+  a.rows = data.shape[0], a.inner = data.shape[1], a.dropout_p = dropout_p, a.seed = seed;
+  a.b1 = b1.data, a.b_up = b_up.data, a.gate = gate.data, a.up = up.data;
+  return a;
+}
+
 }  // namespace ff

@@ -10,14 +10,12 @@ itself.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from ..backends import registry
+from ..backends import linear_activation
 from ..backends.memory import empty, empty_if_large
 from . import _checks
 from . import activation as act
@@ -127,25 +125,18 @@ def _run(
             )
         return _composed(x, *weights, residual, activation, p, seed)
     number = int(new_seed()) if p > 0 else 0
-    kernels = act.select(x, b1, w_up, b_up, p)
-    fused = _fused(x)
+    fused = linear_activation.select(x, w1, w_up, w2 if recorded else None)
+    kernels = None if fused is not None and not recompute else act.select(x, b1, w_up, b_up, p)
     if recorded:
         return _FeedForward.apply(x, *weights, residual, activation, p, number, recompute, kernels, fused)
     rows, b1, b_up = x.reshape(-1, x.shape[-1]), _dense(b1), _dense(b_up)
     if fused is not None:
         activated = fused.forward(rows, w1, b1, w_up, b_up, activation, p, number, False)[0]
     else:
+        assert kernels is not None
         gate, up, _ = _first(rows, w1, w_up)
         activated = kernels.forward(gate, b1, up, b_up, activation, p, number, gate)
     return _second(activated, w2, b2, residual, x)
-
-
-def _fused(x: Tensor) -> ModuleType | None:
-    """Triton's matmul with the epilogue inside, where Triton is asked for by name."""
-    if registry.overridden() != "triton":
-        return None
-    module = registry.load("triton", "linear_activation")
-    return module if module is not None and x.dtype in module.DTYPES else None
 
 
 def _autocast(x: Tensor) -> bool:

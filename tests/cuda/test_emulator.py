@@ -196,8 +196,15 @@ def test_gemm_sm90_mistakes(kernels, bug, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n", [64, 96, 128])  # 96: a panel and a half
-@pytest.mark.parametrize("layout", ["K-K", "K-N", "M-K", "M-N", "registers-K", "registers-N"])
+@pytest.mark.parametrize(
+    ("layout", "n"),
+    [
+        (layout, n)
+        for layout in ("K-K", "K-N", "M-K", "M-N", "registers-K", "registers-N")
+        for n in (64, 96, 128, 256)  # 96: a panel and a half
+        if n <= 128 or layout[0] != "r"
+    ],
+)
 def test_wgmma_layouts(kernels, layout, n, dtype):
     index = ["K-K", "K-N", "M-K", "M-N", "registers-K", "registers-N"].index(layout)
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ EXPECTED = {
     "attention_backward_sm90": 2 * 2 * 2,  # before and after, for two sizes of tiles
     "attention_backward_kv_sm90": 2 * 3 * 2,
     "decode_attention": 2 * 4 + 2,  # and the merge
+    "linear_activation_sm90": 2 * 3 * 2 + 2,  # plain, gated, backward, weights either way round; the sum
 }
 
 

@@ -5,8 +5,8 @@
 
 namespace {
 
-template <class T> struct ProductTiles {
-  T a[64 * 64], b[128 * 64];
+template <class T, int N> struct ProductTiles {
+  T a[64 * 64], b[(N + 63) / 64 * 64 * 64];
   uint64_t ready;
 };
 
@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(128, 1)
     product(const __grid_constant__ ff::TensorMap map_a, const __grid_constant__ ff::TensorMap map_b, const T* a,
             float* d) {
   constexpr int kPanels = (N + 63) / 64;
-  FF_DYNAMIC_SHARED(ProductTiles<T>, tiles);
+  using Tiles = ProductTiles<T, N>;
+  FF_DYNAMIC_SHARED(Tiles, tiles);
   const int t = threadIdx.x, warp = t / 32, lane = t % 32;
   if (t == 0) {
     ff::mbarrier_init(&tiles->ready, 1);
@@ -102,7 +103,7 @@ template <class T, int N, bool from_registers, int ta, int tb> int run(const voi
   if (int status = ff::make_tensor_map(&map_a, bf16, a, 64, 64, 64, 64)) return status;
   const int rows = tb ? 64 : N, cols = tb ? N : 64;
   if (int status = ff::make_tensor_map(&map_b, bf16, b, rows, cols, cols, rows)) return status;
-  return ff::launch("product", product<T, N, from_registers, ta, tb>, dim3(1), dim3(128), sizeof(ProductTiles<T>),
+  return ff::launch("product", product<T, N, from_registers, ta, tb>, dim3(1), dim3(128), sizeof(ProductTiles<T, N>),
                     nullptr, map_a, map_b, static_cast<const T*>(a), d);
 }
 template <class T, int N> int run_layout(int layout, const void* a, const void* b, float* d) {
@@ -111,9 +112,9 @@ template <class T, int N> int run_layout(int layout, const void* a, const void* 
     case 1: return run<T, N, false, 0, 1>(a, b, d);
     case 2: return run<T, N, false, 1, 0>(a, b, d);
     case 3: return run<T, N, false, 1, 1>(a, b, d);
-    case 4: return run<T, N, true, 0, 0>(a, b, d);
-    default: return run<T, N, true, 0, 1>(a, b, d);
   }
+  if constexpr (N <= 128) return layout == 4 ? run<T, N, true, 0, 0>(a, b, d) : run<T, N, true, 0, 1>(a, b, d);
+  return ff::fail(FF_UNSUPPORTED, "layout: of 256 columns, a is in shared memory");
 }
 
 }  // namespace
@@ -124,7 +125,9 @@ extern "C" FF_API int run_product(int layout, bool bf16, int n, const void* a, c
     return bf16 ? run_layout<__nv_bfloat16, 64>(layout, a, b, d) : run_layout<__half, 64>(layout, a, b, d);
   if (n == 96)
     return bf16 ? run_layout<__nv_bfloat16, 96>(layout, a, b, d) : run_layout<__half, 96>(layout, a, b, d);
-  return bf16 ? run_layout<__nv_bfloat16, 128>(layout, a, b, d) : run_layout<__half, 128>(layout, a, b, d);
+  if (n == 128)
+    return bf16 ? run_layout<__nv_bfloat16, 128>(layout, a, b, d) : run_layout<__half, 128>(layout, a, b, d);
+  return bf16 ? run_layout<__nv_bfloat16, 256>(layout, a, b, d) : run_layout<__half, 256>(layout, a, b, d);
 }
 
 extern "C" FF_API int run_bulk(int bug, const void* x, void* y, float* sums, int rows) {
