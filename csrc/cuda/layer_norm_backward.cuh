@@ -9,6 +9,7 @@
 // order: no atomics, and results repeat bit for bit on one card. Floor: 3 * rows * cols elements.
 #pragma once
 #include "cluster.cuh"
+#include "column_sum.cuh"
 #include "philox.cuh"
 #include "row.cuh"
 
@@ -49,7 +50,7 @@ FF_DEVICE void store_gradient(const NormBackward<T, P>& a, float (&d)[E], const 
     if (a.dropout.on) {
       const uint32_t keep = keep_bits<E>(a.dropout, row, col);
 #pragma unroll
-      for (int e = 0; e < E; e++) d[e] *= keep >> e & 1 ? a.dropout.scale : 0.f;
+      for (int e = 0; e < E; e++) d[e] *= a.dropout.factor(keep, e);
     }
   }
   if (inside) store_streaming(a.dx + at, make_pack<T, E>(d));
@@ -254,27 +255,6 @@ __global__ void __launch_bounds__(kBackwardThreads) norm_backward_long(const Nor
   }
 }
 
-// Sums the blocks' partial gradients: grid.y = 0 for dweight, 1 for dbias; a block has 32 columns.
-constexpr int kSumRows = 16;
-template <class P>
-__global__ void __launch_bounds__(32 * kSumRows)
-    sum_partial_gradients(const float* partial, int blocks, int64_t cols, P* dweight, P* dbias) {
-  FF_SHARED(float, sums, [kSumRows][32]);
-  P* out = blockIdx.y == 0 ? dweight : dbias;
-  const int64_t col = int64_t(blockIdx.x) * 32 + threadIdx.x;
-  float sum = 0;
-  if (out && col < cols) {
-    const float* p = partial + int64_t(blockIdx.y) * blocks * cols + col;
-    for (int b = threadIdx.y; b < blocks; b += kSumRows) sum += p[b * cols];
-  }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0 && out && col < cols) {
-    for (int y = 1; y < kSumRows; y++) sum += sums[y][threadIdx.x];
-    out[col] = from_float<P>(sum);
-  }
-}
-
 // ---- launching ------------------------------------------------------------------------------------------------------
 // At most 32 bytes of a row in one thread's registers, beside their two float32 sums and the next row.
 constexpr RowPlan kBackwardPlans[] = {{8, 8, 1},     {16, 16, 1},   {32, 32, 1},   {64, 32, 2},
@@ -338,8 +318,7 @@ int run_norm_backward(const char* name, const NormBackward<T, P>& a, bool vector
     if (status != FF_OK) return status;
   }
   if (!a.dweight && !a.dbias) return FF_OK;
-  return launch(name, sum_partial_gradients<P>, dim3(unsigned((a.cols + 31) / 32), 2), dim3(32, kSumRows), 0, stream,
-                static_cast<const float*>(a.partial), int(blocks), a.cols, a.dweight, a.dbias);
+  return launch_column_sum(name, a.partial, blocks, a.cols, a.dweight, a.dbias, stream);
 }
 
 }  // namespace ff
