@@ -50,7 +50,7 @@ FF_DEVICE void store_gradient(const NormBackward<T, P>& a, float (&d)[E], const 
     if (a.dropout.on) {
       const uint32_t keep = keep_bits<E>(a.dropout, row, col);
 #pragma unroll
-      for (int e = 0; e < E; e++) d[e] *= keep >> e & 1 ? a.dropout.scale : 0.f;
+      for (int e = 0; e < E; e++) d[e] *= a.dropout.factor(keep, e);
     }
   }
   if (inside) store_streaming(a.dx + at, make_pack<T, E>(d));

@@ -38,12 +38,26 @@ FF_DEVICE Pack<T, E> add_residual(const NormForward<T, P>& a, const Pack<T, E>& 
   if (a.dropout.on) {
     const uint32_t keep = keep_bits<E>(a.dropout, row, col);
 #pragma unroll
-    for (int e = 0; e < E; e++) sum[e] = residual[e] + x[e] * (keep >> e & 1 ? a.dropout.scale : 0.f);
+    for (int e = 0; e < E; e++) sum[e] = residual[e] + x[e] * a.dropout.factor(keep, e);
   } else {
 #pragma unroll
     for (int e = 0; e < E; e++) sum[e] = residual[e] + x[e];
   }
   return make_pack<T, E>(sum);
+}
+
+// y = y * weight + bias from column `col` on, either of them null.
+template <class P, int E> FF_DEVICE void apply_affine(float (&y)[E], const P* weight, const P* bias, int64_t col) {
+  if (weight) {
+    const Pack<P, E> w = load_cached<P, E>(weight + col);
+#pragma unroll
+    for (int e = 0; e < E; e++) y[e] *= w[e];
+  }
+  if (bias) {
+    const Pack<P, E> b = load_cached<P, E>(bias + col);
+#pragma unroll
+    for (int e = 0; e < E; e++) y[e] += b[e];
+  }
 }
 
 template <class T, class P, int E>
@@ -52,17 +66,35 @@ FF_DEVICE void store_normalised(const NormForward<T, P>& a, const Pack<T, E>& x,
   float y[E];
 #pragma unroll
   for (int e = 0; e < E; e++) y[e] = (x[e] - mean) * rstd;
-  if (a.weight) {
-    const Pack<P, E> weight = load_cached<P, E>(a.weight + col);
-#pragma unroll
-    for (int e = 0; e < E; e++) y[e] *= weight[e];
-  }
-  if (a.bias) {
-    const Pack<P, E> bias = load_cached<P, E>(a.bias + col);
-#pragma unroll
-    for (int e = 0; e < E; e++) y[e] += bias[e];
-  }
+  apply_affine(y, a.weight, a.bias, col);
   store_streaming(a.out + row * a.cols + col, make_pack<T, E>(y));
+}
+
+// The mean of a row in registers (RMS: 0) and the sum of the squared distances from it; x is 0 where inside(i) is not.
+template <bool RMS, class T, int E, int V, class Inside>
+FF_DEVICE void row_moments(const Pack<T, E> (&x)[V], Inside inside, float inverse_count, RowSum<1>& row_sum,
+                           float& mean, float& squares) {
+  float sum[1] = {0};
+  mean = 0;
+  if constexpr (!RMS) {
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+#pragma unroll
+      for (int e = 0; e < E; e++) sum[0] += x[i][e];
+    }
+    row_sum(sum);
+    mean = sum[0] * inverse_count;
+    sum[0] = 0;
+  }
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    if (inside(i)) {
+#pragma unroll
+      for (int e = 0; e < E; e++) sum[0] += (x[i][e] - mean) * (x[i][e] - mean);
+    }
+  }
+  row_sum(sum);
+  squares = sum[0];
 }
 
 // V packs of E elements per thread (row.cuh). cols is a multiple of E. With CLUSTER, the blocks of one work on a row.
@@ -104,27 +136,11 @@ __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : forward_max_thread
       }
     }
 
-    float sum[1] = {0}, mean = 0;
-    if constexpr (!RMS) {
-#pragma unroll
-      for (int i = 0; i < V; i++) {
-#pragma unroll
-        for (int e = 0; e < E; e++) sum[0] += x[i][e];  // 0 outside the row
-      }
-      row_sum(sum);
-      mean = CLUSTER ? sum[0] / float(slice.end - slice.begin) : sum[0] * a.inverse_cols;
-      sum[0] = 0;
-    }
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-      if (col_of(i) < slice.end) {
-#pragma unroll
-        for (int e = 0; e < E; e++) sum[0] += (x[i][e] - mean) * (x[i][e] - mean);
-      }
-    }
-    row_sum(sum);
+    float mean, squares;
+    row_moments<RMS>(x, [&](int i) { return col_of(i) < slice.end; },
+                     CLUSTER ? 1.f / float(slice.end - slice.begin) : a.inverse_cols, row_sum, mean, squares);
     if constexpr (CLUSTER) {
-      const float mine[2] = {mean, sum[0]};
+      const float mine[2] = {mean, squares};
       const auto& all = exchange(mine);
       const auto count = [&](int r) { return float(min(a.slice, int(a.cols) - r * a.slice)); };
       if constexpr (!RMS) {
@@ -132,13 +148,13 @@ __global__ void __launch_bounds__(CLUSTER ? kClusterThreads : forward_max_thread
         for (int r = 0; r < slice.blocks; r++) mean += all[r][0] * count(r);
         mean *= a.inverse_cols;
       }
-      sum[0] = 0;
+      squares = 0;
       for (int r = 0; r < slice.blocks; r++) {
         const float apart = RMS ? 0.f : all[r][0] - mean;
-        sum[0] += all[r][1] + count(r) * apart * apart;
+        squares += all[r][1] + count(r) * apart * apart;
       }
     }
-    const float rstd = rsqrtf(sum[0] * a.inverse_cols + a.eps);
+    const float rstd = rsqrtf(squares * a.inverse_cols + a.eps);
 
     if (live && threadIdx.x == 0 && slice.rank == 0) {
       if constexpr (!RMS) a.mean[row] = mean;

@@ -13,6 +13,9 @@ struct Dropout {
   uint32_t threshold = 0;  // an element is kept iff its bits >= threshold
   float scale = 1;         // of kept elements
   bool on = false;
+
+  // What element e is multiplied by, of keep_bits.
+  FF_DEVICE float factor(uint32_t keep, int e) const { return keep >> e & 1 ? scale : 0.f; }
 };
 
 inline Dropout make_dropout(double p, uint64_t seed) {

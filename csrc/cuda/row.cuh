@@ -155,6 +155,11 @@ template <int K> struct RowSum {
   }
 };
 
+// n / d of numbers that are not negative: a division of 64 bits takes many times longer than one of 32.
+FF_DEVICE int64_t quotient(int64_t n, int64_t d) {
+  return (n | d) >> 32 ? n / d : int64_t(uint32_t(n) / uint32_t(d));
+}
+
 // As many blocks as there is work for; kernels loop over what is more than a grid can be.
 inline dim3 grid_of(int64_t blocks) { return dim3(unsigned(blocks < 0x7fffffff ? blocks : 0x7fffffff)); }
 

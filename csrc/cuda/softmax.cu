@@ -31,14 +31,8 @@ template <class T> struct RowScores {
   int64_t mask_step, bias_step, last;  // last: the last column that causal lets take part
 
   FF_DEVICE RowScores(const Scores& s, int64_t row) {
-    int64_t i, j, k;
-    const auto split = [&](auto r) {
-      using Index = decltype(r);
-      const Index rest = r / Index(s.queries);
-      k = r - rest * Index(s.queries), i = rest / Index(s.heads), j = rest - i * Index(s.heads);
-    };
-    if ((row | s.heads | s.queries) >> 32) split(uint64_t(row));
-    else split(uint32_t(row));  // a division of 64 bits takes longer than the row's exponentials
+    const int64_t rest = quotient(row, s.queries), k = row - rest * s.queries;
+    const int64_t i = quotient(rest, s.heads), j = rest - i * s.heads;
     const int64_t bias = i * s.bias_stride[0] + j * s.bias_stride[1] + k * s.bias_stride[2];
     this->mask = s.mask ? s.mask + i * s.mask_stride[0] + j * s.mask_stride[1] + k * s.mask_stride[2] : nullptr;
     this->bias = s.bias && !s.bias_is_float ? static_cast<const T*>(s.bias) + bias : nullptr;

@@ -1,61 +1,21 @@
 // Rows whose exponentials are summed, for softmax and cross_entropy: rows that start anywhere, (max, sum) over them.
 //
-// A row of, say, 50257 halves starts at a multiple of 16 bytes only now and then. It is read in 16-byte packs all the
-// same: they start at the last such multiple before the row, so that only its first and last pack go element by
-// element. "Virtual" columns count from there. Tensors read together must be off by the same amount (same_offsets).
+// A row of, say, 50257 halves starts at a multiple of 16 bytes only now and then: it is read in windows (window.cuh),
+// and "virtual" columns count from the first one's start.
 // The sum follows the maximum of what a thread has seen, and both are merged over threads, warps and clusters in one
 // step (Milakov, Gimelshein 2018, arXiv:1805.02867), so each exponential is computed once.
 #pragma once
 #include "cluster.cuh"
-#include "row.cuh"
+#include "window.cuh"
 
 namespace ff {
 
 constexpr float kNegInf = -INFINITY;
 
-// ---- rows that start anywhere ---------------------------------------------------------------------------------------
-// Elements between p and the multiple of 16 bytes before it.
-template <class T, int E> FF_DEVICE int offset_of(const T* p) {
-  return E == 1 ? 0 : int(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
-}
-
-// Whether rows of these tensors (address, elements between rows) are off by the same amount, row by row.
-struct RowTensor {
-  const void* data;
-  int64_t stride;
-};
-inline bool same_offsets(int dtype, std::initializer_list<RowTensor> tensors) {
-  const RowTensor* first = nullptr;
-  const int64_t bytes = int64_t(dtype_bytes(dtype));
-  for (const RowTensor& t : tensors) {
-    if (!t.data) continue;
-    if (!first) first = &t;
-    const int64_t apart = int64_t(reinterpret_cast<uintptr_t>(t.data) - reinterpret_cast<uintptr_t>(first->data));
-    if (apart % 16 || (t.stride - first->stride) * bytes % 16) return false;
-  }
-  return true;
-}
 // Packs that cover a row, wherever it starts.
 inline int64_t virtual_columns(int64_t cols, int64_t stride, const void* data, int E, size_t bytes) {
   const bool aligned = aligned16(data) && stride * int64_t(bytes) % 16 == 0;
   return E == 1 || aligned ? cols : cols + E - 1;
-}
-
-// E elements from column `col` on, which may lie before or reach beyond the row: 0 there.
-template <class T, int E> FF_DEVICE Pack<T, E> load_window(const T* row, int64_t col, int64_t cols) {
-  if (col >= 0 && col + E <= cols) return load_streaming<T, E>(row + col);
-  Pack<T, E> pack = zero_pack<T, E>();
-#pragma unroll
-  for (int e = 0; e < E; e++)
-    if (uint64_t(col + e) < uint64_t(cols)) pack.value[e] = row[col + e];
-  return pack;
-}
-template <class T, int E> FF_DEVICE void store_window(T* row, int64_t col, int64_t cols, const float (&x)[E]) {
-  const Pack<T, E> pack = make_pack<T, E>(x);
-  if (col >= 0 && col + E <= cols) return store_streaming(row + col, pack);
-#pragma unroll
-  for (int e = 0; e < E; e++)
-    if (uint64_t(col + e) < uint64_t(cols)) row[col + e] = pack.value[e];
 }
 
 // The same of data at any alignment, `step` elements apart (1, or 0: one for all columns), through the cache.

@@ -192,8 +192,11 @@ typedef struct ff_activation_args {
   void* workspace;         /* backward, with dbias or dup_bias */
 } ff_activation_args;
 FF_KERNEL(cpu, activation_forward, ff_activation_args);
+FF_KERNEL(cuda, activation_forward, ff_activation_args);
 FF_KERNEL(cpu, activation_backward, ff_activation_args);
+FF_KERNEL(cuda, activation_backward, ff_activation_args);
 FF_WORKSPACE(cpu, activation_backward, ff_activation_args);
+FF_WORKSPACE(cuda, activation_backward, ff_activation_args);
 
 /* ---- linear_activation -----------------------------------------------------------------------------------------------
  * The first matmul of a feed-forward with the activation above as its epilogue, and the backward pass of both.
@@ -311,8 +314,11 @@ typedef struct ff_embedding_args {
   void* workspace;         /* backward */
 } ff_embedding_args;
 FF_KERNEL(cpu, embedding_forward, ff_embedding_args);
+FF_KERNEL(cuda, embedding_forward, ff_embedding_args);
 FF_KERNEL(cpu, embedding_backward, ff_embedding_args);
+FF_KERNEL(cuda, embedding_backward, ff_embedding_args);
 FF_WORKSPACE(cpu, embedding_backward, ff_embedding_args);
+FF_WORKSPACE(cuda, embedding_backward, ff_embedding_args);
 
 /* ---- rotary ----------------------------------------------------------------------------------------------------------
  * Rotary position embedding of q and, where it is not NULL, k: with half = rotary_dim / 2 and i < half each pair
@@ -340,6 +346,7 @@ typedef struct ff_rotary_args {
   int64_t offset, batch_offset;
 } ff_rotary_args;
 FF_KERNEL(cpu, rotary, ff_rotary_args);
+FF_KERNEL(cuda, rotary, ff_rotary_args);
 
 /* ---- attention -------------------------------------------------------------------------------------------------------
  * out = dropout(softmax(cap(scale * q k^T) + bias + mask)) v per batch and head, never holding the (Sq, Sk) matrix, with

@@ -5,7 +5,7 @@
 
 #include "../include/fastformer.h"
 #include "attention_args.h"
-#include "row_args.h"
+#include "embedding_args.h"
 #ifdef FF_EMULATE
 #include "../emulation/emulator.h"
 #endif
@@ -147,6 +147,26 @@ PYBIND11_MODULE(FF_MODULE, m) {
     if (!row_shape.is_none()) ff::add_to_scores(a, mask, py::none(), row_shape, causal);
     check(ff_cuda_softmax_backward(&a, ptr(stream)));
   });
+  m.def("activation_forward", [](py::handle x, py::handle bias, py::handle up, py::handle up_bias, py::handle out,
+                                 const std::string& kind, double dropout_p, uint64_t seed, Ptr stream) {
+    const auto a = ff::activation_args(x, bias, up, up_bias, out, kind, dropout_p, seed);
+    check(ff_cuda_activation_forward(&a, ptr(stream)));
+  });
+  m.def("activation_backward_workspace", [](py::handle x, py::handle dbias, py::handle dup_bias) {
+    const py::none none;
+    auto a = ff::activation_args(x, none, none, none, none, "relu", 0, 0);
+    ff::set_activation_gradients(a, none, none, none, dbias, dup_bias);
+    return ff_cuda_activation_backward_workspace(&a);
+  });
+  m.def("activation_backward",
+        [](py::handle dout, py::handle x, py::handle bias, py::handle up, py::handle up_bias, py::handle dx,
+           py::handle dup, py::handle dbias, py::handle dup_bias, py::handle out, const std::string& kind,
+           double dropout_p, uint64_t seed, py::handle workspace, Ptr stream) {
+          auto a = ff::activation_args(x, bias, up, up_bias, out, kind, dropout_p, seed);
+          ff::set_activation_gradients(a, dout, dx, dup, dbias, dup_bias);
+          a.workspace = ff::Tensor(workspace).data;
+          check(ff_cuda_activation_backward(&a, ptr(stream)));
+        });
   m.def("cross_entropy_forward",
         [](py::handle logits, py::handle target, py::handle weight, py::handle loss, py::handle lse,
            int64_t ignore_index, double label_smoothing, double z_loss, py::handle probabilities, py::handle dloss,
@@ -171,6 +191,47 @@ PYBIND11_MODULE(FF_MODULE, m) {
     a.dtype = ff_dtype(gradient.dtype), a.rows = gradient.rows(), a.cols = gradient.cols;
     a.dlogits = gradient.data, a.dloss = ff::Tensor(factor).data;
     check(ff_cuda_cross_entropy_scale(&a, ptr(stream)));
+  });
+
+  m.def("embedding_forward", [](const py::tuple& tables, py::handle out_, double scale, bool normalize, double eps,
+                                double dropout_p, uint64_t seed, py::handle weight, py::handle bias, py::handle mean,
+                                py::handle rstd, Ptr stream) {
+    const ff::Tensor out(out_);
+    auto a = ff::embedding_args(tables, out.rows(), scale, normalize, eps, dropout_p, seed, weight, bias, mean, rstd);
+    a.out = out.data;
+    check(ff_cuda_embedding_forward(&a, ptr(stream)));
+  });
+  const auto embedding_backward_args = [](py::handle dout_, const py::tuple& tables, double scale, bool normalize,
+                                          double dropout_p, uint64_t seed, const py::tuple& norm, py::handle dsummed,
+                                          const py::tuple& dtables, py::handle dweight, py::handle dbias) {
+    const ff::Tensor dout(dout_), weight(norm[0]), mean(norm[1]), rstd(norm[2]);
+    auto a = ff::embedding_args(tables, dout.rows(), scale, normalize, 0, dropout_p, seed, weight, py::none(), mean,
+                                rstd);
+    ff::set_gradients(a, dout, dsummed, dtables, dweight, dbias);
+    return a;
+  };
+  m.def("embedding_backward_workspace",
+        [=](py::handle dout, const py::tuple& tables, double scale, bool normalize, double dropout_p, uint64_t seed,
+            const py::tuple& norm, py::handle dsummed, const py::tuple& dtables, py::handle dweight, py::handle dbias) {
+          const auto a = embedding_backward_args(dout, tables, scale, normalize, dropout_p, seed, norm, dsummed,
+                                                 dtables, dweight, dbias);
+          return ff_cuda_embedding_backward_workspace(&a);
+        });
+  m.def("embedding_backward",
+        [=](py::handle dout, const py::tuple& tables, double scale, bool normalize, double dropout_p, uint64_t seed,
+            const py::tuple& norm, py::handle dsummed, const py::tuple& dtables, py::handle dweight, py::handle dbias,
+            py::handle workspace, Ptr stream) {
+          auto a = embedding_backward_args(dout, tables, scale, normalize, dropout_p, seed, norm, dsummed, dtables,
+                                           dweight, dbias);
+          a.workspace = ff::Tensor(workspace).data;
+          check(ff_cuda_embedding_backward(&a, ptr(stream)));
+        });
+  m.def("rotary", [](py::handle q, py::handle q_out, py::handle k, py::handle k_out, py::handle cos, py::handle sin,
+                     py::handle position_ids, int64_t offset, int64_t batch_offset, bool interleaved, bool inverse,
+                     Ptr stream) {
+    const auto a =
+        ff::rotary_args(q, q_out, k, k_out, cos, sin, position_ids, offset, batch_offset, interleaved, inverse);
+    check(ff_cuda_rotary(&a, ptr(stream)));
   });
 
   m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options, Ptr stream) {

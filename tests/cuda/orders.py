@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastformer.backends import layout
 from fastformer.backends.cuda import emulation
 
 KERNELS = Path(__file__).resolve().parent / "kernels"
@@ -56,7 +57,15 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> It
         b, h, s, _ = q.shape
         return empty(q, b, s, h, v.shape[3]).transpose(1, 2)
 
-    guarded = {"empty": empty, "empty_out": empty_out, "empty_like_input": lambda t: empty_out(t, t)}
+    def like_in_order(x: Tensor) -> Tensor:
+        return empty(x, *x.shape).as_strided(x.shape, layout.dense_like(x).stride())
+
+    guarded = {
+        "dense_like": like_in_order,
+        "empty": empty,
+        "empty_out": empty_out,
+        "empty_like_input": lambda t: empty_out(t, t),
+    }
     for module in modules:
         for name in guarded.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, guarded[name])

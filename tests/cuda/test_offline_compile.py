@@ -17,6 +17,9 @@ SOURCES = sorted(resources.CUDA.glob("*.cu"))
 EXPECTED = {
     **dict.fromkeys(("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"), (6 + 6) * 5 + 3),
     "softmax": (8 + 5) * 3,  # forward: with and without mask, bias and causal where rows fit in registers
+    "activation": 2 * (4 + 1) * 3 + 3,  # each kind in packs, all one by one; the sum of partial gradients
+    "rotary": 2 * 2 * 5,
+    "embedding": 3 * 3 + 2 * 2 * 3 + 3,  # forward; groups and takers; the sort
     "cross_entropy": 2 * 5 * 3 + 2 * 3 + 3,  # with and without coefficients; backward; scale
     "attention": 0,  # only chooses
     "attention_forward_sm80": 2 * 4 * 2,

@@ -1,15 +1,17 @@
 """The kernels of embedding and rotary against the float64 reference: on a GPU, or in the interpreter (conftest.py)."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fastformer.backends.embedding_table import Table
-from fastformer.backends.reference import embedding as reference
-from fastformer.backends.reference import rotary as reference_rotary
 from fastformer.backends.triton import embedding, layer_norm, rotary
 from fastformer.backends.triton.launch import UNBOUNDED, RowTile
+from tests import op_checks
 
-from .accuracy import check, check_all, double
+check_embedding = partial(op_checks.check_embedding, embedding)
+check_rotary = partial(op_checks.check_rotary, rotary)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -23,27 +25,6 @@ def draw(device):
         lambda dtype, *shape: torch.randn(shape, generator=g).to(device=device, dtype=dtype),
         lambda n, *shape: torch.randint(n, shape, generator=g).to(device),
     )
-
-
-def in_double(tables):
-    return tuple(t._replace(weight=t.weight.double()) for t in tables)
-
-
-def check_embedding(tables, rows, dout, *, scale=1.0, norm=None, dropout_p=0.0, needs=None):
-    """``norm``: (weight, bias) to normalise with, else None."""
-    weight, bias = norm or (None, None)
-    options = (scale, norm is not None)
-    results = []
-    for op, exact in ((embedding, False), (reference, False), (reference, True)):
-        t, w, b, d = (in_double(tables), *double(weight, bias, dout)) if exact else (tables, weight, bias, dout)
-        out, mean, rstd = op.forward(t, (rows,), *options, w, b, 1e-5, dropout_p, 5)
-        parameters = (w is not None, b is not None, d.dtype)
-        wanted = needs or (True,) * len(tables)
-        grads, dw, db = op.backward(d, t, *options, w, mean, rstd, dropout_p, 5, wanted, *parameters)
-        results.append((out, mean, rstd, dw, db, *grads))
-    names = "out mean rstd dweight dbias" + "".join(f" table{i}" for i in range(len(tables)))
-    summand = torch.cat([t.weight.flatten() for t in tables] + [dout.flatten()])  # what all are sums of
-    check_all(names, *results, **dict.fromkeys(names.split(), summand))
 
 
 @every_dtype
@@ -121,18 +102,6 @@ def test_strides_beyond_32_bits(draw, device):
 
 
 # ---- rotary ----------------------------------------------------------------------------------------------------------
-
-
-def check_rotary(q, k, cos, sin, ids=None, offset=0, batch_offset=0, interleaved=False, inplace=False):
-    for inverse in (False, True):
-        options = (ids, offset, batch_offset, interleaved, inverse)
-        theirs = reference_rotary.forward(q, k, cos, sin, *options, False)
-        exact = reference_rotary.forward(*double(q, k, cos, sin), *options, False)
-        inputs = tuple(None if x is None else x.clone() for x in (q, k)) if inplace else (q, k)
-        ours = rotary.forward(*inputs, cos, sin, *options, inplace)
-        for name, x, o, t, e in zip(("q", "k"), (q, k), ours, theirs, exact, strict=True):
-            check(name, o, t, e, x)
-        assert not inplace or ours[0] is inputs[0]
 
 
 @every_dtype

@@ -1,6 +1,7 @@
 """The row operations' kernels against the float64 reference: on a GPU, or in the interpreter (see conftest.py)."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fastformer.backends.triton import (
 )
 from fastformer.backends.triton.dropout import dropout, keep_mask
 from fastformer.backends.triton.launch import UNBOUNDED, RowTile, launch
+from tests import op_checks
 
 from .accuracy import check, check_all, double
 
@@ -352,22 +354,7 @@ def test_softmax_of_masked_and_biased_scores(normal, request, added, log, dtype,
 KINDS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
-def check_activation(x, bias, up, up_bias, dout, kind, dropout_p=0.0, seed=0):
-    """Forward, backward and the output computed once more in backward."""
-    arguments = ours_theirs_exact("activation", x, bias, up, up_bias, kind, dropout_p, seed)
-    outputs = [op.forward(*a) for op, a in arguments]
-    check("out", *outputs)
-    needs = bias is not None, up_bias is not None
-    again = [torch.empty_like(out) for out in outputs]
-    gradients = [
-        op.backward(dout.to(a[0].dtype), *a, *needs, None, None, out) for (op, a), out in zip(arguments, again)
-    ]
-    # A sum's rounding is of the sums on the way, at most that of the terms' sizes; a term's is at least dout's.
-    dx, dup, *_ = gradients[2]
-    terms = {"dbias": dx, "dup_bias": dup}
-    sizes = {n: torch.maximum(d.abs(), dout.double().abs()).sum(0) for n, d in terms.items() if d is not None}
-    check_all("dx dup dbias dup_bias", *gradients, dx=dout, dup=dout, **sizes)
-    check("out again", *again)
+check_activation = partial(op_checks.check_activation, activation)
 
 
 @every_dtype
