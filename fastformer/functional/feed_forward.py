@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from ..backends import linear_activation
+from ..backends import linear_activation, registry
 from ..backends.memory import empty, empty_if_large
 from . import _checks
 from . import activation as act
