@@ -118,7 +118,7 @@ TINY: dict[str, list[Case]] = {
     "attention": _cases([(1, 2, 20, 16)], ("causal", {"causal": True}))[:2]
     + _cases([(1, 2, 20, 16)], ("p", PADDING))[:1],
     "decode_attention": [Case((1, 2, 20, 16), "float32", False, "pages", {"kv_heads": 1, "page_size": 8})],
-    "feed_forward": _cases([(5, 16, 32)])[:1],
+    "feed_forward": _cases([(5, 16, 32)])[:2],
 }
 # What the registry calls the fused part, and the optional features the cases use.
 KERNELS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -73,7 +73,7 @@ def _feed_forward(
         reason = linear_activation.refusal(name, x, w1, second if gated else None, w2)
         if reason is None and name == linear_activation.chosen(x):
             backend, reasons[name] = name, "chosen, the first matmul with it"
-        else:
+        elif reason != reasons[name]:
             reasons[name] += f"; the library's matmul: {reason or 'its own has to be asked for by name'}"
     return registry.Explanation(op, backend, reasons)
 

@@ -265,6 +265,16 @@ def test_the_reference_runs_it_too():
         )  # fmt: skip
 
 
+def test_explain_says_whose_matmul_it_is():
+    t = make(torch.bfloat16)
+    explained = fastformer.explain("feed_forward", t["x"], t["w1"], t["b1"], t["w2"], t["b2"], dropout_p=0.1)
+    assert explained.backend == "cpu" and explained.op == "feed_forward"
+    assert fastformer.explain("gated_feed_forward", t["x"], t["w1"], t["w_up"], t["w2"]).reasons["cpu"] == "chosen"
+    meta = [t[name].to("meta") for name in ("x", "w1", "w_up", "w2")]
+    explained = fastformer.explain("gated_feed_forward", *meta)
+    assert explained.backend == "reference" and "not meta" in explained.reasons["cuda"]
+
+
 X, W = torch.randn(4, 6), torch.randn(6)
 BAD = {
     "activation: 'gelu_tan' is not one of .* did you mean 'gelu_tanh'": lambda: F.feed_forward(
