@@ -37,8 +37,9 @@ def test_rehearsal_exercises_every_section(tmp_path):
     assert all(section["status"].startswith("ok") for section in told["sections"])
     assert told["commit"] and told["command"].startswith("python benchmarks/gpu.py") and told["limits"]["clone"] > 0
     checked = {(c["backend"], c["op"]) for c in told["checks"]}
-    assert {("cuda", "layer_norm"), ("cuda", "add_layer_norm")} <= checked
     assert {("triton", op) for op in gpu.OPS} <= checked
+    # CUDA has no linear_cross_entropy, and no decode_attention in float32, which is its small case.
+    assert {("cuda", op) for op in set(gpu.OPS) - {"linear_cross_entropy", "decode_attention"}} <= checked
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert {row["op"] for row in rows} == set(runner.OPS)
     assert {"triton", "cuda", "flash"} <= {row["provider"] for row in rows}, "a GPU's providers were tried, too"

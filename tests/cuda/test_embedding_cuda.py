@@ -157,8 +157,11 @@ def test_an_index_out_of_range_gives_nan_and_no_gradient(draw, device):
     assert gradient(empty, torch.ones(3, 8, device=device)).shape == (0, 8)
 
 
-def test_strides_beyond_32_bits(draw, device):
-    normal, _ = draw
+def test_strides(draw, device):
+    """Rows that start on packs and do not end on them; rows further apart than 32 bits can say."""
+    normal, integers = draw
+    table = Table(normal(torch.float16, 5, 48)[:, :41], integers(5, 7), 7, 0, -1, "")
+    check_embedding((table,), 7, normal(torch.float16, 7, 41), norm=(normal(torch.float16, 41), None))
     row = normal(torch.float32, 1, 40).as_strided((1, 40), (2**33, 1))
     table = Table(row, torch.zeros(1, dtype=torch.int64, device=device), 1, 0, -1, "")
     check_embedding((table,), 1, row)
@@ -222,6 +225,7 @@ def test_rotary_positions_and_strides(draw, count, device):
         check_rotary(q, k, cos, sin, integers(20, 1, 7).expand(2, 7))
         check_rotary(q, k, cos, sin, integers(20, 2, 1).expand(2, 7), inplace=True)
         check_rotary(q, k, cos, sin, batch_offset=7, interleaved=True)
+        check_rotary(q[:, ::2], k[:, ::2], cos, sin, offset=2)  # heads further apart than those of the result
         out, _ = rotary.forward(q, None, cos, sin, None, 0, 0, False, False, False)
         assert out.stride() == q.stride()
     finally:
