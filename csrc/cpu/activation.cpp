@@ -30,9 +30,9 @@ static Args flattened(Args a, bool backward) {
 
 template <class T> FF_INLINE T* row(T* p, int64_t offset) { return p ? p + offset : p; }
 
-// Vector by vector; in pairs where the storage type's order asks for it.
-template <class T, class F> FF_INLINE void walk(int64_t n, F step) {
-  if constexpr (kInOrder<T>) for_row<acc_t<T>>(n, step);
+// Vector by vector; in pairs where the storage type's order asks for it, and for relu, which is little but the loop.
+template <ff_activation K, class T, class F> FF_INLINE void walk(int64_t n, F step) {
+  if constexpr (kInOrder<T> && K != FF_RELU) for_row<acc_t<T>>(n, step);
   else for_row<acc_t<T>>(n, step, step);
 }
 
@@ -58,10 +58,10 @@ template <ff_activation K, class T> static void forward(const Args& a) {
           if (keep) y = y * scales<T>(keep, i, k...);
           store_n(out + i, y, k...);
         };
-        walk<T>(n, step);
+        walk<K, T>(n, step);
       } else {
         auto step = [&](int64_t i, auto... k) FF_LAMBDA { store_n(out + i, activate<K>(load_n(x + i, k...)), k...); };
-        walk<T>(n, step);
+        walk<K, T>(n, step);
       }
     }
   });
@@ -146,8 +146,8 @@ template <ff_activation K, class T> static void backward(const Args& a) {
         evaluate<K>(z, value, slope);
         store_n(dx + i, d * slope, k...);
       };
-      if (bias || up || keep || out || sum) walk<T>(n, step);
-      else walk<T>(n, plain_step);
+      if (bias || up || keep || out || sum) walk<K, T>(n, step);
+      else walk<K, T>(n, plain_step);
       if ((r - r0) % kRowsPerSum == kRowsPerSum - 1) {
         if (sum) bias_sums.empty(sum, n);
         if (up_sum) up_sums.empty(up_sum, n);

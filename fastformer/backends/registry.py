@@ -50,10 +50,10 @@ PREFERENCE_BY_OP: dict[tuple[str, str], tuple[str, ...]] = {}
 # autograd's graph written in Python takes 10 to 20 microseconds, forward and backward, longer than the arithmetic.
 # feed_forward, counted by its hidden elements and with or without a gradient, is two of PyTorch's linears up to there.
 TORCH_UP_TO: dict[str, int] = {
-    "layer_norm": 65536,
-    "relu": 131072,
+    "layer_norm": 131072,
+    "relu": 1 << 20,
     "silu": 65536,
-    "cross_entropy": 2048,
+    "cross_entropy": 16384,
     "feed_forward": 16384,
 }
 
