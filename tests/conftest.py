@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastformer.backends import registry
+from fastformer.backends import chunks, registry
 
 registry.TORCH_UP_TO.clear()  # tests/functional/test_small.py tests what PyTorch is left
+chunks.SMALL_LOGITS = 0  # and small tables of logits in one piece
 torch.manual_seed(0)  # for the numbers drawn while test files are imported
 
 

@@ -28,13 +28,17 @@ MIN_ROWS = 64
 """Fewer rows leave a matmul waiting for the weight."""
 MAX_ROWS = 1024
 """Where sums keep their digits (float32, float64), more rows only take more memory."""
+SMALL_LOGITS = 1 << 18
+"""So few logits stay in the cache, all at once."""
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 NONE = (False, False, False)
 
 
-def chunk_rows(rows: int, dtype: torch.dtype) -> int:
+def chunk_rows(rows: int, classes: int, dtype: torch.dtype) -> int:
     """How many rows to take at a time."""
+    if rows * classes <= SMALL_LOGITS:
+        return rows
     quarter = max(-(-rows // CHUNKS), min(rows, MIN_ROWS))
     return min(quarter, MAX_ROWS) if dtype.itemsize >= 4 else quarter
 
@@ -60,7 +64,7 @@ class Products:
 
     def buffer(self) -> Tensor:
         """Memory for the logits of a chunk."""
-        return self.x.new_empty(chunk_rows(len(self.x), self.x.dtype), len(self.w))
+        return self.x.new_empty(chunk_rows(len(self.x), len(self.w), self.x.dtype), len(self.w))
 
     def logits(self, rows: slice, out: Tensor) -> None:
         """Writes the logits of ``rows`` to ``out``."""

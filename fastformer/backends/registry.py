@@ -51,6 +51,7 @@ PREFERENCE_BY_OP: dict[tuple[str, str], tuple[str, ...]] = {}
 # feed_forward, counted by its hidden elements and with or without a gradient, is two of PyTorch's linears up to there.
 TORCH_UP_TO: dict[str, int] = {
     "layer_norm": 131072,
+    "add_layer_norm": 65536,
     "relu": 1 << 20,
     "silu": 65536,
     "cross_entropy": 16384,

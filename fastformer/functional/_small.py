@@ -49,17 +49,18 @@ def records(*tensors: Any) -> bool:
     return False
 
 
-def torch_instead(name: str, x: Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor | None:
+def torch_instead(name: str, x: Tensor, function: Callable[..., Any], *args: Any) -> Any:
     """``function(x, *args)``, PyTorch's ``name``, if x is small enough and PyTorch takes the arguments; else None."""
     return attempt(function, x, *args) if registry.prefers_torch(name, x.numel()) else None
 
 
-def attempt(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor | None:
-    """``function(x, *args)``, in x's dtype; None if it takes exception to its arguments."""
+def attempt(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """``function(x, *args)``, a tensor or several, in x's dtype; None if it takes exception to its arguments."""
     if not x.is_floating_point():
         return None
     try:
         out = function(x, *args)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None
-    return out if out.dtype == x.dtype else None  # autocast may have had another in mind
+    first = out if isinstance(out, Tensor) else out[0]
+    return out if first.dtype == x.dtype else None  # autocast may have had another in mind

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from ..backends.cpu import add_layer_norm as _cpu
 from ._doors import needs_grad, new_seed, operator, through_operator
 from ._norms import AddNorm, add_forward, check, check_residual, register_add_norm, row_shape, select_add
-from ._small import eager_cpu, records, without_dropout
+from ._small import eager_cpu, records, torch_instead, without_dropout
 
 
 def add_layer_norm(
@@ -45,8 +46,12 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together, naming the argument.
     """
-    if without_dropout(dropout_p, training) and eager_cpu(x) and not records(x, residual, weight, bias):
-        found = _cpu.plain(x, residual, normalized_shape, weight, bias, eps)
+    if without_dropout(dropout_p, training) and eager_cpu(x):
+        arguments = residual, normalized_shape, weight, bias, eps
+        if records(x, residual, weight, bias):
+            found = torch_instead("add_layer_norm", x, _separate, *arguments) if eps >= 0 else None
+        else:
+            found = _cpu.plain(x, *arguments)
         if found is not None:
             return found
     shape = row_shape(normalized_shape)
@@ -61,6 +66,13 @@ def add_layer_norm(
     if needs_grad(x, residual, weight, bias):
         return AddNorm.apply(x, residual, weight, bias, shape, eps, p, seed, kernels)
     return add_forward(kernels, x, residual, shape, weight, bias, eps, p, seed, statistics=False)[:2]
+
+
+def _separate(x, residual, normalized_shape, weight, bias, eps):
+    if residual.shape != x.shape or residual.dtype != x.dtype:  # they would be broadcast
+        raise ValueError
+    summed = residual + x
+    return layer_norm(summed, normalized_shape, weight, bias, eps), summed
 
 
 register_add_norm("add_layer_norm", ("mean", "rstd"))

@@ -144,13 +144,27 @@ def test_the_gradient_may_overwrite_the_logits(shape, dtype):
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(DTYPES))
 def test_chunks_are_a_quarter_of_the_rows(rows, dtype):
-    size = chunks.chunk_rows(rows, dtype)
+    size = chunks.chunk_rows(rows, 1000, dtype)
     assert 0 <= size <= rows and (size > 0) == (rows > 0)
     assert size <= max(chunks.MIN_ROWS, -(-rows // chunks.CHUNKS))
     if dtype.itemsize < 4:  # what a half-precision gradient is rounded
         assert rows <= size * chunks.CHUNKS
     else:
         assert size <= chunks.MAX_ROWS
+
+
+def test_few_logits_are_one_chunk(monkeypatch):
+    monkeypatch.setattr(chunks, "SMALL_LOGITS", 1 << 18)
+    assert chunks.chunk_rows(768, 96, torch.float32) == 768 and chunks.chunk_rows(768, 50257, torch.float32) == 192
+    x, w = torch.randn(300, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    target = torch.arange(300) % 40
+    losses = [
+        f(x, w)
+        for f in (lambda x, w: F.linear_cross_entropy(x, w, target), lambda x, w: TF.cross_entropy(x @ w.t(), target))
+    ]
+    torch.testing.assert_close(*losses)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, (x, w)) for loss in losses), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -23,7 +23,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.fixture
 def torch_up_to(monkeypatch):
     """The registry's limits, which tests/conftest.py has taken away."""
-    limits = {"layer_norm": 131072, "relu": 1 << 20, "silu": 65536, "cross_entropy": 16384, "feed_forward": 16384}
+    limits = {
+        "layer_norm": 131072,
+        "add_layer_norm": 65536,
+        "relu": 1 << 20,
+        "silu": 65536,
+        "cross_entropy": 16384,
+        "feed_forward": 16384,
+    }
     for name, limit in limits.items():
         monkeypatch.setitem(registry.TORCH_UP_TO, name, limit)
 
@@ -149,37 +156,52 @@ def test_what_is_wrong_is_named(kind, gradient, torch_up_to):
 
 # ---- with a derivative -----------------------------------------------------------------------------------------------
 
-LEFT_TO_TORCH = ["layer_norm", "layer_norm, bare", "relu", "silu", "cross_entropy"]
+LEFT_TO_TORCH = ["add_layer_norm", "layer_norm", "layer_norm, bare", "relu", "silu", "cross_entropy"]
+
+
+def _ours(out):
+    """Whether one of our nodes made it."""
+    return isinstance(out.grad_fn, torch.autograd.function.BackwardCFunction)
+
+
+def _add(f, x):
+    """add_layer_norm's two results, or torch's."""
+    if f is F:
+        return F.add_layer_norm(x, x.flip(0), (N,), _w(x), _w(x))
+    return TF.layer_norm(x + x.flip(0), (N,), _w(x), _w(x)), x + x.flip(0)
 
 
 @pytest.mark.parametrize("name", LEFT_TO_TORCH)
 def test_a_small_call_with_a_gradient_is_torchs(name, torch_up_to):
+    call = CALLS.get(name) if name != "add_layer_norm" else lambda f, x: _add(f, x)[0]
     x = torch.randn(7, N, requires_grad=True)
-    out = CALLS[name](F, x)
-    assert "Backward" in type(out.grad_fn).__name__ and not isinstance(
-        out.grad_fn, torch.autograd.function.BackwardCFunction
-    )
-    (grad,) = torch.autograd.grad(out.sum(), x)
+    out = call(F, x)
+    assert out.grad_fn is not None and not _ours(out)
+    (grad,) = torch.autograd.grad(out.sin().sum(), x)
     exact_x = x.detach().double().requires_grad_()
-    (exact,) = torch.autograd.grad(CALLS[name](TF, exact_x).sum(), exact_x)
+    (exact,) = torch.autograd.grad(call(TF, exact_x).sin().sum(), exact_x)
     torch.testing.assert_close(grad.double(), exact, atol=1e-5, rtol=1e-5)
     with fastformer.backend("cpu"):
-        ours = CALLS[name](F, x)
-    assert isinstance(ours.grad_fn, torch.autograd.function.BackwardCFunction)
+        ours = call(F, x)
+    assert _ours(ours)
     torch.testing.assert_close(ours, out)
+
+
+def test_the_sum_of_a_small_addition_has_a_gradient_too(torch_up_to):
+    x = torch.randn(7, N, requires_grad=True)
+    gradients = [torch.autograd.grad(sum(t.sin().sum() for t in _add(f, x)), x)[0] for f in (F, TF)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_large_call_with_a_gradient_is_ours(torch_up_to):
     x = torch.randn(129, 1024, requires_grad=True)
-    assert isinstance(F.layer_norm(x, (1024,)).grad_fn, torch.autograd.function.BackwardCFunction)
-    assert not isinstance(F.layer_norm(x[:128], (1024,)).grad_fn, torch.autograd.function.BackwardCFunction)
+    assert _ours(F.layer_norm(x, (1024,))) and not _ours(F.layer_norm(x[:128], (1024,)))
 
 
 def test_half_precision_losses_are_ours(torch_up_to):
     """torch's bfloat16 cross-entropy rounds the logarithm of every probability."""
     x = torch.randn(7, N).bfloat16().requires_grad_()
-    out = CALLS["cross_entropy"](F, x)
-    assert isinstance(out.grad_fn, torch.autograd.function.BackwardCFunction)
+    assert _ours(CALLS["cross_entropy"](F, x))
 
 
 def test_rows_of_nothing_but_minus_infinity(torch_up_to):

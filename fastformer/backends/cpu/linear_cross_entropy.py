@@ -112,7 +112,7 @@ class Widened(OnHugePages):
 
     def __init__(self, x: Tensor, w: Tensor, bias: Tensor | None, needs: Sequence[bool] = chunks.NONE) -> None:
         super().__init__(x, w, bias, needs)
-        rows, block = chunks.chunk_rows(len(x), x.dtype), min(BLOCK_CLASSES, len(w))
+        rows, block = chunks.chunk_rows(len(x), len(w), x.dtype), min(BLOCK_CLASSES, len(w))
         self.wide_x = torch.empty(rows, x.shape[1])
         self.wide_w = torch.empty(block, x.shape[1])
         self.wide_logits = torch.empty(rows * block)

@@ -64,7 +64,7 @@ class Padded(Products):
     def buffer(self) -> Tensor:
         row = ROW_BYTES // self.x.element_size()
         classes = len(self.w)
-        rows = chunks.chunk_rows(len(self.x), self.x.dtype)
+        rows = chunks.chunk_rows(len(self.x), len(self.w), self.x.dtype)
         return self.x.new_empty(rows, -(-classes // row) * row)[:, :classes]
 
 
