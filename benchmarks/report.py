@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import Verdict, verdicts
+from benchmarks.goals import SWEEP, Verdict, verdicts
 from benchmarks.runner import OPS, Case
 
 JSON, MARKDOWN, CHART = "results.json", "results.md", "results.png"
@@ -261,14 +261,17 @@ def _time(seconds: float) -> str:
 
 
 def draw(stored: Mapping[str, Any], path: Path) -> bool:
-    """Speed relative to eager for every case of the newest runs, as PNG. False, and no file, without matplotlib."""
+    """Speed relative to eager for every case but the sweep's of the newest runs, as PNG. False, and no file, without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     table = grouped(_newest(stored))
-    shown = {op: {c: p for c, p in cases.items() if "eager" in p and "ours" in p} for op, cases in table.items()}
+    shown = {
+        op: {c: p for c, p in cases.items() if "eager" in p and "ours" in p and c.variant != SWEEP}
+        for op, cases in table.items()
+    }
     shown = {op: cases for op, cases in shown.items() if cases}
     if not shown:
         return False
