@@ -261,7 +261,7 @@ def _time(seconds: float) -> str:
 
 
 def draw(stored: Mapping[str, Any], path: Path) -> bool:
-    """Speed relative to eager for every case but the sweep's of the newest runs, as PNG. False, and no file, without matplotlib."""
+    """Speed relative to eager for every case of the newest runs but the sweep's, as PNG. False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
