@@ -37,12 +37,12 @@ def transforming() -> bool:
     return peek_interpreter_stack() is not None
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to record this call."""
+def needs_grad(*tensors: object) -> bool:
+    """Whether autograd has to record a call of these arguments, tensors or, unchecked, anything else."""
     if not torch.is_grad_enabled():
         return False
     for t in tensors:  # a loop, not any(): this runs on every eager call
-        if t is not None and t.requires_grad:
+        if t is not None and getattr(t, "requires_grad", False):
             return True
     return False
 

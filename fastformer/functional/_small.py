@@ -13,40 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.compiler import is_compiling
 
 from ..backends import registry
+from ._doors import through_operator
 
 
 def eager_cpu(x: object) -> bool:
     """Whether ``x`` is an ordinary CPU tensor, nothing watches this call, and no other backend is asked for."""
-    return (
-        not is_compiling()
-        and type(x) is Tensor
-        and x.is_cpu
-        and registry.overridden() in (None, "cpu")
-        and not _len_torch_dispatch_stack()
-        and peek_interpreter_stack() is None
-    )
+    return not through_operator() and type(x) is Tensor and x.is_cpu and registry.overridden() in (None, "cpu")
 
 
 def without_dropout(dropout_p: float, training: bool) -> bool:
     """Whether nothing is dropped, by a probability that is one."""
     return dropout_p == 0 or (not training and 0 < dropout_p <= 1)
-
-
-def records(*tensors: Any) -> bool:
-    """Whether autograd has to record a call of these arguments, which may be anything."""
-    if not torch.is_grad_enabled():
-        return False
-    for t in tensors:
-        if t is not None and getattr(t, "requires_grad", False):
-            return True
-    return False
 
 
 def torch_instead(name: str, x: Tensor, function: Callable[..., Any], *args: Any) -> Any:

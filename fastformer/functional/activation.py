@@ -19,7 +19,7 @@ from ..backends import registry
 from ..backends.cpu import activation as _cpu
 from . import _checks
 from ._doors import needs_grad, new_seed, once_differentiable, operator, register, register_autograd, through_operator
-from ._small import eager_cpu, records, torch_instead
+from ._small import eager_cpu, torch_instead
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 _FORMS = ("none", "tanh")
@@ -129,7 +129,7 @@ def _check_bias(name: str, bias: Tensor | None, like_name: str, like: Tensor) ->
 def elementwise(input: Tensor, activation: str, inplace: bool = False) -> Tensor:
     """One of :data:`ACTIVATIONS` of every element."""
     if not inplace and eager_cpu(input):
-        if not records(input):
+        if not needs_grad(input):
             found = _cpu.plain(input, activation)
         elif activation in _TORCH:
             found = torch_instead(activation, input, _TORCH[activation])

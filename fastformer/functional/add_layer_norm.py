@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm
 from ..backends.cpu import add_layer_norm as _cpu
 from ._doors import needs_grad, new_seed, operator, through_operator
 from ._norms import AddNorm, add_forward, check, check_residual, register_add_norm, row_shape, select_add
-from ._small import eager_cpu, records, torch_instead, without_dropout
+from ._small import eager_cpu, torch_instead, without_dropout
 
 
 def add_layer_norm(
@@ -48,7 +48,7 @@ def add_layer_norm(
     """
     if without_dropout(dropout_p, training) and eager_cpu(x):
         arguments = residual, normalized_shape, weight, bias, eps
-        if records(x, residual, weight, bias):
+        if needs_grad(x, residual, weight, bias):
             found = torch_instead("add_layer_norm", x, _separate, *arguments) if eps >= 0 else None
         else:
             found = _cpu.plain(x, *arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends.cpu import add_rms_norm as _cpu
 from ._doors import needs_grad, new_seed, operator, through_operator
 from ._norms import AddNorm, add_forward, check, check_residual, register_add_norm, row_shape, select_add
-from ._small import eager_cpu, records, without_dropout
+from ._small import eager_cpu, without_dropout
 from .rms_norm import default_eps
 
 
@@ -44,7 +44,7 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together, naming the argument.
     """
-    if without_dropout(dropout_p, training) and eager_cpu(x) and not records(x, residual, weight, bias):
+    if without_dropout(dropout_p, training) and eager_cpu(x) and not needs_grad(x, residual, weight, bias):
         found = _cpu.plain(x, residual, normalized_shape, weight, bias, default_eps(x.dtype) if eps is None else eps)
         if found is not None:
             return found

@@ -16,7 +16,7 @@ from ..backends import registry
 from ..backends.cpu import rms_norm as _cpu
 from ._doors import needs_grad, operator, through_operator
 from ._norms import Norm, check, forward, register_norm, row_shape
-from ._small import eager_cpu, records
+from ._small import eager_cpu
 
 
 def default_eps(dtype: torch.dtype) -> float:
@@ -48,7 +48,7 @@ def rms_norm(
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
     """
-    if eager_cpu(input) and not records(input, weight, bias):
+    if eager_cpu(input) and not needs_grad(input, weight, bias):
         found = _cpu.plain(input, normalized_shape, weight, bias, default_eps(input.dtype) if eps is None else eps)
         if found is not None:
             return found

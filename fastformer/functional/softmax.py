@@ -18,7 +18,7 @@ from ..backends.cpu import softmax as _cpu
 from ..backends.layout import collapsed
 from . import _checks
 from ._doors import needs_grad, once_differentiable, operator, register, register_autograd, through_operator
-from ._small import eager_cpu, records
+from ._small import eager_cpu
 
 
 def softmax(
@@ -78,7 +78,7 @@ def _softmax(
     mask: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    if mask is None and scale == 1 and not causal and dtype is None and eager_cpu(x) and not records(x):
+    if mask is None and scale == 1 and not causal and dtype is None and eager_cpu(x) and not needs_grad(x):
         found = _cpu.plain(x, dim, log)
         if found is not None:
             return found
