@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from .. import functional, nn
 from ..backends.registry import report_unfused
 from ..functional.attention import MAX_HEAD_DIM
+from ..nn.norm import add_norm, add_residual
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .cache import KVCache
 from .conv1d import Conv1D
@@ -210,17 +211,6 @@ class GPT2Block(torch_nn.Module):
         return residual, self.mlp(normed)
 
 
-def add_norm(norm: nn.LayerNorm, delta: Tensor | None, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """(norm(residual + dropout(delta)), residual + dropout(delta)) in one kernel."""
-    if delta is None:
-        return norm(residual), residual
-    if delta.dtype != residual.dtype:  # under autocast: half-precision matmuls beside a float32 residual stream
-        delta = delta.to(residual.dtype)
-    return functional.add_layer_norm(
-        delta, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
-    )
-
-
 class GPT2PreTrainedModel(PreTrainedModel):
     """Initialisation and checkpoint conventions of both GPT-2 classes."""
 
@@ -311,7 +301,7 @@ class GPT2Model(GPT2PreTrainedModel):
         states: list[Tensor] = []
         for block in self.h:
             if output_hidden_states:  # wants the sum that the next norm would form
-                hidden, delta = _added(hidden, delta, dropout_p), None
+                hidden, delta = add_residual(delta, hidden, dropout_p), None
                 states.append(hidden)
             hidden, delta = block(hidden, delta, cache, key_padding_mask)
         hidden = add_norm(self.ln_f, delta, hidden, dropout_p)[0]
@@ -456,10 +446,6 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | Non
     if num_items is None:
         return functional.cross_entropy(rows, target)
     return functional.cross_entropy(rows, target, reduction="sum") / num_items
-
-
-def _added(residual: Tensor, delta: Tensor | None, dropout_p: float) -> Tensor:
-    return residual if delta is None else residual + F.dropout(delta, dropout_p)
 
 
 def _key_padding_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
