@@ -4,9 +4,12 @@ from .activation import GELU, LogSoftmax, ReLU, SiLU, Softmax
 from .attention import MultiheadAttention
 from .embedding import Embedding
 from .feed_forward import FeedForward, GatedFeedForward
+from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
-from .positions import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
+from .positions import LearnedPositionalEncoding, RelativePositionBias, RotaryEmbedding, SinusoidalPositionalEncoding
+from .transformer import Transformer, TransformerDecoder, TransformerEncoder
+from .transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GELU",
@@ -16,13 +19,20 @@ __all__ = [
     "GatedFeedForward",
     "LayerNorm",
     "LearnedPositionalEncoding",
+    "Linear",
     "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
     "ReLU",
+    "RelativePositionBias",
     "RotaryEmbedding",
     "SiLU",
     "SinusoidalPositionalEncoding",
     "Softmax",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]
