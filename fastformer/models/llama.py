@@ -22,6 +22,7 @@ from torch import Tensor
 from torch import nn as torch_nn
 
 from .. import functional, nn
+from ..nn._joined import JoinedLayers
 from ..nn.rotary_scaling import scaling_type, unknown_keys
 from .activations import FUSED_ACTIVATIONS
 from .blocks import add_norm, added, attend
@@ -188,8 +189,10 @@ class LlamaRotaryEmbedding(nn.RotaryEmbedding):
         return (cos.double(), sin.double()) if x.dtype == torch.float64 else (cos, sin)
 
 
-class LlamaAttention(torch_nn.Module):
+class LlamaAttention(JoinedLayers):
     """Causal self-attention with rotary positions and grouped heads."""
+
+    joined_layers = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -198,11 +201,13 @@ class LlamaAttention(torch_nn.Module):
         self.dropout_p = config.attention_dropout or 0.0
         self.scale = 1 / math.sqrt(self.head_dim)
         width, bias = config.hidden_size, config.attention_bias
-        queries, keys = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        queries, keys, _ = (n * self.head_dim for n in self.heads)
         self.q_proj = nn.Linear(width, queries, bias=bias)
         self.k_proj = nn.Linear(width, keys, bias=bias)
         self.v_proj = nn.Linear(width, keys, bias=bias)
         self.o_proj = nn.Linear(queries, width, bias=bias)
+        self.join()
 
     def forward(
         self,
@@ -215,11 +220,14 @@ class LlamaAttention(torch_nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x ``(B, S, E)``, cos, sin ``(B | 1, S, D / 2)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored ->
         ``(B, S, E)``, and with ``need_weights`` the attention weights ``(B, H, S, cached + S)``."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = functional.rotary_embedding(q, k, cos, sin)
+        shape = (*x.shape[:2], -1, self.head_dim)
+        whole = self.joined_output(x)
+        if whole is not None:
+            q, k, v = (t.transpose(1, 2) for t in whole.view(shape).split(self.heads, 2))
+        else:
+            q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        # A layer's own output may have been kept by a hook.
+        q, k = functional.rotary_embedding(q, k, cos, sin, inplace=whole is not None and not whole.requires_grad)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         out, weights = attend(

@@ -374,6 +374,23 @@ def test_initial_values():
     assert not model.model.embed_tokens.weight[7].any() and model.lm_head.weight[7].any()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_projections_are_one_matmul(bias):
+    ours = ours_of(theirs_of(attention_bias=bias))
+    for twin in (ours, copy.deepcopy(ours), ours.bfloat16()):
+        attention = twin.model.layers[0].self_attn
+        x = torch.randn(2, 3, 48, dtype=twin.dtype)
+        whole = attention.joined_output(x)
+        parts = [layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        torch.testing.assert_close(whole, torch.cat(parts, -1))
+    # One of them replaced: called one by one, and its output is not written into.
+    kept = []
+    attention.k_proj.register_forward_hook(lambda m, i, out: kept.append((out, out.clone())))
+    with torch.no_grad():
+        ours(ids())
+    assert attention.joined_output(x) is None and torch.equal(*kept[0])
+
+
 def test_deepcopy_and_pickle_keep_the_tie():
     ours = ours_of(theirs_of())
     wanted = ours(ids()).logits
