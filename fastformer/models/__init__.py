@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .cache import EncoderDecoderCache, KVCache
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
+    from .llama import LlamaConfig, LlamaForCausalLM, LlamaModel
     from .pretrained import PreTrainedConfig, PreTrainedModel
 
 # Where each public name lives.
@@ -23,12 +24,15 @@ _MODULES = {
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
     "KVCache": "cache",
+    "LlamaConfig": "llama",
+    "LlamaForCausalLM": "llama",
+    "LlamaModel": "llama",
     "PreTrainedConfig": "pretrained",
     "PreTrainedModel": "pretrained",
 }
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "LlamaForCausalLM", "LlamaModel")
 # config.json's model_type -> the class for a checkpoint that names no architecture.
-_DEFAULTS = {"gpt2": "GPT2LMHeadModel"}
+_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
 
 __all__ = [
     "EncoderDecoderCache",
@@ -36,6 +40,9 @@ __all__ = [
     "GPT2LMHeadModel",
     "GPT2Model",
     "KVCache",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LlamaModel",
     "PreTrainedConfig",
     "PreTrainedModel",
     "from_pretrained",
