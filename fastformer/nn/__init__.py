@@ -6,7 +6,7 @@ from .embedding import Embedding
 from .feed_forward import FeedForward, GatedFeedForward
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
-from .positions import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
+from .positions import LearnedPositionalEncoding, RelativePositionBias, RotaryEmbedding, SinusoidalPositionalEncoding
 
 __all__ = [
     "GELU",
@@ -21,6 +21,7 @@ __all__ = [
     "MultiheadAttention",
     "RMSNorm",
     "ReLU",
+    "RelativePositionBias",
     "RotaryEmbedding",
     "SiLU",
     "SinusoidalPositionalEncoding",
