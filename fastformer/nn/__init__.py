@@ -4,6 +4,7 @@ from .activation import GELU, LogSoftmax, ReLU, SiLU, Softmax
 from .attention import MultiheadAttention
 from .embedding import Embedding
 from .feed_forward import FeedForward, GatedFeedForward
+from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .positions import LearnedPositionalEncoding, RelativePositionBias, RotaryEmbedding, SinusoidalPositionalEncoding
@@ -16,6 +17,7 @@ __all__ = [
     "GatedFeedForward",
     "LayerNorm",
     "LearnedPositionalEncoding",
+    "Linear",
     "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
