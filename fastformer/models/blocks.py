@@ -24,7 +24,7 @@ from ..nn._plain import is_plain
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .conv1d import Conv1D
 
-LINEAR = (nn.Linear, torch_nn.Linear, Conv1D)
+LINEAR = (torch_nn.Linear, nn.Linear, Conv1D)
 
 
 def add_norm(

@@ -51,7 +51,7 @@ class T5Model(T5PreTrainedModel):
         return self.shared
 
     def set_input_embeddings(self, embeddings: torch_nn.Module) -> None:
-        self.shared = embeddings  # type: ignore[assignment]
+        self.shared = embeddings
         self.encoder.set_input_embeddings(embeddings)
         self.decoder.set_input_embeddings(embeddings)
 
@@ -147,7 +147,7 @@ class T5ForConditionalGeneration(T5Model):
     def get_output_embeddings(self) -> torch_nn.Module:
         return self.lm_head
 
-    def forward(  # type: ignore[override]  # labels come before use_cache
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -252,7 +252,7 @@ class T5EncoderModel(T5PreTrainedModel):
         return self.shared
 
     def set_input_embeddings(self, embeddings: torch_nn.Module) -> None:
-        self.shared = embeddings  # type: ignore[assignment]
+        self.shared = embeddings
         self.encoder.set_input_embeddings(embeddings)
 
     def get_encoder(self) -> T5Stack:

@@ -14,7 +14,7 @@ float32: trained T5s have sums beyond the largest float16.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from torch import nn as torch_nn
 from torch.nn import functional as F
 
 from .. import functional, nn
-from ..functional.attention import RelativeBias
+from ..functional.attention import MAX_HEAD_DIM, RelativeBias
+from ..nn._joined import JoinedLayers
 from ..nn._plain import is_plain
 from . import blocks
 from .blocks import LINEAR, activate, attend, feed_forward, gated, gated_feed_forward
@@ -46,7 +47,7 @@ def _onto_stream(layer: torch_nn.Module, x: Tensor) -> Tensor:
     """layer(x), for float16 in float32."""
     weight = getattr(layer, "weight", None)
     if x.dtype == torch.float16 and is_plain(layer, *LINEAR):
-        return F.linear(x.float(), weight.float())  # type: ignore[union-attr]
+        return F.linear(x.float(), weight.float())
     if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
         x = _saturated(x.to(weight.dtype))
     return _saturated(layer(x))
@@ -66,7 +67,7 @@ class T5LayerNorm(nn.RMSNorm):
 def add_norm(norm: torch_nn.Module, delta: Tensor | None, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
     """(norm(residual + dropout(delta)), residual + dropout(delta))."""
     if delta is None or not is_plain(norm, T5LayerNorm):
-        return blocks.add_norm(norm, delta, residual, dropout_p)  # type: ignore[arg-type]
+        return blocks.add_norm(norm, delta, residual, dropout_p)
     dtype = residual.dtype
     out, summed = functional.add_rms_norm(
         delta.to(dtype), residual, norm.normalized_shape, norm.weight.to(dtype), norm.eps, dropout_p=dropout_p
@@ -77,15 +78,21 @@ def add_norm(norm: torch_nn.Module, delta: Tensor | None, residual: Tensor, drop
 # ---- the layers ------------------------------------------------------------------------------------------------------
 
 
-class T5Attention(torch_nn.Module):
-    """Attention between the projections q, k, v and o, over the input itself or over the encoder's output."""
+class T5Attention(JoinedLayers):
+    """Attention between the projections q, k, v and o, over the input itself or over the encoder's output.
 
-    def __init__(self, config: T5Config, has_relative_attention_bias: bool = False, layer_idx: int = 0) -> None:
+    What reads the same input is one matmul: q, k and v, or k and v of the encoder's output.
+    """
+
+    def __init__(
+        self, config: T5Config, is_cross: bool, has_relative_attention_bias: bool = False, layer_idx: int = 0
+    ) -> None:
         super().__init__()
+        self.joined_layers = ("k", "v") if is_cross else ("q", "k", "v")
         self.layer_idx = layer_idx
         self.num_heads, self.head_dim = config.num_heads, config.d_kv
         self.dropout_p = config.dropout_rate
-        self.is_decoder = config.is_decoder
+        self.causal = config.is_decoder and not is_cross
         inner = self.num_heads * self.head_dim
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
@@ -98,6 +105,7 @@ class T5Attention(torch_nn.Module):
                 config.num_heads,
                 bidirectional=not config.is_decoder,
             )
+        self.join()
 
     def forward(
         self,
@@ -118,37 +126,46 @@ class T5Attention(torch_nn.Module):
             position: what is added to the scores: the stack's table, or a tensor ``(1, H, S, keys)``.
             need_weights: return the weights ``(B, H, S, keys)``.
         """
-        q = self._heads(self.q, x)
-        k, v = self._keys_and_values(x, states, cache)
-        tabled = isinstance(position, RelativeBias)
-        out, weights = attend(
-            q,
-            k,
-            v,
-            causal=self.is_decoder and states is None,
-            scale=1.0,
-            key_padding_mask=key_padding_mask,
-            bias=None if tabled else position,  # type: ignore[arg-type]
-            relative_bias=position if tabled else None,  # type: ignore[arg-type]
-            dropout_p=self.dropout_p if self.training else 0.0,
-            need_weights=need_weights,
-        )
+        options: dict[str, Any] = {"causal": self.causal, "scale": 1.0, "key_padding_mask": key_padding_mask}
+        options["dropout_p"] = self.dropout_p if self.training else 0.0
+        tabled = position is None or isinstance(position, RelativeBias)
+        options["relative_bias"] = position if tabled else None
+        packed = tabled and states is None and cache is None and not need_weights and self.head_dim <= MAX_HEAD_DIM
+        qkv = self._joined_heads(x) if packed else None
+        if qkv is not None:
+            return _onto_stream(self.o, functional.attention_qkvpacked(qkv, **options).flatten(2)), None
+        q, k, v = self._queries_keys_values(x, states, cache)
+        bias = None if tabled else position
+        out, weights = attend(q, k, v, bias=bias, need_weights=need_weights, **options)
         return _onto_stream(self.o, out.transpose(1, 2).flatten(2)), weights
 
-    def _keys_and_values(
+    def _queries_keys_values(
         self, x: Tensor, states: Tensor | None, cache: EncoderDecoderCache | None
-    ) -> tuple[Tensor, Tensor]:
-        """``(B, H, keys, D)`` each; the encoder's are computed once per cache."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``(B, H, S, D)``, k and v ``(B, H, keys, D)``; the encoder's are computed once per cache."""
         if states is None:
-            k, v = self._heads(self.k, x), self._heads(self.v, x)
-            return (k, v) if cache is None else cache.self_attention_cache.update(k, v, self.layer_idx)
+            q, k, v = self._projected(x)
+            return q, *((k, v) if cache is None else cache.self_attention_cache.update(k, v, self.layer_idx))
+        q = self._heads(self.q(x))
         if cache is not None and cache.is_updated(self.layer_idx):
-            return cache.cross_attention_cache.stored(self.layer_idx)
-        k, v = self._heads(self.k, states), self._heads(self.v, states)
-        return (k, v) if cache is None else cache.cross_attention_cache.update(k, v, self.layer_idx)
+            return q, *cache.cross_attention_cache.stored(self.layer_idx)
+        k, v = self._projected(states)
+        return q, *((k, v) if cache is None else cache.cross_attention_cache.update(k, v, self.layer_idx))
 
-    def _heads(self, layer: torch_nn.Module, x: Tensor) -> Tensor:
-        return _saturated(layer(x)).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of the layers that read the same input, ``(B, H, S, D)`` each."""
+        joined = self._joined_heads(x)
+        if joined is not None:
+            return tuple(t.transpose(1, 2) for t in joined.unbind(2))
+        return tuple(self._heads(getattr(self, name)(x)) for name in self.joined_layers)
+
+    def _joined_heads(self, x: Tensor) -> Tensor | None:
+        """The same as one ``(B, S, 2 or 3, H, D)``, where that is one matmul."""
+        joined = self.joined_output(x)
+        return None if joined is None else _saturated(joined).unflatten(2, (-1, self.num_heads, self.head_dim))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return _saturated(x).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
 class _T5Sublayer(torch_nn.Module):
@@ -168,7 +185,7 @@ class T5LayerSelfAttention(_T5Sublayer):
 
     def __init__(self, config: T5Config, has_relative_attention_bias: bool, layer_idx: int) -> None:
         super().__init__(config)
-        self.SelfAttention = T5Attention(config, has_relative_attention_bias, layer_idx)
+        self.SelfAttention = T5Attention(config, False, has_relative_attention_bias, layer_idx)
 
     def forward(
         self,
@@ -189,7 +206,7 @@ class T5LayerCrossAttention(_T5Sublayer):
 
     def __init__(self, config: T5Config, layer_idx: int) -> None:
         super().__init__(config)
-        self.EncDecAttention = T5Attention(config, layer_idx=layer_idx)
+        self.EncDecAttention = T5Attention(config, True, layer_idx=layer_idx)
 
     def forward(
         self,
@@ -205,17 +222,19 @@ class T5LayerCrossAttention(_T5Sublayer):
         return residual, *self.EncDecAttention(normed, states, cache, key_padding_mask, None, need_weights)
 
 
-class T5DenseReluDense(torch_nn.Module):
-    """The feed-forward block, wo(act(wi(x))) or wo(act(wi_0(x)) * wi_1(x))."""
+class T5DenseReluDense(JoinedLayers):
+    """The feed-forward block, wo(act(wi(x))) or wo(act(wi_0(x)) * wi_1(x)), there with one matmul for wi_0 and wi_1."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         assert config.dense_act_fn is not None  # filled in
         self.activation, self.gated = config.dense_act_fn, bool(config.is_gated_act)
         self.dropout_p = config.dropout_rate
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
+        self.joined_layers = ("wi_0", "wi_1") if self.gated else ("wi",)
+        for name in self.joined_layers:
             self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.join()
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``(B, S, E)`` -> ``(B, S, E)``, float32 for float16."""
@@ -228,8 +247,7 @@ class T5DenseReluDense(torch_nn.Module):
 
     def _in_float32(self, x: Tensor, p: float) -> Tensor:
         # What the first layers compute from normalised rows fits into float16, products of it and sums of those do not.
-        first = (self.wi_0, self.wi_1) if self.gated else (self.wi,)
-        hidden = [_saturated(layer(x)).float() for layer in first]
+        hidden = [_saturated(getattr(self, name)(x)).float() for name in self.joined_layers]
         activated = gated(*hidden, self.activation) if self.gated else activate(*hidden, self.activation)
         activated, wo = F.dropout(activated, p), self.wo
         if is_plain(wo, *LINEAR):

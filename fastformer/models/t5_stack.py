@@ -134,7 +134,7 @@ class T5PreTrainedModel(PreTrainedModel):
         if isinstance(module, T5LayerNorm):
             module.weight.fill_(c.initializer_factor)
         elif module._parameters:
-            module.weight.normal_(0.0, c.initializer_factor * deviation)  # type: ignore[union-attr,operator]
+            module.weight.normal_(0.0, c.initializer_factor * deviation)
 
 
 class T5Stack(T5PreTrainedModel):
@@ -160,7 +160,7 @@ class T5Stack(T5PreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, embeddings: torch_nn.Module) -> None:
-        self.embed_tokens = embeddings  # type: ignore[assignment]
+        self.embed_tokens = embeddings
 
     def forward(
         self,
@@ -271,7 +271,7 @@ class T5Stack(T5PreTrainedModel):
 
     def _position(self, length: int, past: int) -> RelativeBias | Tensor:
         """What self-attention adds to the scores: the table of the first block, for the kernel to read."""
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias  # type: ignore[index,union-attr]
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
         if is_plain(table, nn.RelativePositionBias):
             return table.relative_bias
-        return table(length, past + length, past)  # type: ignore[operator]
+        return table(length, past + length, past)
