@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM, RelativeBias
-from ..nn._joined import JoinedLayers
+from ..nn._joined import LINEAR, JoinedLayers
 from ..nn._plain import is_plain
 from . import blocks
-from .blocks import LINEAR, activate, attend, feed_forward, gated, gated_feed_forward
+from .blocks import activate, attend, feed_forward, gated, gated_feed_forward
 from .cache import EncoderDecoderCache
 
 if TYPE_CHECKING:
@@ -44,12 +44,14 @@ def _saturated(x: Tensor) -> Tensor:
 
 
 def _onto_stream(layer: torch_nn.Module, x: Tensor) -> Tensor:
-    """layer(x), for float16 in float32."""
-    weight = getattr(layer, "weight", None)
-    if x.dtype == torch.float16 and is_plain(layer, *LINEAR):
-        return F.linear(x.float(), weight.float())
-    if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-        x = _saturated(x.to(weight.dtype))
+    """layer(x), in float32 for float16. A layer that has to be called takes and returns its own dtype."""
+    if is_plain(layer, *LINEAR):
+        if torch.float16 not in (x.dtype, layer.weight.dtype):
+            return layer(x)
+        return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
+    if not torch.is_autocast_enabled(x.device.type):
+        x = _saturated(x.to(dtype))
     return _saturated(layer(x))
 
 
@@ -249,10 +251,7 @@ class T5DenseReluDense(JoinedLayers):
         # What the first layers compute from normalised rows fits into float16, products of it and sums of those do not.
         hidden = [_saturated(getattr(self, name)(x)).float() for name in self.joined_layers]
         activated = gated(*hidden, self.activation) if self.gated else activate(*hidden, self.activation)
-        activated, wo = F.dropout(activated, p), self.wo
-        if is_plain(wo, *LINEAR):
-            return F.linear(activated, wo.weight.float())
-        return _onto_stream(wo, activated)
+        return _onto_stream(self.wo, F.dropout(activated, p))
 
 
 class T5LayerFF(_T5Sublayer):

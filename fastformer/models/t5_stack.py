@@ -14,7 +14,7 @@ from torch import nn as torch_nn
 from torch.nn import functional as F
 
 from .. import nn
-from ..functional.attention import RelativeBias
+from ..functional.attention import RelativeBias, check_buckets
 from ..nn._plain import is_plain
 from .activations import check_activation
 from .blocks import added
@@ -75,6 +75,9 @@ class T5Config(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: {value!r} is not a positive integer")
+        for both_ways in (True, False):  # the encoder's and the decoder's
+            buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+            check_buckets("relative_attention_num_buckets:", both_ways, buckets, distance)
         if not 0 <= self.dropout_rate <= 1:
             raise ValueError(f"dropout_rate: {self.dropout_rate} is not in [0, 1]")
         gate, _, activation = self.feed_forward_proj.rpartition("-")
