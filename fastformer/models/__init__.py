@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
     from .llama import LlamaConfig, LlamaForCausalLM, LlamaModel
     from .pretrained import PreTrainedConfig, PreTrainedModel
+    from .t5 import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
 
 # Where each public name lives.
 _MODULES = {
@@ -29,10 +30,22 @@ _MODULES = {
     "LlamaModel": "llama",
     "PreTrainedConfig": "pretrained",
     "PreTrainedModel": "pretrained",
+    "T5Config": "t5",
+    "T5EncoderModel": "t5",
+    "T5ForConditionalGeneration": "t5",
+    "T5Model": "t5",
 }
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "LlamaForCausalLM", "LlamaModel")
+_ARCHITECTURES = (
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5Model",
+)
 # config.json's model_type -> the class for a checkpoint that names no architecture.
-_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "t5": "T5ForConditionalGeneration"}
 
 __all__ = [
     "EncoderDecoderCache",
@@ -45,6 +58,10 @@ __all__ = [
     "LlamaModel",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "T5Config",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5Model",
     "from_pretrained",
 ]
 
