@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from .bert import BertConfig, BertModel
+    from .bert_heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
     from .cache import EncoderDecoderCache, KVCache
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
     from .pretrained import PreTrainedConfig, PreTrainedModel
 
 # Where each public name lives.
 _MODULES = {
+    "BertConfig": "bert",
+    "BertForMaskedLM": "bert_heads",
+    "BertForSequenceClassification": "bert_heads",
+    "BertForTokenClassification": "bert_heads",
+    "BertModel": "bert",
     "EncoderDecoderCache": "cache",
     "GPT2Config": "gpt2",
     "GPT2LMHeadModel": "gpt2",
@@ -26,11 +33,23 @@ _MODULES = {
     "PreTrainedConfig": "pretrained",
     "PreTrainedModel": "pretrained",
 }
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+_ARCHITECTURES = (
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+)
 # config.json's model_type -> the class for a checkpoint that names no architecture.
-_DEFAULTS = {"gpt2": "GPT2LMHeadModel"}
+_DEFAULTS = {"bert": "BertModel", "gpt2": "GPT2LMHeadModel"}
 
 __all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
     "EncoderDecoderCache",
     "GPT2Config",
     "GPT2LMHeadModel",

@@ -52,6 +52,14 @@ def added(delta: Tensor | None, residual: Tensor, dropout_p: float) -> Tensor:
     return residual if delta is None else residual + F.dropout(delta, dropout_p)
 
 
+def pending_dropout(layer: torch_nn.Module, x: Tensor) -> tuple[Tensor, float]:
+    """x and the probability with which the next kernel is to drop it out; a layer that is no plain Dropout is called
+    here instead."""
+    if is_plain(layer, torch_nn.Dropout):
+        return x, layer.p if layer.training else 0.0  # type: ignore[return-value]
+    return layer(x), 0.0
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """The activation of that name in config.json, element by element."""
     fused = FUSED_ACTIVATIONS.get(activation)
