@@ -30,14 +30,6 @@ LINEAR = (torch_nn.Linear, nn.Linear, Conv1D)
 __all__ = ["LINEAR", "activate", "add_norm", "added", "attend", "feed_forward"]
 
 
-def pending_dropout(layer: torch_nn.Module, x: Tensor) -> tuple[Tensor, float]:
-    """x and the probability with which the next kernel is to drop it out; a layer that is no plain Dropout is called
-    here instead."""
-    if is_plain(layer, torch_nn.Dropout):
-        return x, layer.p if layer.training else 0.0  # type: ignore[return-value]
-    return layer(x), 0.0
-
-
 def activate(x: Tensor, activation: str) -> Tensor:
     """The activation of that name in config.json, element by element."""
     fused = FUSED_ACTIVATIONS.get(activation)

@@ -159,6 +159,15 @@ def test_directories_pass_both_ways(tmp_path, cls, tie):
     assert again.config.num_labels == 3
 
 
+# What each class has beside the encoder and the pooler.
+HEADS = {
+    BertModel: [],
+    BertForMaskedLM: ["cls.predictions.bias", "cls.predictions.transform.dense.weight"],
+    BertForSequenceClassification: ["classifier.weight", "classifier.bias"],
+    BertForTokenClassification: ["classifier.weight", "classifier.bias"],
+}
+
+
 @pytest.mark.parametrize("saved", CLASSES, ids=lambda cls: f"saved {cls.__name__}")
 @pytest.mark.parametrize("loaded", CLASSES, ids=lambda cls: f"loaded {cls.__name__}")
 def test_other_heads_are_left_and_missing_ones_random(tmp_path, saved, loaded):
@@ -182,14 +191,6 @@ def test_other_heads_are_left_and_missing_ones_random(tmp_path, saved, loaded):
         if any(part in name for part in new):
             zero = name.endswith("bias")
             assert not p.any() if zero else ("LayerNorm" in name or 0.005 < p.std() < 0.05), name
-
-
-HEADS = {
-    BertModel: [],
-    BertForMaskedLM: ["cls.predictions.bias", "cls.predictions.transform.dense.weight"],
-    BertForSequenceClassification: ["classifier.weight", "classifier.bias"],
-    BertForTokenClassification: ["classifier.weight", "classifier.bias"],
-}
 
 
 def test_old_checkpoints(tmp_path):
