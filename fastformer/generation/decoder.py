@@ -1,11 +1,13 @@
 """What generation asks of a model: logits for the token after a prompt, then after each further token.
 
 A model with a kernel of its own for this offers ``model.decoder(batch_size, max_length)``, which returns a
-:class:`Decoder` or None; every other causal language model is driven through its ``forward``.
+:class:`Decoder` or None; every other model is driven through its ``forward``. A prompt that is to be continued several
+times is computed once: its keys and values are then repeated.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,22 +18,52 @@ from ..models.cache import KVCache
 class Decoder(Protocol):
     """One generation in progress, for a fixed batch."""
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Starts over with prompts ``(B, S)``, mask ``(B, S)`` 0 at left padding or None; logits ``(B, V)``."""
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, repeats: int = 1) -> Tensor:
+        """Starts over with prompts ``(B, S)``, mask ``(B, S)`` 0 at left padding or None, each to be continued
+        ``repeats`` times; logits ``(B * repeats, V)``."""
         ...
 
     def step(self, token_ids: Tensor) -> Tensor:
-        """Appends one token to each sequence, ``(B)``; logits ``(B, V)`` for the next."""
+        """Appends one token to each sequence, ``(B * repeats)``; logits ``(B * repeats, V)`` for the next."""
+        ...
+
+    def reorder(self, indices: Tensor) -> None:
+        """Replaces sequence i by sequence ``indices[i]``, one of the same prompt. For beam search."""
         ...
 
 
-def decoder_for(model: Any, batch_size: int, max_length: int, use_cache: bool = True) -> Decoder:
-    """The fastest decoder for ``model``: its own, else one with a cache; without ``use_cache`` the recomputing one."""
+@dataclass
+class Encoded:
+    """The encoder's side of an encoder-decoder model: its outputs, and the mask ``(B, S)`` of its input or None."""
+
+    outputs: Any
+    attention_mask: Tensor | None
+
+
+def decoder_for(
+    model: Any,
+    batch_size: int,
+    max_length: int,
+    use_cache: bool = True,
+    cache: Any = None,
+    encoded: Encoded | None = None,
+) -> Decoder:
+    """The fastest decoder for ``model``: its own, else one with a cache; without ``use_cache`` the recomputing one.
+
+    Args:
+        batch_size: sequences in the end, repeats included.
+        max_length: tokens of each at most.
+        cache: keys and values of the first tokens of the prompts, to go on from.
+        encoded: what the decoder of an encoder-decoder model attends to.
+    """
     if not use_cache:
-        return RecomputingDecoder(model, max_length)
-    own = getattr(model, "decoder", None)
-    decoder = own(batch_size, max_length) if own is not None else None
-    return decoder if decoder is not None else CachedDecoder(model, max_length)
+        return RecomputingDecoder(model, max_length, encoded)
+    if cache is None and encoded is None:
+        own = getattr(model, "decoder", None)
+        decoder = own(batch_size, max_length) if own is not None else None
+        if decoder is not None:
+            return decoder
+    return CachedDecoder(model, max_length, cache, encoded)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -39,32 +71,59 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp_(min=0)
 
 
+def _extended(mask: Tensor | None, length: int) -> Tensor | None:
+    """``mask`` with ones up to ``length`` columns, written once for all steps."""
+    if mask is None:
+        return None
+    whole = mask.new_ones(len(mask), length)
+    whole[:, : mask.shape[1]] = mask
+    return whole
+
+
+def _repeated(tensor: Tensor | None, repeats: int) -> Tensor | None:
+    return tensor if tensor is None or repeats == 1 else tensor.repeat_interleave(repeats, 0)
+
+
 class CachedDecoder:
     """Runs ``model.forward`` on the new token only, with a cache of ``max_length`` positions allocated once."""
 
-    def __init__(self, model: Any, max_length: int) -> None:
+    def __init__(self, model: Any, max_length: int, cache: Any = None, encoded: Encoded | None = None) -> None:
         self.model = model
         self.max_length = max_length
-        self.cache = KVCache(model.config.num_hidden_layers, max_length)
+        self.encoded = encoded
+        self.given = cache
         self.mask: Tensor | None = None  # (B, max_length), ones beyond the prompt
         self.next_position: Tensor | None = None  # (B, 1)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        self.cache.reset()
-        self.mask = self.next_position = positions = None
+    @property
+    def past_key_values(self) -> Any:
+        """The cache, without a limit to what may still be added."""
+        self.cache.max_length = None
+        return self.cache
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, repeats: int = 1) -> Tensor:
+        self.cache = KVCache(self.model.config.num_hidden_layers, self.max_length) if self.given is None else self.given
+        past = self.cache.get_seq_length()
+        self.prompt_length = input_ids.shape[1]
+        self.mask = _extended(attention_mask, self.max_length)
+        self.next_position = positions = None
         if attention_mask is not None:
-            batch, length = input_ids.shape
-            self.mask = attention_mask.new_ones(batch, self.max_length)
-            self.mask[:, :length] = attention_mask
             positions = position_ids(attention_mask)
-            self.next_position = positions[:, -1:] + 1
-        return self._run(input_ids, positions)
+            self.next_position = _repeated(positions[:, -1:] + 1, repeats)
+            positions = positions[:, past:]
+        logits = self._run(input_ids[:, past:], positions)
+        self.mask = _repeated(self.mask, repeats)
+        self.cache.repeat(repeats)
+        return _repeated(logits, repeats)
 
     def step(self, token_ids: Tensor) -> Tensor:
         positions = self.next_position
         if positions is not None:
             self.next_position = positions + 1
         return self._run(token_ids[:, None], positions)
+
+    def reorder(self, indices: Tensor) -> None:
+        self.cache.reorder(indices, self.prompt_length)
 
     def _run(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
         seen = self.cache.get_seq_length() + input_ids.shape[1]
@@ -82,31 +141,28 @@ class CachedDecoder:
 class RecomputingDecoder:
     """Runs the whole text again for every token: the yardstick for the cache, and for models without one."""
 
-    def __init__(self, model: Any, max_length: int) -> None:
+    def __init__(self, model: Any, max_length: int, encoded: Encoded | None = None) -> None:
         self.model = model
         self.max_length = max_length
-        self.tokens: Tensor | None = None  # (B, max_length), the first `length` of them filled
-        self.mask: Tensor | None = None
+        self.encoded = encoded
         self.length = 0
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, repeats: int = 1) -> Tensor:
         batch, self.length = input_ids.shape
-        self.tokens = input_ids.new_zeros(batch, self.max_length)
-        self.tokens[:, : self.length] = input_ids
-        self.mask = None
-        if attention_mask is not None:
-            self.mask = attention_mask.new_ones(batch, self.max_length)
-            self.mask[:, : self.length] = attention_mask
+        self.tokens = input_ids.new_zeros(batch * repeats, self.max_length)  # the first `length` of a row are filled
+        self.tokens[:, : self.length] = _repeated(input_ids, repeats)
+        self.mask = _repeated(_extended(attention_mask, self.max_length), repeats)
         return self._run()
 
     def step(self, token_ids: Tensor) -> Tensor:
-        assert self.tokens is not None, "prefill comes first"
         self.tokens[:, self.length] = token_ids
         self.length += 1
         return self._run()
 
+    def reorder(self, indices: Tensor) -> None:
+        self.tokens = self.tokens[indices]
+
     def _run(self) -> Tensor:
-        assert self.tokens is not None
         mask = None if self.mask is None else self.mask[:, : self.length]
         output = self.model(
             self.tokens[:, : self.length],

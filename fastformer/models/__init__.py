@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from .cache import KVCache
+    from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
     from .pretrained import PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +22,7 @@ _MODULES = {
     "GPT2Config": "gpt2",
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
+    "GenerationConfig": "generation_config",
     "KVCache": "cache",
     "PreTrainedConfig": "pretrained",
     "PreTrainedModel": "pretrained",
@@ -33,6 +35,7 @@ __all__ = [
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "GenerationConfig",
     "KVCache",
     "PreTrainedConfig",
     "PreTrainedModel",

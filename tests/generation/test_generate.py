@@ -64,8 +64,9 @@ def test_sampling_with_the_cache_is_sampling_without(arguments):
     arguments = {"attention_mask": mask, "max_new_tokens": 50, "pad_token_id": PAD, "do_sample": True, **arguments}
     first = ours.generate(ids, seed=7, **arguments)
     assert torch.equal(ours.generate(ids, seed=7, use_cache=False, **arguments), first)
-    assert torch.equal(ours.generate(ids, generator=torch.Generator().manual_seed(7), **arguments), first)
     assert not torch.equal(ours.generate(ids, seed=8, **arguments), first)
+    drawn = [ours.generate(ids, generator=torch.Generator().manual_seed(n), **arguments) for n in (7, 7, 8)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_each_padded_prompt_gives_its_own_text():
@@ -167,7 +168,7 @@ def test_another_model_can_bring_its_own_decoder():
     """``model.decoder(batch, max_length)`` is used if it returns one; here, the integers from the last token on."""
 
     class Counting:
-        def prefill(self, input_ids, attention_mask=None):
+        def prefill(self, input_ids, attention_mask=None, repeats=1):
             return torch.nn.functional.one_hot(input_ids[:, -1] + 1, VOCAB).float()
 
         def step(self, token_ids):
