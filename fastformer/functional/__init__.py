@@ -10,6 +10,7 @@ from .decode_attention import decode_attention, update_kv_cache
 from .embedding import embedding, transformer_embedding
 from .feed_forward import feed_forward, gated_feed_forward
 from .layer_norm import layer_norm
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .positions import sinusoidal_positions
 from .rms_norm import rms_norm
@@ -33,6 +34,7 @@ __all__ = [
     "gated_feed_forward",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "log_softmax",
     "relu",

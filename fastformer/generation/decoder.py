@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..models.cache import KVCache
+from ..models.cache import EncoderDecoderCache, KVCache
+from ..models.outputs import BaseModelOutput
 
 
 class Decoder(Protocol):
@@ -34,10 +35,13 @@ class Decoder(Protocol):
 
 @dataclass
 class Encoded:
-    """The encoder's side of an encoder-decoder model: its outputs, and the mask ``(B, S)`` of its input or None."""
+    """The encoder's side: its last hidden state ``(B, S, E)``, and the mask ``(B, S)`` of its input or None."""
 
-    outputs: Any
+    hidden: Tensor
     attention_mask: Tensor | None
+
+    def repeated(self, repeats: int) -> Encoded:
+        return Encoded(_repeated(self.hidden, repeats), _repeated(self.attention_mask, repeats))
 
 
 def decoder_for(
@@ -64,6 +68,35 @@ def decoder_for(
         if decoder is not None:
             return decoder
     return CachedDecoder(model, max_length, cache, encoded)
+
+
+def encode(model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, outputs: Any = None) -> Encoded:
+    """Runs the encoder of an encoder-decoder model, once for the whole generation, unless its ``outputs`` are given."""
+    if outputs is None:
+        outputs = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+    return Encoded(outputs[0], attention_mask)
+
+
+def _forward(
+    model: Any, encoded: Encoded | None, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None, **rest: Any
+) -> Tensor:
+    """Logits ``(B, V)`` for the token after ``input_ids (B, S)``, which are the decoder's if there is an encoder."""
+    if encoded is None:
+        output = model(input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **rest)
+    else:
+        output = model(
+            attention_mask=encoded.attention_mask,
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
+            decoder_input_ids=input_ids,
+            decoder_attention_mask=mask,
+            **rest,
+        )
+    return output.logits[:, -1]
+
+
+def _new_cache(model: Any, max_length: int, with_encoder: bool) -> KVCache | EncoderDecoderCache:
+    layers = getattr(model.config, "num_decoder_layers", None) or model.config.num_hidden_layers
+    return EncoderDecoderCache.with_layers(layers, max_length) if with_encoder else KVCache(layers, max_length)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -98,11 +131,13 @@ class CachedDecoder:
     @property
     def past_key_values(self) -> Any:
         """The cache, without a limit to what may still be added."""
-        self.cache.max_length = None
+        getattr(self.cache, "self_attention_cache", self.cache).max_length = None
         return self.cache
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, repeats: int = 1) -> Tensor:
-        self.cache = KVCache(self.model.config.num_hidden_layers, self.max_length) if self.given is None else self.given
+        self.cache = self.given
+        if self.cache is None:
+            self.cache = _new_cache(self.model, self.max_length, self.encoded is not None)
         past = self.cache.get_seq_length()
         self.prompt_length = input_ids.shape[1]
         self.mask = _extended(attention_mask, self.max_length)
@@ -114,6 +149,8 @@ class CachedDecoder:
         logits = self._run(input_ids[:, past:], positions)
         self.mask = _repeated(self.mask, repeats)
         self.cache.repeat(repeats)
+        if self.encoded is not None:
+            self.encoded = self.encoded.repeated(repeats)
         return _repeated(logits, repeats)
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -127,15 +164,10 @@ class CachedDecoder:
 
     def _run(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
         seen = self.cache.get_seq_length() + input_ids.shape[1]
-        output = self.model(
-            input_ids,
-            past_key_values=self.cache,
-            attention_mask=None if self.mask is None else self.mask[:, :seen],
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
+        mask = None if self.mask is None else self.mask[:, :seen]
+        return _forward(
+            self.model, self.encoded, input_ids, mask, positions, past_key_values=self.cache, use_cache=True
         )
-        return output.logits[:, -1]
 
 
 class RecomputingDecoder:
@@ -152,6 +184,8 @@ class RecomputingDecoder:
         self.tokens = input_ids.new_zeros(batch * repeats, self.max_length)  # the first `length` of a row are filled
         self.tokens[:, : self.length] = _repeated(input_ids, repeats)
         self.mask = _repeated(_extended(attention_mask, self.max_length), repeats)
+        if self.encoded is not None:
+            self.encoded = self.encoded.repeated(repeats)
         return self._run()
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -164,11 +198,5 @@ class RecomputingDecoder:
 
     def _run(self) -> Tensor:
         mask = None if self.mask is None else self.mask[:, : self.length]
-        output = self.model(
-            self.tokens[:, : self.length],
-            attention_mask=mask,
-            position_ids=None if mask is None else position_ids(mask),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+        positions = None if mask is None else position_ids(mask)
+        return _forward(self.model, self.encoded, self.tokens[:, : self.length], mask, positions, use_cache=False)

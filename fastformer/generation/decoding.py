@@ -18,7 +18,7 @@ from torch import Tensor
 from ..models.generation_config import DEFAULTS, GenerationConfig
 from . import prompts as given
 from .beam import BeamSearch
-from .decoder import decoder_for
+from .decoder import decoder_for, encode
 from .outputs import GenerateOutput
 from .processors import Processor, Warp, processors_for
 from .sampling import Noise, Sampler, SeededNoise, generator_noise, prompt_keys
@@ -45,6 +45,9 @@ def generate(
     input_ids: Tensor | None = None,
     *,
     attention_mask: Tensor | None = None,
+    decoder_input_ids: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    encoder_outputs: Any = None,
     generation_config: GenerationConfig | None = None,
     past_key_values: Any = None,
     logits_processor: Sequence[Processor] | None = None,
@@ -57,15 +60,24 @@ def generate(
 ) -> Tensor | GenerateOutput:
     """Continues each prompt until its end token or the length limit. Argument names and defaults are Hugging Face's.
 
+    An encoder-decoder model answers each input: its encoder reads ``input_ids`` once, and its decoder begins from
+    ``decoder_start_token_id``.
+
     Greedy and beam search give the tokens that ``transformers`` gives. A prompt gets the same text alone and in any
     batch, but for rounding; with ``do_sample`` that holds for a ``seed``. A model in training mode is put into
     evaluation mode for the call.
 
     Args:
-        model: a causal language model such as :class:`fastformer.models.GPT2LMHeadModel`.
-        input_ids: prompts ``(B, S)`` int64, shorter ones padded on the left; default one beginning-of-text token.
+        model: a causal language model such as :class:`fastformer.models.GPT2LMHeadModel`, or an encoder-decoder model
+            (``config.is_encoder_decoder``) such as T5.
+        input_ids: prompts ``(B, S)`` int64, shorter ones padded on the left (on either side for an encoder); default
+            one beginning-of-text token.
         attention_mask: ``(B, S)``, 0 at padding. Default: all 1, or 0 where ``input_ids`` is the padding token, if that
             is not also an end token.
+        decoder_input_ids, decoder_attention_mask: what the decoder begins from ``(B, S)``, with the start token put
+            before it if no row begins with one; shorter ones padded on the left.
+        encoder_outputs: the encoder's output for ``input_ids``, with ``last_hidden_state (B, S, E)`` as its first
+            field, instead of running it.
         generation_config: options for this call, over those of ``model.generation_config``.
         past_key_values: a cache of the first tokens of ``input_ids``, to go on from; the new ones are added to it.
         logits_processor: called in turn with the tokens ``(rows, S)`` and scores ``(rows, V)`` float32 of each step,
@@ -81,8 +93,8 @@ def generate(
             ``temperature``, ``num_beams`` and others. What is passed goes before every configuration; None is off.
 
     Returns:
-        ``(B * num_return_sequences, S + new)`` int64: the prompts and their continuations; with
-        ``return_dict_in_generate`` a :class:`GenerateOutput`.
+        ``(B * num_return_sequences, S + new)`` int64: the prompts (the decoder's, in an encoder-decoder model) and
+        their continuations; with ``return_dict_in_generate`` a :class:`GenerateOutput`.
 
     Raises:
         TypeError: an argument that does not exist, or of the wrong type; named.
@@ -92,24 +104,33 @@ def generate(
     _check(config, streamer, generator, seed)
     ends = given.check_tokens("eos_token_id", config.eos_token_id)
     strings = check_stop_strings(config.stop_strings, tokenizer)
-    if input_ids is None:
-        input_ids = given.first_token(model, config.bos_token_id)
-    input_ids = given.check_ids("input_ids", input_ids, model.device)
-    attention_mask = given.attention_mask_for(input_ids, attention_mask, config.pad_token_id, ends)
-    given.check_left_padding("attention_mask", attention_mask)
-    length = input_ids.shape[1]
+    inputs = given.inputs_for(model, input_ids, attention_mask, encoder_outputs, config, ends)
+    prompts, mask, name = inputs.ids, inputs.attention_mask, "attention_mask"
+    if inputs.has_encoder:
+        start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+        prompts, mask = given.decoder_prompts(model, inputs.batch, start, decoder_input_ids, decoder_attention_mask)
+        name = "decoder_attention_mask"
+    elif decoder_input_ids is not None or encoder_outputs is not None:
+        raise ValueError(f"decoder_input_ids, encoder_outputs: {type(model).__name__} has no encoder")
+    given.check_left_padding(name, mask)
+    length = prompts.shape[1]
     limit = given.length_limit(given.positions_of(model), length, config.max_new_tokens, config.max_length)
     if past_key_values is not None and not past_key_values.get_seq_length() < length:
-        raise ValueError(
-            f"past_key_values: holds {past_key_values.get_seq_length()} tokens, but input_ids has no more than {length}"
-        )
+        cached = past_key_values.get_seq_length()
+        raise ValueError(f"past_key_values: holds {cached} tokens, but the prompts have no more than {length}")
 
     beams = config.num_beams or 1
     repeats = beams if beams > 1 else config.num_return_sequences or 1
-    device = input_ids.device
-    noise = _noise(input_ids, attention_mask, repeats, generator, seed) if config.do_sample else None
-    sampler = _sampler(config, ends) if config.do_sample else None
-    every_row = None if attention_mask is None else attention_mask.repeat_interleave(repeats, 0)
+    device = prompts.device
+    noise = sampler = None
+    if config.do_sample:
+        sampler = _sampler(config, ends)
+        if seed is None:
+            noise = generator_noise(generator)
+        else:
+            keys = prompt_keys(seed, given.contents((inputs.ids, inputs.attention_mask), (prompts, mask)), repeats)
+            noise = SeededNoise(torch.tensor(keys, device=device))
+    every_row = None if mask is None else mask.repeat_interleave(repeats, 0)
     processors = processors_for(config, length, ends, every_row, logits_processor)
     stopping = Stopping(ends, strings, tokenizer, stopping_criteria, device)
     as_output = bool(config.return_dict_in_generate)
@@ -120,7 +141,10 @@ def generate(
     # Tensors made in inference mode are of no use to autograd later, nor is a cache.
     leaves = as_output or past_key_values is not None
     with torch.no_grad() if leaves else torch.inference_mode(), _evaluating(model):
-        decoder = decoder_for(model, len(input_ids) * repeats, limit, config.use_cache is not False, past_key_values)
+        encoded = encode(model, inputs.ids, inputs.attention_mask, encoder_outputs) if inputs.has_encoder else None
+        decoder = decoder_for(
+            model, len(prompts) * repeats, limit, config.use_cache is not False, past_key_values, encoded
+        )
         if beams > 1:
             search = BeamSearch(
                 num_beams=beams,
@@ -136,10 +160,10 @@ def generate(
                 keep_logits=keep_logits,
                 check_every=check_every,
             )
-            output = search(decoder, input_ids, attention_mask, limit)
+            output = search(decoder, prompts, mask, limit)
         else:
             output = _follow(
-                *(decoder, input_ids, attention_mask, limit, repeats, processors, sampler, noise, stopping),
+                *(decoder, prompts, mask, limit, repeats, processors, sampler, noise, stopping),
                 *(pad_token, streamer, keep_scores, keep_logits, check_every),
             )
     if not as_output:
@@ -150,8 +174,8 @@ def generate(
 
 def _follow(
     decoder: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
+    prompts: Tensor,
+    mask: Tensor | None,
     limit: int,
     repeats: int,
     processors: Sequence[Processor],
@@ -165,8 +189,8 @@ def _follow(
     check_every: int,
 ) -> GenerateOutput:
     """One token after the other, the likeliest or a drawn one."""
-    length = input_ids.shape[1]
-    rows = input_ids.repeat_interleave(repeats, 0) if repeats > 1 else input_ids
+    length = prompts.shape[1]
+    rows = prompts.repeat_interleave(repeats, 0) if repeats > 1 else prompts
     tokens = rows.new_full((len(rows), limit), pad_token)
     tokens[:, :length] = rows
     ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -179,7 +203,7 @@ def _follow(
         streamer.put(rows.cpu())
     for position in range(length, limit):
         if position == length:
-            scores = decoder.prefill(input_ids, attention_mask, repeats)
+            scores = decoder.prefill(prompts, mask, repeats)
         else:
             scores = decoder.step(token)
         if keep_logits:
@@ -263,17 +287,6 @@ def _sampler(config: GenerationConfig, ends: Sequence[int]) -> Sampler:
     # With beams, something has to be left that does not end the text.
     min_tokens = 1 if (config.num_beams or 1) == 1 else max(2, 1 + len(ends))
     return Sampler(config.temperature, config.top_k, config.top_p, config.min_p, min_tokens)
-
-
-def _noise(
-    input_ids: Tensor, mask: Tensor | None, repeats: int, generator: torch.Generator | None, seed: int | None
-) -> Noise:
-    if seed is None:
-        return generator_noise(generator)
-    rows = input_ids.tolist()
-    if mask is not None:
-        rows = [row[len(row) - n :] for row, n in zip(rows, mask.sum(1).tolist())]
-    return SeededNoise(torch.tensor(prompt_keys(seed, rows, repeats), device=input_ids.device))
 
 
 @contextmanager

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..models.generation_config import GenerationConfig
 
 DEFAULT_NEW_TOKENS = 20  # as in transformers
 
@@ -21,6 +24,52 @@ def check_ids(name: str, ids: Any, device: torch.device) -> Tensor:
     if ids.device != device:
         raise ValueError(f"{name}: is on {ids.device}, but the model is on {device}")
     return ids.long()
+
+
+@dataclass
+class Inputs:
+    """What the model reads before it writes: ids and mask ``(B, S)``, the latter None where nothing is padded."""
+
+    batch: int
+    ids: Tensor | None  # None where the encoder's output is given instead
+    attention_mask: Tensor | None
+    has_encoder: bool
+
+
+def inputs_for(
+    model: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    encoder_outputs: Any,
+    config: GenerationConfig,
+    end_tokens: Sequence[int],
+) -> Inputs:
+    """The inputs, checked."""
+    has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    if input_ids is None and encoder_outputs is not None:
+        hidden = encoder_outputs[0]
+        if attention_mask is not None and attention_mask.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"attention_mask: shape {tuple(attention_mask.shape)} is not encoder_outputs' {tuple(hidden.shape[:2])}"
+            )
+        return Inputs(len(hidden), None, attention_mask, has_encoder)
+    if input_ids is None:
+        input_ids = first_token(model, config.bos_token_id)
+    input_ids = check_ids("input_ids", input_ids, model.device)
+    mask = attention_mask_for(input_ids, attention_mask, config.pad_token_id, end_tokens)
+    return Inputs(len(input_ids), input_ids, mask, has_encoder)
+
+
+def contents(*texts: tuple[Tensor | None, Tensor | None]) -> list[list[int]]:
+    """The tokens of each row of the texts, (ids, mask) each, without padding."""
+    rows: list[list[int]] = []
+    for ids, mask in texts:
+        if ids is None:
+            continue
+        kept = (ids if mask is None else ids.masked_fill(mask == 0, -1)).tolist()
+        parts = [[token for token in row if token >= 0] for row in kept]
+        rows = [[*before, -1, *part] for before, part in zip(rows, parts)] if rows else parts
+    return rows
 
 
 def first_token(model: Any, bos_token_id: int | None) -> Tensor:
@@ -43,7 +92,11 @@ def check_tokens(name: str, tokens: int | Sequence[int] | Tensor | None) -> list
 
 
 def attention_mask_for(
-    ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None, end_tokens: Sequence[int]
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    pad_token_id: int | None,
+    end_tokens: Sequence[int],
+    name: str = "attention_mask",
 ) -> Tensor | None:
     """The mask ``(B, S)`` as int64, or None where nothing is padded.
 
@@ -54,7 +107,7 @@ def attention_mask_for(
             return None
         attention_mask = ids != pad_token_id
     elif attention_mask.shape != ids.shape:
-        raise ValueError(f"attention_mask: shape {tuple(attention_mask.shape)} is not {tuple(ids.shape)}")
+        raise ValueError(f"{name}: shape {tuple(attention_mask.shape)} is not {tuple(ids.shape)}")
     mask = (attention_mask != 0).long()
     return None if bool(mask.all()) else mask
 
@@ -63,6 +116,32 @@ def check_left_padding(name: str, mask: Tensor | None) -> None:
     """Raises ValueError unless padding comes before all tokens and every row has one."""
     if mask is not None and (not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any())):
         raise ValueError(f"{name}: padding after the first token of a prompt; pad prompts on the left only")
+
+
+def decoder_prompts(
+    model: Any,
+    batch: int,
+    start: int | None,
+    decoder_input_ids: Tensor | None,
+    decoder_attention_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the decoder of an encoder-decoder model begins from: ids ``(B, S)``, mask or None.
+
+    That is ``start``, which is put before the ids that are given unless one of them begins with it.
+    """
+    if start is None:
+        raise ValueError("decoder_start_token_id: needed, as the configuration names neither it nor bos_token_id")
+    first = torch.full((batch, 1), start, device=model.device)
+    if decoder_input_ids is None:
+        return first, None
+    ids = check_ids("decoder_input_ids", decoder_input_ids, model.device)
+    if len(ids) != batch:
+        raise ValueError(f"decoder_input_ids: {len(ids)} rows for {batch} inputs")
+    mask = attention_mask_for(ids, decoder_attention_mask, None, (), "decoder_attention_mask")
+    if bool((ids[:, 0] != start).all()):
+        ids = torch.cat((first, ids), 1)
+        mask = None if mask is None else torch.cat((torch.ones_like(first), mask), 1)
+    return ids, mask
 
 
 def length_limit(room: float, length: int, max_new_tokens: int | None, max_length: int | None) -> int:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .cache import KVCache
+    from .cache import EncoderDecoderCache, KVCache
     from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
     from .pretrained import PreTrainedConfig, PreTrainedModel
 
 # Where each public name lives.
 _MODULES = {
+    "EncoderDecoderCache": "cache",
     "GPT2Config": "gpt2",
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
@@ -32,6 +33,7 @@ _ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 _DEFAULTS = {"gpt2": "GPT2LMHeadModel"}
 
 __all__ = [
+    "EncoderDecoderCache",
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
@@ -58,6 +60,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    **config: Any,
 ) -> PreTrainedModel:
     """Loads a Hugging Face model directory; config.json's ``architectures``, else ``model_type``, picks the class.
 
@@ -69,14 +72,14 @@ def from_pretrained(
     from .pretrained import read_config, resolve
 
     directory = resolve(path)
-    config = read_config(directory)
-    named = [a for a in config.get("architectures") or () if a in _ARCHITECTURES]
-    name = named[0] if named else _DEFAULTS.get(config.get("model_type", ""))
+    values = read_config(directory)
+    named = [a for a in values.get("architectures") or () if a in _ARCHITECTURES]
+    name = named[0] if named else _DEFAULTS.get(values.get("model_type", ""))
     if name is None:
         raise ValueError(
-            f"path: {directory} holds {config.get('architectures') or config.get('model_type')!r}; available are "
+            f"path: {directory} holds {values.get('architectures') or values.get('model_type')!r}; available are "
             + ", ".join(_ARCHITECTURES)
         )
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name).from_pretrained(
-        directory, dtype=dtype, device=device
+        directory, dtype=dtype, device=device, **config
     )

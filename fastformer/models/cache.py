@@ -131,3 +131,64 @@ class KVCache:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+class EncoderDecoderCache:
+    """The two caches of a decoder that also attends to an encoder's output.
+
+    Attributes:
+        self_attention_cache: keys and values of the tokens so far.
+        cross_attention_cache: keys and values of the encoder's output, written once per layer.
+    """
+
+    def __init__(self, self_attention_cache: KVCache, cross_attention_cache: KVCache) -> None:
+        if len(self_attention_cache) != len(cross_attention_cache):
+            raise ValueError(
+                f"cross_attention_cache: has {len(cross_attention_cache)} layers, self_attention_cache"
+                f" {len(self_attention_cache)}"
+            )
+        self.self_attention_cache = self_attention_cache
+        self.cross_attention_cache = cross_attention_cache
+
+    @classmethod
+    def with_layers(cls, num_layers: int, max_length: int | None = None) -> EncoderDecoderCache:
+        """Empty caches; ``max_length`` is the decoder's."""
+        return cls(KVCache(num_layers, max_length), KVCache(num_layers))
+
+    def is_updated(self, layer_idx: int) -> bool:
+        """Whether the encoder's keys and values of this layer are there."""
+        return self.cross_attention_cache.get_seq_length(layer_idx) > 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of the decoder's positions stored."""
+        return self.self_attention_cache.get_seq_length(layer_idx)
+
+    def get_max_length(self) -> int | None:
+        """Number of the decoder's positions there is room for, None if it grows."""
+        return self.self_attention_cache.get_max_length()
+
+    def reorder(self, indices: Tensor, start: int = 0) -> None:
+        """Replaces sequence i by sequence ``indices[i]`` in both.
+
+        With a ``start``, the positions before it are the same in both sequences, and so is what the encoder was given.
+        """
+        self.self_attention_cache.reorder(indices, start)
+        if start == 0:
+            self.cross_attention_cache.reorder(indices)
+
+    def repeat(self, repeats: int) -> None:
+        """Every sequence so many times, copies side by side."""
+        self.self_attention_cache.repeat(repeats)
+        self.cross_attention_cache.repeat(repeats)
+
+    def crop(self, length: int) -> None:
+        """Forgets every position of the decoder from ``length`` on."""
+        self.self_attention_cache.crop(length)
+
+    def reset(self) -> None:
+        """Forgets everything and keeps the buffers."""
+        self.self_attention_cache.reset()
+        self.cross_attention_cache.reset()
+
+    def __len__(self) -> int:
+        return len(self.self_attention_cache)

@@ -132,7 +132,7 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: Any) -> GenerationConfig:
         """The options among the entries of a model's configuration: its special tokens, and in old files more."""
-        values = config.to_dict()
+        values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
         return cls(**{name: values[name] for name in OPTIONS if values.get(name) is not None})
 
     @classmethod

@@ -25,7 +25,7 @@ def fused_decoder(model: GPT2LMHeadModel, batch_size: int, max_length: int) -> F
         return None
     if torch.is_autocast_enabled("cpu") or _activation(model) not in ("gelu", "gelu_tanh"):
         return None
-    plain = (Conv1D, nn.LayerNorm, torch_nn.Embedding, torch_nn.Linear)
+    plain = (Conv1D, nn.LayerNorm, torch_nn.Embedding, torch_nn.Linear, nn.Linear)
     for module in model.modules():
         # Replaced layers (adapters, quantisation) and hooks have to run, not only be read.
         replaced = next(module.children(), None) is None and next(module.parameters(), None) is not None

@@ -4,9 +4,10 @@ from .activation import GELU, LogSoftmax, ReLU, SiLU, Softmax
 from .attention import MultiheadAttention
 from .embedding import Embedding
 from .feed_forward import FeedForward, GatedFeedForward
+from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
-from .positions import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
+from .positions import LearnedPositionalEncoding, RelativePositionBias, RotaryEmbedding, SinusoidalPositionalEncoding
 
 __all__ = [
     "GELU",
@@ -16,11 +17,13 @@ __all__ = [
     "GatedFeedForward",
     "LayerNorm",
     "LearnedPositionalEncoding",
+    "Linear",
     "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
     "ReLU",
+    "RelativePositionBias",
     "RotaryEmbedding",
     "SiLU",
     "SinusoidalPositionalEncoding",

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import functional
 from ..functional._checks import choice, probability
 from ..functional.activation import ACTIVATIONS
+from ._plain import is_plain
 
 
 class _Block(torch.nn.Module):
@@ -55,6 +56,13 @@ class _Block(torch.nn.Module):
         if self.dropout == 0 or not self.training:
             return block(residual=residual, **options)
         out = torch.nn.functional.dropout(block(**options), self.dropout)
+        return out if residual is None else residual + out
+
+    def _call(self, activated: Callable[[], Tensor], last: torch.nn.Module, residual: Tensor | None) -> Tensor:
+        """The same with layers that have to be called: replaced ones, or with hooks."""
+        dropout, training = torch.nn.functional.dropout, self.training
+        hidden = dropout(activated(), self.activation_dropout, training)
+        out = dropout(last(hidden), self.dropout, training)
         return out if residual is None else residual + out
 
     def extra_repr(self) -> str:
@@ -101,6 +109,8 @@ class FeedForward(_Block):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input ``(*, embed_dim)`` -> the same shape and dtype; ``residual``, of that shape too, is added."""
         first, second = self.linear1, self.linear2
+        if not (is_plain(first, torch.nn.Linear) and is_plain(second, torch.nn.Linear)):
+            return self._call(lambda: functional.bias_activation(first(input), None, self.activation), second, residual)
 
         def block(**options: Any) -> Tensor:
             return functional.feed_forward(
@@ -151,17 +161,22 @@ class GatedFeedForward(_Block):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input ``(*, embed_dim)`` -> the same shape and dtype; ``residual``, of that shape too, is added."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not all(is_plain(layer, torch.nn.Linear) for layer in (gate, up, down)):
+            return self._call(
+                lambda: functional.gated_activation(gate(input), up(input), self.activation), down, residual
+            )
 
         def block(**options: Any) -> Tensor:
             return functional.gated_feed_forward(
                 input,
-                self.gate_proj.weight,
-                self.up_proj.weight,
-                self.down_proj.weight,
+                gate.weight,
+                up.weight,
+                down.weight,
                 self.activation,
-                b_gate=self.gate_proj.bias,
-                b_up=self.up_proj.bias,
-                b_down=self.down_proj.bias,
+                b_gate=gate.bias,
+                b_up=up.bias,
+                b_down=down.bias,
                 **options,
             )
 
@@ -169,7 +184,10 @@ class GatedFeedForward(_Block):
 
     def _join(self) -> None:
         """Moves the two weights' values into one piece of memory."""
-        weights = [self.gate_proj.weight, self.up_proj.weight]
+        layers = (self.gate_proj, self.up_proj)
+        if not all(is_plain(layer, torch.nn.Linear) for layer in layers):
+            return
+        weights = [layer.weight for layer in layers]
         first, second = weights
         plain = all(type(w) is torch.nn.Parameter and not w.is_meta for w in weights)
         if not plain or first.dtype != second.dtype or first.device != second.device or first.shape != second.shape:

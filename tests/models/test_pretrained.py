@@ -90,6 +90,14 @@ def test_dtype_of_a_loaded_model(tmp_path, dtype):
     }
 
 
+def test_fields_of_the_configuration_can_be_changed(tmp_path):
+    theirs_of().save_pretrained(tmp_path)
+    ours = fastformer.from_pretrained(tmp_path, resid_pdrop=0.3, num_hidden_layers=2)
+    assert ours.config.resid_pdrop == 0.3 and ours.config.n_layer == 2
+    with pytest.raises(TypeError, match=r"resid_drop: .*did you mean resid_pdrop\?"):
+        fastformer.from_pretrained(tmp_path, resid_drop=0.3)
+
+
 def test_a_broken_checkpoint_is_named(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -1,0 +1,144 @@
+"""Matmuls, a b and start + a b: PyTorch's own, except for half precision on a CPU without instructions for it.
+
+There PyTorch multiplies bfloat16 and float16 element by element, ten to a hundred times slower than float32. Here
+pieces of both operands are converted to float32, multiplied by the float32 matmul, added up in float32 and rounded at
+the end, once. Converting a piece reads and writes each element once for the hundreds of products it takes part in, a
+few percent beside them. The pieces of a thread are 24 MiB at most, kept from call to call, since fresh memory would
+cost as much again to touch for the first time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .memory import empty, empty_if_large, on_huge_pages
+
+PIECE = 2 << 20
+"""Elements of a converted piece at most."""
+DEPTH = 2048
+"""Of the products that are added up, so many are converted at a time."""
+
+
+def _without_instructions() -> frozenset[torch.dtype]:
+    found = []
+    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
+        supported = getattr(torch.ops.mkldnn, name, None)  # a build without oneDNN has neither
+        if supported is None or not supported():
+            found.append(dtype)
+    return frozenset(found)
+
+
+CONVERTED: frozenset[torch.dtype] = _without_instructions()
+"""The dtypes whose products take this way on a CPU. Tests set it."""
+
+
+def converts(t: Tensor) -> bool:
+    """Whether products of ``t`` take the way through float32."""
+    return t.dtype in CONVERTED and t.device.type == "cpu"
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a ``(M, K)`` times b ``(K, N)``, of any strides, into ``out`` if it is given."""
+    if converts(a):
+        return _product(a, b, out, None)
+    return torch.mm(a, b, out=empty_if_large(a, a.shape[0], b.shape[1]) if out is None else out)
+
+
+def addmm(start: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """start, which broadcasts to ``(M, N)``, plus a ``(M, K)`` times b ``(K, N)``; ``out`` may be ``start``."""
+    if converts(a):
+        return _product(a, b, out, start)
+    return torch.addmm(start, a, b, out=empty_if_large(a, a.shape[0], b.shape[1]) if out is None else out)
+
+
+def weight_grad(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """dy^T x, from dy ``(M, N)`` and x ``(M, K)``: the gradient of w ``(N, K)``.
+
+    In the orientation the weights have in memory, so that an optimizer (and a second accumulation) sees matching
+    strides; GPT-2 passes transposed views.
+    """
+    return mm(dy.t(), x) if w.is_contiguous() else mm(x.t(), dy).t()
+
+
+# ---- through float32 -------------------------------------------------------------------------------------------------
+
+
+class _Kept(threading.local):
+    """Memory for the pieces of the left operand, the right one and the result, in each thread."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def piece(self, name: str, rows: int, cols: int) -> Tensor:
+        kept = self.buffers.get(name)
+        if kept is None or kept.numel() < rows * cols:
+            with torch.inference_mode(False):  # it may be needed outside as well
+                kept = on_huge_pages(torch.empty(rows * cols, dtype=torch.float32, device="cpu"))
+            self.buffers[name] = kept
+        return kept[: rows * cols].view(rows, cols)
+
+
+_kept = _Kept()
+
+
+class _Operand:
+    """A matrix of which one piece at a time is held in float32, in the order the dimensions have in memory."""
+
+    def __init__(self, name: str, matrix: Tensor) -> None:
+        self.name, self.transposed = name, _transposed(matrix)
+        self.matrix = matrix.t() if self.transposed else matrix
+        self.held: tuple[slice, slice] | None = None
+        self.wide = matrix
+
+    def piece(self, rows: slice, cols: slice) -> Tensor:
+        if self.held != (rows, cols):
+            part = self.matrix[cols, rows] if self.transposed else self.matrix[rows, cols]
+            wide = _kept.piece(self.name, *part.shape).copy_(part)
+            self.held, self.wide = (rows, cols), wide.t() if self.transposed else wide
+        return self.wide
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None, start: Tensor | None) -> Tensor:
+    (height, depth), width = a.shape, b.shape[1]
+    if out is None:
+        out = empty(a, height, width)
+    start = None if start is None else start.expand(height, width)
+    if _transposed(out):  # the result's pieces are then written in rows
+        _product(b.t(), a.t(), out.t(), None if start is None else start.t())
+        return out
+    if depth == 0:
+        return out.zero_() if start is None else out.copy_(start)
+    deep = _share(depth, DEPTH)
+    wide = _share(width, PIECE // deep)
+    high = _share(height, PIECE // max(deep, wide))
+    left, right = _Operand("left", a), _Operand("right", b)
+    for cols in _blocks(width, wide):
+        for rows in _blocks(height, high):
+            target = out[rows, cols]
+            total = _kept.piece("result", *target.shape)
+            if start is not None:
+                total.copy_(start[rows, cols])
+            for part in _blocks(depth, deep):
+                begun = start is not None or part.start > 0
+                total.addmm_(left.piece(rows, part), right.piece(part, cols), beta=1 if begun else 0)
+            target.copy_(total)
+    return out
+
+
+def _transposed(t: Tensor) -> bool:
+    return t.stride(0) < t.stride(1)
+
+
+def _share(size: int, most: int) -> int:
+    """The size of equal blocks of at most ``most``."""
+    count = max(-(-size // most), 1)
+    return -(-size // count)
+
+
+def _blocks(size: int, block: int) -> Iterator[slice]:
+    for begin in range(0, size, max(block, 1)):
+        yield slice(begin, min(begin + block, size))

@@ -1,0 +1,152 @@
+"""A linear layer, input weight^T + bias, as ``torch.nn.functional.linear``.
+
+Almost everywhere this *is* PyTorch's function: its matmul is the vendor library's. It differs for bfloat16 and float16
+on a CPU without instructions for them, where PyTorch multiplies element by element; there the product is float32's, of
+operands converted in pieces, rounded once at the end (backends/matmul.py), and so are the products of both gradients,
+
+    dinput = dout weight,   dweight = dout^T input,   dbias = sum(dout)
+
+each of which is a linear layer again, so derivatives of any order take this way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as TF
+
+from ..backends import matmul, registry
+from . import _checks
+from ._doors import needs_grad, operator, register, register_autograd, through_operator, transforming
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input @ weight.T + bias``, with the signature of ``torch.nn.functional.linear``.
+
+    Args:
+        input: ``(*, in_features)``.
+        weight: ``(out_features, in_features)``, or ``(in_features)``; any strides.
+        bias: ``(out_features)`` or ``()``, or None.
+
+    Returns:
+        ``(*, out_features)``, or ``(*)`` for a weight of one dimension, in input's dtype (autocast's under autocast).
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, naming the argument.
+    """
+    try:
+        # Half precision, or what autocast makes of float32; anything else pays for two questions.
+        if weight.dtype in matmul.CONVERTED or torch.is_autocast_enabled("cpu"):
+            operands = _converted(input, weight, bias)
+            if operands is not None:
+                return _linear(*operands)
+        return TF.linear(input, weight, bias)
+    except (RuntimeError, TypeError, AttributeError):
+        _check(input, weight, bias)
+        raise
+
+
+def _converted(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The arguments, as autocast casts them, if their product takes the way through float32; else None."""
+    if not torch.compiler.is_compiling() and registry.overridden() not in (None, "cpu"):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    for t in (input, weight) if bias is None else (input, weight, bias):
+        if not matmul.converts(t) or t.dtype != input.dtype or t.layout != torch.strided or t.is_nested:
+            return None
+    fits = weight.dim() == 2 and input.dim() > 0 and input.shape[-1] == weight.shape[1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        return None  # for PyTorch to refuse, or to do its own way
+    return input, weight, bias
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.device.type == "cpu" and t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    if transforming():
+        # In operations that torch.func has rules for, batching rules among them.
+        return TF.linear(x.float(), w.float(), None if b is None else b.float()).to(x.dtype)
+    if through_operator(x, w, b):
+        return operator("linear", x, w, b)
+    return _Linear.apply(x, w, b) if needs_grad(x, w, b) else _forward(x, w, b)
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Names what is wrong, if it is a matter of these."""
+    for name, t in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(t, Tensor) and not (name == "bias" and t is None):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if input.is_nested or type(weight) not in _PLAIN:
+        return
+    if weight.dim() not in (1, 2):
+        raise ValueError(f"weight: shape {tuple(weight.shape)} is not (out_features, in_features)")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"input: shape {tuple(input.shape)} does not end in weight's {weight.shape[-1]} input features"
+        )
+    _checks.same_device("weight", weight, "input", input)
+    casts = torch.is_autocast_enabled(input.device.type)
+    if not casts:
+        _checks.same_dtype("weight", weight, "input", input)
+    if bias is not None:
+        _checks.same_device("bias", bias, "input", input)
+        if bias.dim() > 1 or (bias.dim() == 1 and bias.shape[0] not in (1, *weight.shape[:-1])):
+            raise ValueError(f"bias: shape {tuple(bias.shape)} is not {tuple(weight.shape[:-1])}")
+        if not casts:
+            _checks.same_dtype("bias", bias, "input", input)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    out = matmul.mm(_rows(x), w.t()) if b is None else matmul.addmm(b, _rows(x), w.t())
+    return out.view(*x.shape[:-1], w.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, w, _ = inputs
+    need_x, need_w = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_w else None, w if need_x else None)
+    ctx.in_rows = w.is_contiguous()
+
+
+def _backward(ctx, dout):
+    x, w = ctx.saved_tensors
+    need_x, need_w, need_b = ctx.needs_input_grad[:3]
+    dx = _linear(dout, w.t(), None) if need_x else None
+    dw = None
+    if need_w:  # in the orientation the weight has in memory, as in matmul.weight_grad
+        dy, rows = _rows(dout), _rows(x)
+        dw = _linear(dy.t(), rows.t(), None) if ctx.in_rows else _linear(rows.t(), dy.t(), None).t()
+    return dx, dw, _rows(dout).sum(0) if need_b else None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b):
+        _setup_context(ctx, (x, w, b), None)
+        return _forward(x, w, b)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return _backward(ctx, dout)
+
+
+# ---- the registered operator -----------------------------------------------------------------------------------------
+
+
+def _fake(x, w, b):
+    return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+register("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", _forward, _fake)
+register_autograd("linear", _backward, _setup_context)
