@@ -2,43 +2,9 @@
 
 import pytest
 import torch
-import transformers
 
 from fastformer.generation import generate, sample
-from fastformer.models import GPT2Config, GPT2LMHeadModel
-
-transformers.utils.logging.set_verbosity_error()
-
-VOCAB, PAD, END = 97, 3, 5
-
-
-def models(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    # A large initializer_range makes likely tokens differ from step to step, instead of one repeated for ever.
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=64,
-        n_embd=48,
-        n_layer=3,
-        n_head=4,
-        bos_token_id=1,
-        eos_token_id=END,
-        initializer_range=0.4,
-    )
-    theirs = transformers.GPT2LMHeadModel(config).to(dtype).eval()
-    ours = GPT2LMHeadModel(GPT2Config.from_dict(config.to_dict())).to(dtype).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-def prompts(lengths=(9, 5, 9, 2)):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.full((len(lengths), max(lengths)), PAD)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, -length:] = torch.randint(6, VOCAB, (length,), generator=generator)
-        mask[row, -length:] = 1
-    return ids, mask
+from tests.generation.pairs import PAD, VOCAB, models, prompts
 
 
 @pytest.mark.parametrize("seed", range(3))
