@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
     from .pretrained import PreTrainedConfig, PreTrainedModel
+    from .t5 import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
 
 # Where each public name lives.
 _MODULES = {
@@ -27,10 +28,14 @@ _MODULES = {
     "KVCache": "cache",
     "PreTrainedConfig": "pretrained",
     "PreTrainedModel": "pretrained",
+    "T5Config": "t5",
+    "T5EncoderModel": "t5",
+    "T5ForConditionalGeneration": "t5",
+    "T5Model": "t5",
 }
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "T5EncoderModel", "T5ForConditionalGeneration", "T5Model")
 # config.json's model_type -> the class for a checkpoint that names no architecture.
-_DEFAULTS = {"gpt2": "GPT2LMHeadModel"}
+_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "t5": "T5ForConditionalGeneration"}
 
 __all__ = [
     "EncoderDecoderCache",
@@ -41,6 +46,10 @@ __all__ = [
     "KVCache",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "T5Config",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5Model",
     "from_pretrained",
 ]
 

@@ -59,6 +59,12 @@ class KVCache:
         self.lengths[layer_idx] = end
         return keys[:, :, :end], values[:, :, :end]
 
+    def stored(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer that has some, ``(B, H, length, D)`` views."""
+        keys, values, end = self.keys[layer_idx], self.values[layer_idx], self.lengths[layer_idx]
+        assert keys is not None and values is not None
+        return keys[:, :, :end], values[:, :, :end]
+
     def _append(self, buffers: list[Tensor | None], new: Tensor, layer_idx: int) -> Tensor:
         old = buffers[layer_idx]
         joined = new if old is None else torch.cat((old[:, :, : self.lengths[layer_idx]], new), 2)

@@ -215,15 +215,19 @@ class PreTrainedModel(torch.nn.Module):
                 self._allocate(dtype or tensor.dtype, device)
                 allocated = True
             if name in ties:  # a second copy of its partner, needed only if the partner is not there
-                copies[ties[name]] = tensor
+                copies[name] = tensor
                 continue
             with torch.no_grad():
                 self.get_parameter(name).copy_(tensor)
             missing.discard(name)
-        for name in missing & set(copies):
+        for name, tensor in copies.items():
+            partner = ties[name]
             with torch.no_grad():
-                self.get_parameter(name).copy_(copies[name])
-            missing.discard(name)
+                if partner in missing:
+                    self.get_parameter(partner).copy_(tensor)
+                    missing.discard(partner)
+                elif not torch.equal(self.get_parameter(partner), tensor.to(self.get_parameter(partner))):
+                    self._untie(name, tensor)
         # A whole layer may be absent, not one of its parameters.
         present = {name.rpartition(".")[0] for name in set(shapes) - set(ties) - missing}
         head = {n for n in missing if _matches(self.head_keys, n) and n.rpartition(".")[0] not in present}
@@ -241,6 +245,16 @@ class PreTrainedModel(torch.nn.Module):
                 f"fastformer: {directory} has no {_listing(head)}; this head starts at random values, train it first",
                 stacklevel=3,
             )
+
+    def _untie(self, name: str, tensor: Tensor) -> None:
+        """Gives ``name`` values of its own: the checkpoint's, which are not its partner's, whatever the configuration
+        says. ``transformers`` writes such ones for T5 1.1."""
+        self.config.tie_word_embeddings = False
+        if name in self.ties():
+            raise ValueError(f"{name}: differs from {self.ties()[name]}, which is the same parameter")
+        module, _, last = name.rpartition(".")
+        parameter = self.get_parameter(name)
+        setattr(self.get_submodule(module), last, torch.nn.Parameter(tensor.to(parameter, copy=True)))
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Memory for the parameters of a model that was built on the meta device."""
