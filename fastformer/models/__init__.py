@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .bert import BertConfig, BertModel
     from .bert_heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
     from .cache import EncoderDecoderCache, KVCache
+    from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
     from .llama import LlamaConfig, LlamaForCausalLM, LlamaModel
     from .pretrained import PreTrainedConfig, PreTrainedModel
@@ -31,6 +32,7 @@ _MODULES = {
     "GPT2Config": "gpt2",
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
+    "GenerationConfig": "generation_config",
     "KVCache": "cache",
     "LlamaConfig": "llama",
     "LlamaForCausalLM": "llama",
@@ -73,6 +75,7 @@ __all__ = [
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "GenerationConfig",
     "KVCache",
     "LlamaConfig",
     "LlamaForCausalLM",

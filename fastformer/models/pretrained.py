@@ -21,6 +21,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from .generation_config import FILE as GENERATION_CONFIG
+from .generation_config import GenerationConfig
+
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,6 +121,22 @@ class PreTrainedModel(torch.nn.Module):
         """Dtype of the first parameter."""
         return next(self.parameters()).dtype
 
+    # None until a file or the user sets it.
+    _generation_config: GenerationConfig | None = None
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Defaults of :meth:`generate`: generation_config.json, or else the special tokens of ``config``."""
+        if self._generation_config is None:
+            self._generation_config = GenerationConfig.from_model_config(self.config)
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if not isinstance(value, GenerationConfig):  # that of transformers
+            value = GenerationConfig.from_dict({k: v for k, v in value.to_dict().items() if v is not None})
+        self._generation_config = value
+
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
@@ -144,7 +163,7 @@ class PreTrainedModel(torch.nn.Module):
         if module._parameters and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
 
-    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """Continues ``input_ids``; see :func:`fastformer.generation.generate` for the arguments."""
         # Generation sits above the models in the import order, so it is looked up only when called.
         return importlib.import_module("fastformer.generation").generate(self, input_ids, **kwargs)
@@ -182,6 +201,8 @@ class PreTrainedModel(torch.nn.Module):
         target = torch.device("cpu") if device is None else torch.device(device)
         stored = settings.extra.pop("torch_dtype", None) or settings.extra.get("dtype")
         model._load(directory, _dtype(dtype) or _dtype(stored), target)
+        if (directory / GENERATION_CONFIG).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
         return model.eval()
 
     def _load(self, directory: Path, dtype: torch.dtype | None, device: torch.device) -> None:
@@ -262,6 +283,8 @@ class PreTrainedModel(torch.nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors into directory ``path``, as ``transformers`` reads them.
 
+        And generation_config.json, if the model has one.
+
         Tied weights are stored once. Each file appears complete or not at all.
         """
         from safetensors.torch import save_file
@@ -279,6 +302,9 @@ class PreTrainedModel(torch.nn.Module):
             save_file(state, temporary, metadata={"format": "pt"})
         with replaced(directory / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if self._generation_config is not None:
+            with replaced(directory / GENERATION_CONFIG) as temporary:
+                temporary.write_text(json.dumps(self._generation_config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 class replaced:
@@ -318,7 +344,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             f"path: no directory {directory}; to load it from the Hugging Face hub, install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["config.json", "*.safetensors*", "*.bin*"]))
+        wanted = ["config.json", GENERATION_CONFIG, "*.safetensors*", "*.bin*"]
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:
         raise FileNotFoundError(f"path: no directory {directory}, and the hub did not deliver it: {error}") from error
 
