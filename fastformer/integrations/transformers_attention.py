@@ -179,7 +179,7 @@ def _mask_and_bias(mask: Tensor | None, position_bias: Tensor | None, q: Tensor)
             raise TypeError(f"attention_mask: dtype {mask.dtype} is neither bool nor floating-point")
         position_bias = mask if position_bias is None else position_bias + mask
         mask = None
-    if position_bias is not None and position_bias.dtype not in (q.dtype, torch.float32):
+    if position_bias is not None and (position_bias.dtype != torch.float32 or q.dtype == torch.float64):
         position_bias = position_bias.to(q.dtype)
     return mask, position_bias
 
