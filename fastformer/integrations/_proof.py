@@ -30,7 +30,7 @@ _NO_MEANING = ("annotation", "returns", "type_comment", "kind", "ctx", "decorato
 
 
 @functools.lru_cache(maxsize=None)
-def fingerprint(function: Callable[..., Any] | None) -> str | None:
+def fingerprint(function: object) -> str | None:
     """Sixteen hexadecimal digits, or None where the code cannot be read or depends on more than PyTorch."""
     # transformers wraps the forward of each subclass of its checkpointed layers, also of those made here.
     while getattr(function, "__globals__", {}).get("__name__") == "transformers.modeling_layers":
@@ -50,8 +50,7 @@ def fingerprint(function: Callable[..., Any] | None) -> str | None:
         value = function.__globals__.get(name) if name in read else None
         if value is None or any(value is known for known in _KNOWN):
             continue
-        found = None if value is function else fingerprint(value)
-        if found is None:
+        if not isinstance(value, types.FunctionType) or value is function or (found := fingerprint(value)) is None:
             return None
         helpers.append((name, found))
     return hashlib.sha256(repr((_canonical(tree), helpers)).encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@ all layers (``attn_implementation``), and the loss (``loss_function``)."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -111,9 +112,11 @@ def _fixed_cross_entropy(
 
 def _loss_of(model: Any) -> Loss | None:
     """The model's loss with our cross-entropy in it, if it is a function that calls the one of transformers."""
-    if model.loss_type is None:  # then asking for the function warns
+    mapping = sys.modules["transformers.loss.loss_utils"].LOSS_MAPPING
+    forward = inspect.unwrap(type(model).forward)
+    if "loss_function" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return None
-    function = model.loss_function
+    function = mapping.get(model.loss_type, mapping["ForCausalLM"])  # transformers' own default
     scope = getattr(function, "__globals__", {})
     names = getattr(getattr(function, "__code__", None), "co_names", ())
     known = fingerprint(scope.get("fixed_cross_entropy")) == _FIXED_CROSS_ENTROPY
