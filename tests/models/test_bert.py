@@ -358,6 +358,8 @@ def test_hooks_and_replacements_are_called(path):
     inner = ours.get_submodule(path)
     setattr(ours.get_submodule(parent), name, Scaled(inner))
     torch.testing.assert_close(ours(ids()).logits, found[0], rtol=0, atol=1e-12)
+    embeds = theirs.get_input_embeddings()(ids()) * (1.5 if path.endswith("word_embeddings") else 1)
+    torch.testing.assert_close(ours(inputs_embeds=embeds).logits, found[0], rtol=0, atol=1e-12)
     setattr(ours.get_submodule(parent), name, inner)
     torch.testing.assert_close(ours(ids()).logits, expected, rtol=0, atol=0)
 
