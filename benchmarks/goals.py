@@ -84,6 +84,8 @@ SDPA = ("flash", "cudnn", "efficient", "math", "eager")
 ROWS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "softmax", "cross_entropy")
 MAIN_ROWS: dict[str, object] = {"shape": (8192, 1024)}
 SWEEP = "sweep"  # of benchmarks/rows.py
+THE_DEMO: dict[str, object] = {"variant": "the demo's GPT-2"}
+GPT2_BF16: dict[str, object] = {"variant": "GPT-2 124M", "dtype": "bfloat16"}
 NOT_THE_SWEEP: dict[str, object] = {"variant": lambda text: text != SWEEP}
 
 GOALS: tuple[Goal, ...] = (
@@ -123,7 +125,9 @@ GOALS: tuple[Goal, ...] = (
     Goal("feed_forward", "matmuls", speedup=1 / 1.08),
     Goal("feed_forward", "eager", speedup=1.0),
     # Whole jobs.
-    Goal("training_step", "eager", speedup=1.2),
+    Goal("training_step", "eager", speedup=1.2, where=THE_DEMO),
+    Goal("training_step", "transformers", speedup=2.0, where=GPT2_BF16),
+    Goal("training_step", "compile", speedup=1.3, where=GPT2_BF16),
     Goal("generation", "eager", speedup=3.0),
     # Python between the call and the kernel.
     Goal("overhead", "bare", extra_us=3.0, where={"variant": "inference"}),

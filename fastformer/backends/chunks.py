@@ -2,7 +2,7 @@
 
 For each chunk, in one buffer:
 
-    logits = x w^T + b                                          the library's matmul
+    logits = x w^T + b                                          the library's matmul (backends/matmul.py)
     loss, and dlogits written over the logits                   the backend's kernel of cross_entropy
     dx = dlogits w,  dw += dlogits^T x,  db += sum(dlogits)     the library's matmuls
 
@@ -22,6 +22,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from . import matmul
 
 CHUNKS = 4
 MIN_ROWS = 64
@@ -69,16 +71,19 @@ class Products:
     def logits(self, rows: slice, out: Tensor) -> None:
         """Writes the logits of ``rows`` to ``out``."""
         if self.bias is None:
-            torch.mm(self.x[rows], self.w.t(), out=out)
+            matmul.mm(self.x[rows], self.w.t(), out)
         else:
-            torch.addmm(self.bias, self.x[rows], self.w.t(), out=out)
+            matmul.addmm(self.bias, self.x[rows], self.w.t(), out)
 
     def add_gradients(self, rows: slice, dlogits: Tensor) -> None:
         """Adds what ``rows`` contribute to the gradients; the chunk from row 0 comes first."""
         if self.dx is not None:
-            torch.mm(dlogits, self.w, out=self.dx[rows])
+            matmul.mm(dlogits, self.w, self.dx[rows])
         if self.dw is not None:
-            self.dw.addmm_(dlogits.t(), self.x[rows], beta=0 if rows.start == 0 else 1)
+            if rows.start == 0:
+                matmul.mm(dlogits.t(), self.x[rows], self.dw)
+            else:
+                matmul.addmm(self.dw, dlogits.t(), self.x[rows], self.dw)
         if self.dbias is not None:
             self.dbias += dlogits.sum(0)
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from ..backends import linear_activation, registry
+from ..backends.matmul import addmm, mm, weight_grad
 from ..backends.memory import empty, empty_if_large
 from . import _checks
 from . import activation as act
 from ._doors import needs_grad, new_seed, once_differentiable, through_operator, transforming
+from ._joined import joined
 from ._small import attempt, eager_cpu
+from .linear import linear
 
 
 def feed_forward(
@@ -190,7 +192,7 @@ def _check(
 
 def _composed(x, w1, b1, w_up, b_up, w2, b2, residual, activation, p, seed):
     """The block as operations that torch.compile, autocast and torch.func can see."""
-    hidden, up = torch.matmul(x, w1.t()), None if w_up is None else torch.matmul(x, w_up.t())
+    hidden, up = linear(x, w1), None if w_up is None else linear(x, w_up)
     b1, b_up = (None if b is None else b.to(hidden.dtype) for b in (b1, b_up))
     out = linear(act.apply(hidden, b1, up, b_up, activation, p, seed), w2, b2)
     return out if residual is None else residual + out
@@ -219,29 +221,12 @@ def _dense(b: Tensor | None) -> Tensor | None:
     return None if b is None else b.contiguous()
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out=empty_if_large(a, a.shape[0], b.shape[1]))
-
-
-def _joined(w_gate: Tensor, w_up: Tensor | None) -> Tensor | None:
-    """``(2 F, E)`` over both weights where w_up follows w_gate in memory."""
-    if (
-        w_up is None
-        or not (w_gate.is_contiguous() and w_up.is_contiguous())
-        or w_up.storage_offset() != w_gate.storage_offset() + w_gate.numel()
-        or w_gate.untyped_storage().data_ptr() != w_up.untyped_storage().data_ptr()
-    ):
-        return None
-    rows, cols = w_gate.shape
-    return w_gate.detach().as_strided((2 * rows, cols), (cols, 1))
-
-
 def _first(rows: Tensor, w1: Tensor, w_up: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """rows ``(N, E)`` times w1^T and w_up^T, ``(N, F)`` each, and the ``(N, 2 F)`` whose halves they are, if so."""
-    joined = _joined(w1, w_up)
-    if joined is not None:
-        return _halves(_mm(rows, joined.t()))
-    return _mm(rows, w1.t()), None if w_up is None else _mm(rows, w_up.t()), None
+    both = joined(w1, w_up)
+    if both is not None:
+        return _halves(mm(rows, both.t()))
+    return mm(rows, w1.t()), None if w_up is None else mm(rows, w_up.t()), None
 
 
 def _halves(whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,16 +236,12 @@ def _halves(whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _second(activated: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, x: Tensor) -> Tensor:
     """activated w2^T + b2 + residual in x's leading shape; what is added is what the matmul starts from."""
-    out = empty_if_large(activated, activated.shape[0], w2.shape[0])
-    start = b2
+    out, start = None, b2
     if residual is not None:
         start = residual.reshape(activated.shape[0], w2.shape[0])
         if b2 is not None:
-            start = torch.add(start, b2, out=out)
-    if start is None:
-        out = torch.mm(activated, w2.t(), out=out)
-    else:
-        out = torch.addmm(start, activated, w2.t(), out=out)
+            start = out = torch.add(start, b2, out=empty_if_large(start, *start.shape))
+    out = mm(activated, w2.t()) if start is None else addmm(start, activated, w2.t(), out)
     return out.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -293,7 +274,7 @@ class _FeedForward(torch.autograd.Function):
         dx = dw1 = db1 = dw_up = db_up = dw2 = None
         if need_x or need_w1 or need_b1 or need_w_up or need_b_up or (need_w2 and ctx.recompute):
             # What is in dgate first, the pass below replaces.
-            dgate, dup, whole = _mm(dy, w2) if ctx.fused is None else empty(dy, len(rows), len(w1)), None, None
+            dgate, dup, whole = mm(dy, w2) if ctx.fused is None else empty(dy, len(rows), len(w1)), None, None
             again = None
             if ctx.recompute:
                 gate, up, whole = _first(rows, w1, w_up)
@@ -302,7 +283,7 @@ class _FeedForward(torch.autograd.Function):
                 gate, b1 = activated, None
             dactivated = dgate
             if up is not None:
-                if not ctx.recompute and _joined(w1, w_up) is not None:
+                if not ctx.recompute and joined(w1, w_up) is not None:
                     dgate, dup, whole = _halves(empty(dgate, len(rows), 2 * len(w1)))
                 elif ctx.recompute:
                     dgate, dup = gate, up
@@ -314,27 +295,21 @@ class _FeedForward(torch.autograd.Function):
                     dactivated, gate, b1, up, b_up, *ctx.rest, need_b1, need_b_up, dgate, dup, again
                 )
             if whole is not None:
-                joined = _joined(w1, w_up)
+                both = joined(w1, w_up)
                 if need_w1 or need_w_up:
-                    dw = _mm(whole.t(), rows)
+                    dw = mm(whole.t(), rows)
                     dw1, dw_up = dw[: len(w1)], dw[len(w1) :]
-                dx = _mm(whole, joined) if need_x else None
+                dx = mm(whole, both) if need_x else None
             else:
-                dw1 = _weight_grad(dgate, rows, w1) if need_w1 else None
-                dw_up = _weight_grad(dup, rows, w_up) if need_w_up else None
+                dw1 = weight_grad(dgate, rows, w1) if need_w1 else None
+                dw_up = weight_grad(dup, rows, w_up) if need_w_up else None
                 if need_x:
-                    dx = _mm(dgate, w1)
+                    dx = mm(dgate, w1)
                     if dup is not None:
-                        dx.addmm_(dup, w_up)
+                        addmm(dx, dup, w_up, dx)
             dx = dx if dx is None else dx.view(*dout.shape[:-1], w1.shape[1])
         if need_w2:
-            dw2 = _weight_grad(dy, activated, w2)
+            dw2 = weight_grad(dy, activated, w2)
         db2 = dy.sum(0) if need_b2 else None
         dresidual = dout if need_residual else None
         return dx, dw1, db1, dw_up, db_up, dw2, db2, dresidual, None, None, None, None, None, None
-
-
-def _weight_grad(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    # In the orientation the weights have in memory, so that an optimizer (and a second accumulation) sees matching
-    # strides; GPT-2 passes transposed views.
-    return _mm(dy.t(), x) if w.is_contiguous() else _mm(x.t(), dy).t()

@@ -22,6 +22,7 @@ from ..backends import registry
 from . import _checks
 from ._doors import needs_grad, once_differentiable, operator, register, register_autograd, through_operator
 from .cross_entropy import _REDUCTIONS, _acc_dtype, cross_entropy
+from .linear import linear
 
 
 def linear_cross_entropy(
@@ -163,7 +164,7 @@ def _logits(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: T
     """All logits, and the target, as cross_entropy takes them: with the classes in the second dimension."""
     classes, *positions, features = linear_weight.shape
     bias = None if linear_bias is None else linear_bias.reshape(-1)
-    logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, features), bias)
+    logits = linear(input, linear_weight.reshape(-1, features), bias)
     if positions:
         return logits.view(-1, classes, *positions), target
     return logits.view(-1, classes), target.view(-1, classes)

@@ -11,6 +11,7 @@ transformers' own "sdpa".
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils as masking
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
 
@@ -104,7 +106,15 @@ def attention_mask(
 
     Returns:
         None, a :class:`StructuredMask`, or a bool table ``(B, 1, Sq, Sk)``, True = may look.
+
+    Raises:
+        ValueError: the model would not ask for the attention that this mask is for.
     """
+    if "config" in kwargs and (model := only_eager(type(kwargs["config"]))) is not None:
+        raise ValueError(
+            f'attn_implementation: {model} has no other attention than its own, "eager"; it would not ask "fastformer"'
+            " for more than a mask"
+        )
     make = functools.partial(
         masking.sdpa_mask,
         batch_size=batch_size,
@@ -167,6 +177,38 @@ def place(
         if not visible.all():
             pattern = pattern._replace(key_padding_mask=~visible)
     return pattern
+
+
+# ---- which models would ask for a mask and then not for attention ----------------------------------------------------
+
+_only_eager: dict[type, str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def only_eager(config: type) -> str | None:
+    """The name of the model class of a configuration class, if it does not go through transformers' attention interface
+    or declares no implementation beside its own.
+
+    Such a model would add the mask that it gets here to its scores, or go without causality where there is none.
+    transformers refuses it "sdpa" and the like by name, but not a name that it does not know.
+    """
+    if config not in _only_eager:
+        models = [model for base in config.__mro__ for model in _models_of(base)]
+        fits = [
+            model._can_set_attn_implementation()
+            and (model._supports_sdpa or model._supports_flash_attn or model._supports_flex_attn)
+            for model in models
+        ]
+        _only_eager[config] = models[0].__name__ if models and not any(fits) else None
+    return _only_eager[config]
+
+
+def _models_of(config: type) -> list[type[PreTrainedModel]]:
+    """The model classes beside a configuration class, in the modules of its package that have been imported."""
+    package = config.__module__.rpartition(".")[0]
+    modules = [m for name, m in sys.modules.items() if package and name.startswith(f"{package}.modeling_")]
+    classes = [c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    return [c for c in classes if c.__module__.startswith(package) and getattr(c, "config_class", None) is config]
 
 
 # ---- which pattern a mask function is --------------------------------------------------------------------------------

@@ -12,30 +12,80 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .cache import KVCache
+    from .bert import BertConfig, BertModel
+    from .bert_heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
+    from .cache import EncoderDecoderCache, KVCache
+    from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
+    from .llama import LlamaConfig, LlamaForCausalLM, LlamaModel
     from .pretrained import PreTrainedConfig, PreTrainedModel
+    from .t5 import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
 
 # Where each public name lives.
 _MODULES = {
+    "BertConfig": "bert",
+    "BertForMaskedLM": "bert_heads",
+    "BertForSequenceClassification": "bert_heads",
+    "BertForTokenClassification": "bert_heads",
+    "BertModel": "bert",
+    "EncoderDecoderCache": "cache",
     "GPT2Config": "gpt2",
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
+    "GenerationConfig": "generation_config",
     "KVCache": "cache",
+    "LlamaConfig": "llama",
+    "LlamaForCausalLM": "llama",
+    "LlamaModel": "llama",
     "PreTrainedConfig": "pretrained",
     "PreTrainedModel": "pretrained",
+    "T5Config": "t5",
+    "T5EncoderModel": "t5",
+    "T5ForConditionalGeneration": "t5",
+    "T5Model": "t5",
 }
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+_ARCHITECTURES = (
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5Model",
+)
 # config.json's model_type -> the class for a checkpoint that names no architecture.
-_DEFAULTS = {"gpt2": "GPT2LMHeadModel"}
+_DEFAULTS = {
+    "bert": "BertModel",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+}
 
 __all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "EncoderDecoderCache",
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "GenerationConfig",
     "KVCache",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LlamaModel",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "T5Config",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5Model",
     "from_pretrained",
 ]
 
@@ -55,6 +105,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    **config: Any,
 ) -> PreTrainedModel:
     """Loads a Hugging Face model directory; config.json's ``architectures``, else ``model_type``, picks the class.
 
@@ -66,14 +117,14 @@ def from_pretrained(
     from .pretrained import read_config, resolve
 
     directory = resolve(path)
-    config = read_config(directory)
-    named = [a for a in config.get("architectures") or () if a in _ARCHITECTURES]
-    name = named[0] if named else _DEFAULTS.get(config.get("model_type", ""))
+    values = read_config(directory)
+    named = [a for a in values.get("architectures") or () if a in _ARCHITECTURES]
+    name = named[0] if named else _DEFAULTS.get(values.get("model_type", ""))
     if name is None:
         raise ValueError(
-            f"path: {directory} holds {config.get('architectures') or config.get('model_type')!r}; available are "
+            f"path: {directory} holds {values.get('architectures') or values.get('model_type')!r}; available are "
             + ", ".join(_ARCHITECTURES)
         )
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name).from_pretrained(
-        directory, dtype=dtype, device=device
+        directory, dtype=dtype, device=device, **config
     )

@@ -26,3 +26,10 @@ OTHER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
+
+
+def check_activation(name: str, activation: str) -> None:
+    """Raises ValueError, naming the configuration's field ``name``, unless there is such an activation."""
+    if activation not in FUSED_ACTIVATIONS and activation not in OTHER_ACTIVATIONS:
+        accepted = ", ".join(sorted((*FUSED_ACTIVATIONS, *OTHER_ACTIVATIONS)))
+        raise ValueError(f"{name}: {activation!r} is not one of {accepted}")

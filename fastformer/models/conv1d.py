@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import functional
+
 
 class Conv1D(nn.Module):
     """A linear layer with its weight as ``(in_features, out_features)``, the layout of GPT-2's checkpoints."""
@@ -16,7 +18,7 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``(*, in_features)`` -> ``(*, out_features)``."""
-        return nn.functional.linear(x, self.weight.t(), self.bias)
+        return functional.linear(x, self.weight.t(), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}"

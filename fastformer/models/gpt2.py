@@ -17,16 +17,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch import nn as torch_nn
-from torch.nn import functional as F
 
 from .. import functional, nn
-from ..backends.registry import report_unfused
 from ..functional.attention import MAX_HEAD_DIM
-from ..nn.norm import add_norm, add_residual
-from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
+from .activations import check_activation
+from .blocks import add_norm, added, attend, feed_forward
 from .cache import KVCache
 from .conv1d import Conv1D
 from .gpt2_decoder import FusedDecoder, fused_decoder
+from .inputs import check_embeds, check_indices, one_of, padding_mask
+from .losses import causal_lm_loss
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedConfig, PreTrainedModel
 
@@ -81,9 +81,7 @@ class GPT2Config(PreTrainedConfig):
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1]")
-        if self.activation_function not in FUSED_ACTIVATIONS and self.activation_function not in OTHER_ACTIVATIONS:
-            accepted = ", ".join(sorted((*FUSED_ACTIVATIONS, *OTHER_ACTIVATIONS)))
-            raise ValueError(f"activation_function: {self.activation_function!r} is not one of {accepted}")
+        check_activation("activation_function", self.activation_function)
         if self.add_cross_attention:
             raise ValueError("add_cross_attention: cross-attention is not available in this GPT-2")
 
@@ -109,23 +107,6 @@ class GPT2Config(PreTrainedConfig):
         return self.n_inner or 4 * self.n_embd
 
 
-def attention_in_torch(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, key_padding_mask: Tensor | None, dropout_p: float
-) -> Tensor:
-    """Causal attention by PyTorch's own function, for a head_dim over 256, which the fused kernels do not cover.
-
-    Shapes and alignment as in :func:`fastformer.functional.attention`.
-    """
-    report_unfused("attention", f"head_dim over {MAX_HEAD_DIM}")
-    sq, sk = q.shape[2], k.shape[2]
-    mask = None
-    if key_padding_mask is not None or sq != sk:
-        mask = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq)
-        if key_padding_mask is not None:
-            mask = mask & ~key_padding_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None, scale=scale)
-
-
 class GPT2Attention(torch_nn.Module):
     """Causal self-attention between the projections c_attn and c_proj."""
 
@@ -141,24 +122,26 @@ class GPT2Attention(torch_nn.Module):
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
-        """x ``(B, S, E)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored -> ``(B, S, E)``."""
+    def forward(
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x ``(B, S, E)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored -> ``(B, S, E)``, and with
+        ``need_weights`` the attention weights ``(B, H, S, cached + S)``."""
         qkv = self.c_attn(x).view(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
-        dropout_p = self.dropout_p if self.training else 0.0
-        fused = self.head_dim <= MAX_HEAD_DIM
-        options = {"scale": self.scale, "key_padding_mask": key_padding_mask, "dropout_p": dropout_p}
-        if cache is None and fused:
+        options: dict[str, Any] = {"scale": self.scale, "key_padding_mask": key_padding_mask}
+        options["dropout_p"] = self.dropout_p if self.training else 0.0
+        if cache is None and not need_weights and self.head_dim <= MAX_HEAD_DIM:
             out = functional.attention_qkvpacked(qkv, causal=True, **options)
-            return self.c_proj(out.flatten(2))
+            return self.c_proj(out.flatten(2)), None
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        if fused:
-            causal = q.shape[2] > 1  # one query sits at the end and sees everything
-            out = functional.attention(q, k, v, causal=causal, **options)
-        else:
-            out = attention_in_torch(q, k, v, self.scale, key_padding_mask, dropout_p)
-        return self.c_proj(out.transpose(1, 2).flatten(2))
+        out, weights = attend(q, k, v, causal=True, need_weights=need_weights, **options)
+        return self.c_proj(out.transpose(1, 2).flatten(2)), weights
 
 
 class GPT2MLP(torch_nn.Module):
@@ -172,17 +155,7 @@ class GPT2MLP(torch_nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``(B, S, E)`` -> ``(B, S, E)``."""
-        first, second = self.c_fc, self.c_proj
-        fused = FUSED_ACTIVATIONS.get(self.activation)
-        # A layer that was replaced (adapters, quantisation) has to be called, not read.
-        if fused is None or type(first) is not Conv1D or type(second) is not Conv1D:
-            hidden = first(x)
-            if fused is not None:
-                hidden = functional.bias_activation(hidden, None, fused)
-            else:
-                hidden = OTHER_ACTIVATIONS[self.activation](hidden)
-            return second(hidden)
-        return functional.feed_forward(x, first.weight.t(), first.bias, second.weight.t(), second.bias, fused)
+        return feed_forward(x, self.c_fc, self.c_proj, self.activation)
 
 
 class GPT2Block(torch_nn.Module):
@@ -202,13 +175,15 @@ class GPT2Block(torch_nn.Module):
         delta: Tensor | None,
         cache: KVCache | None = None,
         key_padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """residual, delta ``(B, S, E)`` (delta None in the first layer) -> the same pair for the next layer."""
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """residual, delta ``(B, S, E)`` (delta None in the first layer) -> the same pair for the next layer, and the
+        attention weights if they are wanted."""
         dropout_p = self.dropout_p if self.training else 0.0
         normed, residual = add_norm(self.ln_1, delta, residual, dropout_p)
-        delta = self.attn(normed, cache, key_padding_mask)
+        delta, weights = self.attn(normed, cache, key_padding_mask, need_weights)
         normed, residual = add_norm(self.ln_2, delta, residual, dropout_p)
-        return residual, self.mlp(normed)
+        return residual, self.mlp(normed), weights
 
 
 class GPT2PreTrainedModel(PreTrainedModel):
@@ -219,20 +194,20 @@ class GPT2PreTrainedModel(PreTrainedModel):
     # Old checkpoints carry the causal mask of every layer.
     ignored_keys = (r"(^|\.)attn\.(bias|masked_bias)$",)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_module(self, name: str, module: torch_nn.Module) -> None:
         """Normal(0, initializer_range), zero biases; projections onto the residual stream by 1 / sqrt(2 n_layer) less.
 
         GPT-2 paper, section 2.3: it keeps the variance of the residual stream independent of the depth.
         """
         std = self.config.initializer_range
-        for name, module in self.named_modules():
-            if isinstance(module, torch_nn.Embedding | torch_nn.Linear):
-                module.weight.normal_(0.0, std)
-            elif isinstance(module, Conv1D):
-                onto_residual = name.endswith("c_proj")
-                module.weight.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if onto_residual else std)
-                module.bias.zero_()
+        if isinstance(module, torch_nn.Embedding | torch_nn.Linear):
+            module.weight.normal_(0.0, std)
+        elif isinstance(module, Conv1D):
+            onto_residual = name.endswith("c_proj")
+            module.weight.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if onto_residual else std)
+            module.bias.zero_()
+        else:
+            super().init_module(name, module)
 
 
 class GPT2Model(GPT2PreTrainedModel):
@@ -266,6 +241,7 @@ class GPT2Model(GPT2PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         *,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
@@ -280,6 +256,8 @@ class GPT2Model(GPT2PreTrainedModel):
             position_ids: ``(B, S)`` or ``(1, S)``; default past .. past + S - 1, for padded batches too.
             inputs_embeds: ``(B, S, n_embd)`` instead of input_ids.
             use_cache: return a cache. Default: the configuration's, while no gradients are recorded.
+            output_attentions: also return every layer's attention weights, ``(B, H, S, past + S)``, at the price of
+                computing them.
             output_hidden_states: also return the embeddings and every layer's output, the last one normalised.
             return_dict: False returns a tuple of the fields that are not None.
 
@@ -289,7 +267,7 @@ class GPT2Model(GPT2PreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         hidden = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids, past)
         batch, length = hidden.shape[:2]
-        key_padding_mask = _key_padding_mask(attention_mask, batch, past + length, hidden.device)
+        key_padding_mask = padding_mask(attention_mask, batch, past + length, hidden.device)
         cache = past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and (cache is not None or not torch.is_grad_enabled())
@@ -299,16 +277,19 @@ class GPT2Model(GPT2PreTrainedModel):
         delta: Tensor | None = None
         dropout_p = self.config.resid_pdrop if self.training else 0.0
         states: list[Tensor] = []
+        attentions: list[Tensor | None] = []
         for block in self.h:
             if output_hidden_states:  # wants the sum that the next norm would form
-                hidden, delta = add_residual(delta, hidden, dropout_p), None
+                hidden, delta = added(delta, hidden, dropout_p), None
                 states.append(hidden)
-            hidden, delta = block(hidden, delta, cache, key_padding_mask)
+            hidden, delta, weights = block(hidden, delta, cache, key_padding_mask, bool(output_attentions))
+            attentions.append(weights)
         hidden = add_norm(self.ln_f, delta, hidden, dropout_p)[0]
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache if use_cache else None,
             hidden_states=(*states, hidden) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -320,17 +301,13 @@ class GPT2Model(GPT2PreTrainedModel):
         position_ids: Tensor | None,
         past: int,
     ) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids: give either input_ids or inputs_embeds, not both or neither")
+        one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if input_ids is not None:
-            _check_indices("input_ids", input_ids, self.config.vocab_size)
+            check_indices("input_ids", input_ids, self.config.vocab_size)
             hidden = self.wte(input_ids)
         else:
             assert inputs_embeds is not None
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.n_embd:
-                raise ValueError(
-                    f"inputs_embeds: shape {tuple(inputs_embeds.shape)} is not (B, S, {self.config.n_embd})"
-                )
+            check_embeds("inputs_embeds", inputs_embeds, self.config.n_embd)
             hidden = inputs_embeds
         batch, length, _ = hidden.shape
         if position_ids is None:
@@ -342,12 +319,12 @@ class GPT2Model(GPT2PreTrainedModel):
         else:
             if position_ids.dim() == 1:
                 position_ids = position_ids[None]
-            _check_indices("position_ids", position_ids, self.config.n_positions)
+            check_indices("position_ids", position_ids, self.config.n_positions)
             if position_ids.shape not in ((batch, length), (1, length)):
                 raise ValueError(f"position_ids: shape {tuple(position_ids.shape)} is not {(batch, length)}")
             hidden = hidden + self.wpe(position_ids)
         if token_type_ids is not None:
-            _check_indices("token_type_ids", token_type_ids, self.config.vocab_size)
+            check_indices("token_type_ids", token_type_ids, self.config.vocab_size)
             if token_type_ids.shape != (batch, length):
                 raise ValueError(f"token_type_ids: shape {tuple(token_type_ids.shape)} is not {(batch, length)}")
             hidden = hidden + self.wte(token_type_ids)
@@ -362,12 +339,11 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
         self.transformer = GPT2Model(config)
-        self.lm_head = torch_nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie_weights()
         else:
-            with torch.no_grad():
-                self.lm_head.weight.normal_(0.0, config.initializer_range)
+            self.init_weights("lm_head")
 
     def get_input_embeddings(self) -> torch_nn.Embedding:
         return self.transformer.wte
@@ -386,6 +362,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         *,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
@@ -403,7 +380,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
 
         Returns:
             ``loss`` (float32, float64 for a float64 model), ``logits (B, S, vocab_size)``, ``past_key_values``,
-            ``hidden_states``.
+            ``hidden_states``, ``attentions``.
         """
         if labels is not None and logits_to_keep:
             raise ValueError("logits_to_keep: the loss needs all logits; do not give labels as well")
@@ -417,6 +394,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             position_ids,
             inputs_embeds,
             use_cache=use_cache,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
         hidden = output.last_hidden_state
@@ -426,45 +404,10 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
         return result.to_tuple() if return_dict is False else result
 
     def decoder(self, batch_size: int, max_length: int) -> FusedDecoder | None:
         """The fused decoder that ``generate`` uses, or None where only the layers themselves will do."""
         return fused_decoder(self, batch_size, max_length)
-
-
-def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Mean cross-entropy of the token after each position: logits ``(B, S, V)``, labels ``(B, S)`` -> scalar."""
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels: shape {tuple(labels.shape)} is not {tuple(logits.shape[:2])}")
-    # The labels are shifted, not the logits: those are large, and a slice of them is not contiguous.
-    target = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()  # a mean in half precision would round the loss, and scale every gradient by the error
-    rows = logits.reshape(-1, logits.shape[2])
-    if num_items is None:
-        return functional.cross_entropy(rows, target)
-    return functional.cross_entropy(rows, target, reduction="sum") / num_items
-
-
-def _key_padding_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != (batch, length):
-        raise ValueError(f"attention_mask: shape {tuple(attention_mask.shape)} is not {(batch, length)}")
-    if attention_mask.device != device:
-        raise ValueError(f"attention_mask: is on {attention_mask.device}, but the input is on {device}")
-    return attention_mask == 0
-
-
-def _check_indices(name: str, indices: Tensor, size: int) -> None:
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: expected an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
-    if indices.dim() != 2:
-        raise ValueError(f"{name}: shape {tuple(indices.shape)} is not (B, S)")
-    # On a GPU this would wait for the device; torch's embedding kernel asserts there.
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(indices)
-        if low < 0 or high >= size:
-            raise ValueError(f"{name}: values {int(low)} to {int(high)} are not all in [0, {size})")

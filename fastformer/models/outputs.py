@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .cache import KVCache
+    from .cache import EncoderDecoderCache, KVCache
 
 
 class ModelOutput:
@@ -46,20 +46,107 @@ class ModelOutput:
         return len(self.keys())
 
 
+# What every field holds:
+#   loss                scalar, where labels were given
+#   logits              (B, S, V), (B, S, num_labels) or (B, num_labels)
+#   last_hidden_state   (B, S, E)
+#   pooler_output       (B, E)
+#   past_key_values     the cache, for a decoder
+#   hidden_states       the input of every block and the last output, (B, S, E) each, where they were asked for
+#   attentions          every block's weights, (B, H, Sq, Sk) each, where they were asked for
+
+
+@dataclass
+class BaseModelOutput(ModelOutput):
+    """What an encoder returns."""
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BaseModelOutputWithPooling(ModelOutput):
+    """What BERT's body returns."""
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
 @dataclass
 class BaseModelOutputWithPast(ModelOutput):
-    """``last_hidden_state (B, S, E)``; the cache; the input of every block and the last output, each ``(B, S, E)``."""
+    """What a decoder returns."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BaseModelOutputWithPastAndCrossAttentions(BaseModelOutputWithPast):
+    """What a decoder that also attends to an encoder returns."""
+
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class CausalLMOutputWithPast(ModelOutput):
-    """``loss`` (scalar, with labels), ``logits (B, S, V)``, and the rest as in :class:`BaseModelOutputWithPast`."""
+    """What a decoder with a language-model head returns."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """What an encoder with a language-model head returns."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutput(MaskedLMOutput):
+    """Logits per text, ``(B, num_labels)``."""
+
+
+@dataclass
+class TokenClassifierOutput(MaskedLMOutput):
+    """Logits per token, ``(B, S, num_labels)``."""
+
+
+@dataclass
+class Seq2SeqModelOutput(ModelOutput):
+    """What an encoder and a decoder return together."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: EncoderDecoderCache | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class Seq2SeqLMOutput(ModelOutput):
+    """The same with a language-model head."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: EncoderDecoderCache | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None

@@ -8,16 +8,21 @@ meets half a checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+from .generation_config import FILE as GENERATION_CONFIG
+from .generation_config import GenerationConfig
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
@@ -30,6 +35,8 @@ class PreTrainedConfig:
 
     model_type: ClassVar[str]
     attribute_map: ClassVar[dict[str, str]] = {}
+    derived_fields: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Field -> those that a file's values no longer fit once it is changed."""
     extra: dict[str, Any]
 
     @classmethod
@@ -44,9 +51,28 @@ class PreTrainedConfig:
         return cls(**{k: v for k, v in renamed.items() if k in known}, extra=extra)  # type: ignore[call-arg]
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Any:
-        """The configuration in a model directory (or Hugging Face hub id)."""
-        return cls.from_dict(read_config(resolve(path)))
+    def from_pretrained(cls, path: str | os.PathLike[str], **changes: Any) -> Any:
+        """The configuration in a model directory (or Hugging Face hub id), with some fields changed.
+
+        Raises:
+            TypeError: a field that does not exist; the message has the nearest.
+        """
+        values = read_config(resolve(path))
+        for name in changes:
+            cls.check_field(name)
+            values.pop(cls.attribute_map.get(name, name), None)
+            for derived in cls.derived_fields.get(name, ()):
+                values.pop(derived, None)
+        values |= changes
+        return cls.from_dict(values)
+
+    @classmethod
+    def check_field(cls, name: str) -> None:
+        """Raises TypeError unless a configuration can be given ``name``."""
+        fields = {f.name for f in dataclasses.fields(cls)} - {"extra"} | set(cls.attribute_map)  # type: ignore[arg-type]
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            raise TypeError(f"{name}: {cls.__name__} has no such field{f'; did you mean {near[0]}?' if near else ''}")
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json."""
@@ -57,15 +83,27 @@ class PreTrainedConfig:
 class PreTrainedModel(torch.nn.Module):
     """``from_pretrained``, ``save_pretrained``, ``tie_weights`` and ``generate`` for the models of this package.
 
-    A subclass sets :attr:`config_class`, :attr:`base_model_prefix` (the attribute, and key prefix, of the model without
-    its head), :attr:`tied_weights` (key -> the key whose tensor it shares) and :attr:`ignored_keys` (patterns of
-    entries in old checkpoints that are not parameters).
+    What a subclass says about its checkpoints:
+
+    Attributes:
+        config_class: the class of its configuration.
+        base_model_prefix: the attribute, and prefix of keys, of the model without its head.
+        tied_weights: key -> the key whose tensor it shares where the configuration ties embeddings.
+        renamed_keys: (pattern, replacement) pairs for keys of old checkpoints, as in ``re.sub``.
+        ignored_keys: patterns of entries that are not parameters of this class.
+        head_keys: patterns of parameters that a checkpoint of another class may lack; they then start at random.
+        float32_keys: patterns of parameters that stay float32 in a float16 model.
+        init_arguments: arguments of the constructor, beside the configuration, that ``from_pretrained`` takes as well.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
     base_model_prefix: ClassVar[str]
     tied_weights: ClassVar[dict[str, str]] = {}
+    renamed_keys: ClassVar[tuple[tuple[str, str], ...]] = ()
     ignored_keys: ClassVar[tuple[str, ...]] = ()
+    head_keys: ClassVar[tuple[str, ...]] = ()
+    float32_keys: ClassVar[tuple[str, ...]] = ()
+    init_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: PreTrainedConfig) -> None:
         if not isinstance(config, self.config_class):
@@ -83,19 +121,49 @@ class PreTrainedModel(torch.nn.Module):
         """Dtype of the first parameter."""
         return next(self.parameters()).dtype
 
+    # None until a file or the user sets it.
+    _generation_config: GenerationConfig | None = None
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Defaults of :meth:`generate`: generation_config.json, or else the special tokens of ``config``."""
+        if self._generation_config is None:
+            self._generation_config = GenerationConfig.from_model_config(self.config)
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if not isinstance(value, GenerationConfig):  # that of transformers
+            value = GenerationConfig.from_dict({k: v for k, v in value.to_dict().items() if v is not None})
+        self._generation_config = value
+
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
+    def ties(self) -> dict[str, str]:
+        """Key -> the key whose tensor it shares, with this configuration."""
+        return self.tied_weights if getattr(self.config, "tie_word_embeddings", False) else {}
+
     def tie_weights(self) -> None:
-        """Makes every key of :attr:`tied_weights` share its partner's parameter, if the configuration ties them."""
-        if not getattr(self.config, "tie_word_embeddings", False):
-            return
-        for key, partner in self.tied_weights.items():
+        """Makes every key of :meth:`ties` share its partner's parameter."""
+        for key, partner in self.ties().items():
             module, _, name = key.rpartition(".")
             setattr(self.get_submodule(module), name, self.get_parameter(partner))
 
-    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+    @torch.no_grad()
+    def init_weights(self, prefix: str = "") -> None:
+        """Draws the parameters of the modules whose names start with ``prefix`` anew."""
+        for name, module in self.named_modules():
+            if name.startswith(prefix):
+                self.init_module(name, module)
+
+    def init_module(self, name: str, module: torch.nn.Module) -> None:
+        """Initial values of the parameters that ``module`` itself holds."""
+        if module._parameters and hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+
+    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """Continues ``input_ids``; see :func:`fastformer.generation.generate` for the arguments."""
         # Generation sits above the models in the import order, so it is looked up only when called.
         return importlib.import_module("fastformer.generation").generate(self, input_ids, **kwargs)
@@ -107,6 +175,7 @@ class PreTrainedModel(torch.nn.Module):
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        **config: Any,
     ) -> Model:
         """Loads a model directory written by this library or by ``transformers``; returned in evaluation mode.
 
@@ -115,60 +184,106 @@ class PreTrainedModel(torch.nn.Module):
                 or the id of a model on the Hugging Face hub, if ``huggingface_hub`` is installed.
             dtype: of the parameters; a torch dtype or its name. None or "auto" keeps the file's.
             device: where the parameters go; default the CPU.
+            config: fields of the configuration to change, such as ``num_labels=3``.
+
+        A head that the checkpoint does not have, as for fine-tuning, starts at random values, with a warning.
 
         Raises:
             FileNotFoundError: no such directory, or a file is missing in it.
             ValueError: a key is missing, unexpected or of the wrong shape; the message names it.
+            TypeError: a field that the configuration does not have.
         """
         directory = resolve(path)
-        config = cls.config_class.from_dict(read_config(directory))
+        arguments = {name: config.pop(name) for name in cls.init_arguments if name in config}
+        settings = cls.config_class.from_pretrained(directory, **config)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(settings, **arguments)
         target = torch.device("cpu") if device is None else torch.device(device)
-        stored = config.extra.pop("torch_dtype", None) or config.extra.get("dtype")
+        stored = settings.extra.pop("torch_dtype", None) or settings.extra.get("dtype")
         model._load(directory, _dtype(dtype) or _dtype(stored), target)
+        if (directory / GENERATION_CONFIG).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
         return model.eval()
 
     def _load(self, directory: Path, dtype: torch.dtype | None, device: torch.device) -> None:
-        tied = self.tied_weights if getattr(self.config, "tie_word_embeddings", False) else {}
+        ties = self.ties()
         shapes = {k: tuple(v.shape) for k, v in self.state_dict().items()}
-        ignored = re.compile("|".join(f"(?:{p})" for p in self.ignored_keys) or r"(?!)")
-        missing, unexpected, copies = set(shapes) - set(tied), [], {}
+        missing, unexpected, copies = set(shapes) - set(ties), [], {}
         allocated = False
         for file, key, tensor in _tensors(directory):
             name = self._own_key(key, shapes)
             if name is None:
-                if not ignored.search(key):
+                if not _matches(self.ignored_keys, key):
                     unexpected.append(f"{key} (in {file})")
                 continue
             if tuple(tensor.shape) != shapes[name]:
                 raise ValueError(f"{key}: shape {tuple(tensor.shape)} in {file} is not the model's {shapes[name]}")
             if not allocated:
-                self.to(dtype or tensor.dtype).to_empty(device=device)
-                self.tie_weights()
+                self._allocate(dtype or tensor.dtype, device)
                 allocated = True
-            if name in tied:  # a second copy of its partner, needed only if the partner is not there
-                copies[tied[name]] = tensor
+            if name in ties:  # a second copy of its partner, needed only if the partner is not there
+                copies[name] = tensor
                 continue
             with torch.no_grad():
                 self.get_parameter(name).copy_(tensor)
             missing.discard(name)
-        for name in missing & set(copies):
+        for name, tensor in copies.items():
+            partner = ties[name]
             with torch.no_grad():
-                self.get_parameter(name).copy_(copies[name])
-            missing.discard(name)
+                if partner in missing:
+                    self.get_parameter(partner).copy_(tensor)
+                    missing.discard(partner)
+                elif not torch.equal(self.get_parameter(partner), tensor.to(self.get_parameter(partner))):
+                    self._untie(name, tensor)
+        # A whole layer may be absent, not one of its parameters.
+        present = {name.rpartition(".")[0] for name in set(shapes) - set(ties) - missing}
+        head = {n for n in missing if _matches(self.head_keys, n) and n.rpartition(".")[0] not in present}
+        head = head if allocated else set()
+        missing -= head
         problems = [f"missing {_listing(missing)}"] if missing else []
         problems += [f"unexpected {_listing(unexpected)}"] if unexpected else []
         if problems:
             raise ValueError(f"{directory} does not hold a {type(self).__name__}: {'; '.join(problems)}")
+        if head:
+            for module in {name.rpartition(".")[0] for name in head}:
+                with torch.no_grad():
+                    self.init_module(module, self.get_submodule(module))
+            warnings.warn(
+                f"fastformer: {directory} has no {_listing(head)}; this head starts at random values, train it first",
+                stacklevel=3,
+            )
+
+    def _untie(self, name: str, tensor: Tensor) -> None:
+        """Gives ``name`` values of its own: the checkpoint's, which are not its partner's, whatever the configuration
+        says. ``transformers`` writes such ones for T5 1.1."""
+        self.config.tie_word_embeddings = False
+        if name in self.ties():
+            raise ValueError(f"{name}: differs from {self.ties()[name]}, which is the same parameter")
+        module, _, last = name.rpartition(".")
+        parameter = self.get_parameter(name)
+        setattr(self.get_submodule(module), last, torch.nn.Parameter(tensor.to(parameter, copy=True)))
+
+    def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Memory for the parameters of a model that was built on the meta device."""
+        self.to(dtype)
+        if dtype == torch.float16:
+            for name, parameter in self.named_parameters():
+                if _matches(self.float32_keys, name):
+                    parameter.data = parameter.data.float()
+        self.to_empty(device=device)
+        self.tie_weights()
 
     def _own_key(self, key: str, shapes: dict[str, Any]) -> str | None:
         """The parameter that ``key`` of a checkpoint names: as it is, or with or without the base model's prefix."""
+        for pattern, replacement in self.renamed_keys:
+            key = re.sub(pattern, replacement, key)
         prefix = self.base_model_prefix + "."
         return next((name for name in (key, prefix + key, key.removeprefix(prefix)) if name in shapes), None)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors into directory ``path``, as ``transformers`` reads them.
+
+        And generation_config.json, if the model has one.
 
         Tied weights are stored once. Each file appears complete or not at all.
         """
@@ -178,8 +293,8 @@ class PreTrainedModel(torch.nn.Module):
         if directory.is_file():
             raise ValueError(f"path: {directory} is a file, not a directory")
         directory.mkdir(parents=True, exist_ok=True)
-        tied = self.tied_weights if getattr(self.config, "tie_word_embeddings", False) else {}
-        state = {k: v.detach().contiguous() for k, v in self.state_dict().items() if k not in tied}
+        ties = self.ties()
+        state = {k: v.detach().contiguous() for k, v in self.state_dict().items() if k not in ties}
         config = self.config.to_dict()
         config["architectures"] = [type(self).__name__]
         config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -187,6 +302,9 @@ class PreTrainedModel(torch.nn.Module):
             save_file(state, temporary, metadata={"format": "pt"})
         with replaced(directory / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if self._generation_config is not None:
+            with replaced(directory / GENERATION_CONFIG) as temporary:
+                temporary.write_text(json.dumps(self._generation_config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 class replaced:
@@ -226,7 +344,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             f"path: no directory {directory}; to load it from the Hugging Face hub, install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["config.json", "*.safetensors*", "*.bin*"]))
+        wanted = ["config.json", GENERATION_CONFIG, "*.safetensors*", "*.bin*"]
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:
         raise FileNotFoundError(f"path: no directory {directory}, and the hub did not deliver it: {error}") from error
 
@@ -269,6 +388,10 @@ def _tensors(directory: Path) -> Iterator[tuple[str, str, Tensor]]:
                     yield name, key, tensor
         return
     raise FileNotFoundError(f"path: {directory} has none of {SAFETENSORS}, {TORCH} or their .index.json")
+
+
+def _matches(patterns: tuple[str, ...], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

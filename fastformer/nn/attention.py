@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, pad
 
 from .. import functional
+from ..backends import matmul
 from ..backends.registry import report_unfused
 from ..functional import _checks
 from ..functional.attention import MAX_HEAD_DIM
@@ -281,8 +282,11 @@ def _explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     """q (N, H, L, D), k and v (N, H, S, D) -> out (N, H, L, D), weights (N, H, L, S), after dropout as in PyTorch."""
+    dtype = q.dtype
+    if matmul.converts(q):
+        q, k, v = q.float(), k.float(), v.float()
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
     weights = functional.softmax(scores if mask is None else scores + mask, -1)
     if dropout_p > 0:
         weights = dropout(weights, dropout_p)
-    return weights @ v, weights
+    return (weights @ v).to(dtype), weights.to(dtype)

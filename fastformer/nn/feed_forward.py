@@ -17,6 +17,8 @@ from torch import Tensor
 from .. import functional
 from ..functional._checks import choice, probability
 from ..functional.activation import ACTIVATIONS
+from ._joined import LINEAR, JoinedLayers
+from ._plain import is_plain
 
 
 class _Block(torch.nn.Module):
@@ -55,6 +57,13 @@ class _Block(torch.nn.Module):
         if self.dropout == 0 or not self.training:
             return block(residual=residual, **options)
         out = torch.nn.functional.dropout(block(**options), self.dropout)
+        return out if residual is None else residual + out
+
+    def _call(self, activated: Callable[[], Tensor], last: torch.nn.Module, residual: Tensor | None) -> Tensor:
+        """The same with layers that have to be called: replaced ones, or with hooks."""
+        dropout, training = torch.nn.functional.dropout, self.training
+        hidden = dropout(activated(), self.activation_dropout, training)
+        out = dropout(last(hidden), self.dropout, training)
         return out if residual is None else residual + out
 
     def extra_repr(self) -> str:
@@ -101,6 +110,8 @@ class FeedForward(_Block):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input ``(*, embed_dim)`` -> the same shape and dtype; ``residual``, of that shape too, is added."""
         first, second = self.linear1, self.linear2
+        if not (is_plain(first, *LINEAR) and is_plain(second, *LINEAR)):
+            return self._call(lambda: functional.bias_activation(first(input), None, self.activation), second, residual)
 
         def block(**options: Any) -> Tensor:
             return functional.feed_forward(
@@ -110,7 +121,7 @@ class FeedForward(_Block):
         return self._finish(block, residual)
 
 
-class GatedFeedForward(_Block):
+class GatedFeedForward(JoinedLayers, _Block):
     """Two linear layers whose product, one of them activated, goes through a third: SwiGLU, GeGLU, ReGLU.
 
     The first two weights lie next to each other in memory, so that both are one matmul; they are two parameters all the
@@ -130,6 +141,8 @@ class GatedFeedForward(_Block):
     hidden_dim)`` and their biases, Llama's names, initialised as ``torch.nn.Linear`` initialises them.
     """
 
+    joined_layers = ("gate_proj", "up_proj")
+
     def __init__(
         self,
         embed_dim: int,
@@ -147,42 +160,27 @@ class GatedFeedForward(_Block):
         self.gate_proj = torch.nn.Linear(embed_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.up_proj = torch.nn.Linear(embed_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.down_proj = torch.nn.Linear(hidden_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self._join()
+        self.join()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input ``(*, embed_dim)`` -> the same shape and dtype; ``residual``, of that shape too, is added."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not all(is_plain(layer, *LINEAR) for layer in (gate, up, down)):
+            return self._call(
+                lambda: functional.gated_activation(gate(input), up(input), self.activation), down, residual
+            )
 
         def block(**options: Any) -> Tensor:
             return functional.gated_feed_forward(
                 input,
-                self.gate_proj.weight,
-                self.up_proj.weight,
-                self.down_proj.weight,
+                gate.weight,
+                up.weight,
+                down.weight,
                 self.activation,
-                b_gate=self.gate_proj.bias,
-                b_up=self.up_proj.bias,
-                b_down=self.down_proj.bias,
+                b_gate=gate.bias,
+                b_up=up.bias,
+                b_down=down.bias,
                 **options,
             )
 
         return self._finish(block, residual)
-
-    def _join(self) -> None:
-        """Moves the two weights' values into one piece of memory."""
-        weights = [self.gate_proj.weight, self.up_proj.weight]
-        first, second = weights
-        plain = all(type(w) is torch.nn.Parameter and not w.is_meta for w in weights)
-        if not plain or first.dtype != second.dtype or first.device != second.device or first.shape != second.shape:
-            return
-        with torch.no_grad():
-            both = torch.cat([first, second])
-        first.data, second.data = both.chunk(2)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GatedFeedForward:
-        super()._apply(fn, recurse)
-        self._join()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled ones
-        super().__setstate__(state)
-        self._join()

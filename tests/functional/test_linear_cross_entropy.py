@@ -14,9 +14,8 @@ from torch.nn import functional as TF
 
 import fastformer
 from fastformer import functional as F
-from fastformer.backends import chunks
+from fastformer.backends import chunks, matmul
 from fastformer.backends.cpu import cross_entropy
-from fastformer.backends.cpu import linear_cross_entropy as cpu
 from tests.numerics import assert_close_to_fp64
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -109,7 +108,7 @@ def test_loss_and_gradients(shape, name, reduction, dtype, backend):
 @pytest.mark.parametrize("multiplies", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_half_precision_with_and_without_products_of_its_own(reduction, multiplies, dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(matmul, "CONVERTED", frozenset() if multiplies else frozenset({dtype}))
     x, w, target, options = problem((300, 33, 2049), dtype, linear_bias=True)
     check(x, w, target, options | {"reduction": reduction})
 

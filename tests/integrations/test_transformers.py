@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 import transformers
 
 import fastformer
@@ -305,6 +306,19 @@ def test_compiled(name, side):
     assert_same(results(compiled, OURS, inputs, real), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_described_mask_goes_into_a_compiled_call():
+    """As generate gives it to a compiled model: one graph for all paddings."""
+    q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 6, 8)
+    layer, graphs = torch.nn.Module(), torch._dynamo.testing.CompileCounter()
+    call = lambda mask: transformers_attention.attention_forward(layer, q, k, k, mask)[0]  # noqa: E731
+    compiled = torch.compile(call, backend=graphs, fullgraph=True)
+    for seed in range(3):
+        visible = torch.rand(2, 6, generator=torch.Generator().manual_seed(seed)) < 0.6
+        mask = transformers_mask.attention_mask(2, 4, 6, 2, 0, attention_mask=visible)
+        torch.testing.assert_close(compiled(mask), call(mask))
+    assert graphs.frame_count == 1
+
+
 def test_a_compiled_layer_with_a_learned_bias():
     layer = model_of("T5", torch.float32).encoder.block[0].layer[0].SelfAttention
     layer.config._attn_implementation = OURS
@@ -397,6 +411,22 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ValueError, match="s_aux: no implementation"):
         wide = torch.randn(1, 2, 3, 300)
         forward(layer, wide, wide, wide, None, s_aux=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("Bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}),  # adds the mask to its scores
+        ("CodeGen", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2}),
+        ("BigBirdPegasus", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}),  # its decoder alone would ask
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_would_ask_for_a_mask_only(name, fields, compiled):
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    model = cls._from_config(cls.config_class(vocab_size=VOCAB, **fields), attn_implementation=OURS)
+    with pytest.raises(ValueError, match=f"attn_implementation: {name}.* has no other attention than its own"):
+        (torch.compile(model, backend="eager") if compiled else model)(tokens())
 
 
 def test_registering_twice_and_unregistering():

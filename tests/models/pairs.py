@@ -3,10 +3,8 @@
 import torch
 import transformers
 
-from fastformer.models import GPT2Config, GPT2LMHeadModel
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+from fastformer.models import GPT2LMHeadModel
+from tests.models.parity import randomised, twin_of
 
 VOCAB = 97
 
@@ -19,16 +17,11 @@ def fields(**changes):
 
 def theirs_of(seed=0, dtype=torch.float32, cls=transformers.GPT2LMHeadModel, **changes):
     torch.manual_seed(seed)
-    model = cls(transformers.GPT2Config(**fields(**changes)))
-    for p in model.parameters():  # biases and norms start at 0 and 1, where an error in them would not show
-        p.data.add_(0.1 * torch.randn_like(p))
-    return model.to(dtype).eval()
+    return randomised(cls(transformers.GPT2Config(**fields(**changes))), seed).to(dtype)
 
 
 def ours_of(theirs):
-    model = GPT2LMHeadModel(GPT2Config.from_dict(theirs.config.to_dict())).to(theirs.dtype).eval()
-    model.load_state_dict(theirs.state_dict(), strict=True)
-    return model
+    return twin_of(theirs, GPT2LMHeadModel)
 
 
 def ids(batch=3, length=17, seed=1):

@@ -9,6 +9,7 @@ import transformers
 
 from fastformer.models import GPT2Config, GPT2LMHeadModel, KVCache
 from tests.models.pairs import VOCAB, fields, ids, ours_of, theirs_of
+from tests.models.parity import assert_as_accurate, assert_equal, assert_equal_loss
 
 # name -> fields that differ from a small GPT-2
 CONFIGS = {
@@ -46,56 +47,30 @@ def test_logits_loss_and_gradients_in_float64(name):
     theirs = theirs_of(dtype=torch.float64, **CONFIGS[name])
     ours = ours_of(theirs)
     inputs = {"input_ids": ids(), "labels": labels_of(ids())}
-    mine, my_gradients = gradients(ours, **inputs)
-    peers = theirs(**inputs)
-    torch.testing.assert_close(mine.logits, peers.logits, rtol=0, atol=1e-11)
-    torch.testing.assert_close(mine.loss, peers.loss.double(), rtol=1e-6, atol=0)
-    # transformers computes the loss in float32 whatever the model; compare gradients of the same float64 loss.
+    assert_equal(theirs, ours, inputs)
+    assert_equal_loss(theirs, ours, inputs)
+    # In float64 ours is as well.
+    output = ours(**inputs)
     target = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
-    theirs.zero_grad()
-    loss = torch.nn.functional.cross_entropy(peers.logits.flatten(0, 1), target.flatten())
-    loss.backward()
-    torch.testing.assert_close(mine.loss, loss, rtol=1e-13, atol=0)
-    wanted = {n: p.grad for n, p in theirs.named_parameters()}
-    assert my_gradients.keys() == wanted.keys()
-    for key, gradient in wanted.items():
-        torch.testing.assert_close(
-            my_gradients[key], gradient, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
-        )
+    loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), target.flatten())
+    torch.testing.assert_close(output.loss, loss, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_as_accurate_as_transformers_in_float32(name):
-    exact = theirs_of(dtype=torch.float64, **CONFIGS[name])
-    theirs = copy.deepcopy(exact).float()
-    ours = ours_of(theirs)
+    theirs = theirs_of(dtype=torch.float64, **CONFIGS[name])
     inputs = {"input_ids": ids(), "labels": labels_of(ids())}
-    results = [gradients(model, **inputs) for model in (exact, theirs, ours)]
-    for what in ("logits", "loss", *results[0][1]):
-        wanted, peers, mine = (
-            (output[what] if what in ("logits", "loss") else grads[what]).detach() for output, grads in results
-        )
-        assert mine.dtype == torch.float32
-        scale = wanted.double().abs().max().item()
-        error, peer_error = ((x.double() - wanted.double()).abs().max().item() for x in (mine, peers))
-        assert error <= 2 * peer_error + 1e-6 * scale, f"{what}: error {error:.3g}, transformers' {peer_error:.3g}"
+    assert_as_accurate(theirs, GPT2LMHeadModel, inputs, torch.float32)
+    assert_as_accurate(theirs, GPT2LMHeadModel, inputs, torch.float32, ("loss",))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
-    exact = theirs_of(dtype=torch.float64)
-    theirs = copy.deepcopy(exact).to(dtype)
-    exact = copy.deepcopy(theirs).double()
-    ours = ours_of(theirs)
-    results = [gradients(model, input_ids=ids(), labels=ids()) for model in (exact, theirs, ours)]
-    assert results[2][0].loss.dtype == torch.float32 and results[2][0].logits.dtype == dtype
-    for what in ("logits", "loss", *results[0][1]):
-        wanted, peers, mine = (
-            (output[what] if what in ("logits", "loss") else grads[what]).detach().double() for output, grads in results
-        )
-        error, peer_error = ((x - wanted).norm().item() for x in (mine, peers))
-        tiny = 2 * torch.finfo(dtype).eps * wanted.norm().item()
-        assert error <= 2 * peer_error + tiny, f"{what}: error {error:.3g}, transformers' {peer_error:.3g}"
+    theirs, inputs = theirs_of(dtype=torch.float64), {"input_ids": ids(), "labels": ids()}
+    assert_as_accurate(theirs, GPT2LMHeadModel, inputs, dtype)
+    assert_as_accurate(theirs, GPT2LMHeadModel, inputs, dtype, ("loss",))
+    output = ours_of(theirs.to(dtype))(**inputs)
+    assert output.loss.dtype == torch.float32 and output.logits.dtype == dtype
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -131,6 +106,21 @@ def test_hidden_states():
     for state, wanted in zip(mine, peers, strict=True):
         torch.testing.assert_close(state, wanted)
     assert ours(ids()).hidden_states is None
+
+
+def test_attentions():
+    theirs = theirs_of(attn_implementation="eager", dtype=torch.float64, scale_attn_by_inverse_layer_idx=True)
+    ours = ours_of(theirs)
+    mask = torch.ones(3, 17, dtype=torch.long)
+    mask[1, :6] = 0
+    mine, peers = (m(ids(), attention_mask=mask, output_attentions=True) for m in (ours, theirs))
+    assert len(mine.attentions) == len(peers.attentions) == 2
+    real = mask.bool()
+    torch.testing.assert_close(mine.logits[real], peers.logits[real], rtol=0, atol=1e-11)
+    for weights, wanted in zip(mine.attentions, peers.attentions, strict=True):
+        rows = real[:, None, :].expand(-1, 4, -1)
+        torch.testing.assert_close(weights[rows], wanted[rows], rtol=0, atol=1e-11)
+    assert ours(ids()).attentions is None
 
 
 def test_other_ways_to_call():
@@ -284,6 +274,19 @@ def test_a_replaced_layer_is_called():
         with torch.no_grad():
             block.mlp.c_fc.bias.add_(1)
     torch.testing.assert_close(ours(ids()).logits, changed)
+
+
+@pytest.mark.parametrize("path", ["mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2", "attn.c_attn", "attn.c_proj"])
+def test_a_hook_is_called(path):
+    ours, calls = ours_of(theirs_of()), []
+    wanted = ours(ids()).logits
+    handle = (
+        ours.transformer.h[1].get_submodule(path).register_forward_hook(lambda m, i, out: calls.append(1) or out * 2)
+    )
+    changed = ours(ids()).logits
+    assert calls and not torch.allclose(changed, wanted)
+    handle.remove()
+    torch.testing.assert_close(ours(ids()).logits, wanted)
 
 
 def test_initial_values():

@@ -29,7 +29,8 @@ def test_directories_pass_both_ways(tmp_path, tie):
     assert file_keys(tmp_path / "ours") == file_keys(tmp_path / "theirs")
     mine, peers = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs"))
     assert {k: mine.get(k, "absent") for k in peers} == peers
-    assert sorted(f.name for f in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
+    written = {f.name for f in (tmp_path / "ours").iterdir()}
+    assert written == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 def file_keys(directory):
@@ -87,6 +88,14 @@ def test_dtype_of_a_loaded_model(tmp_path, dtype):
     assert {p.dtype for p in ours.parameters()} == {
         {None: torch.float16, "bfloat16": torch.bfloat16}.get(dtype, torch.float64)
     }
+
+
+def test_fields_of_the_configuration_can_be_changed(tmp_path):
+    theirs_of().save_pretrained(tmp_path)
+    ours = fastformer.from_pretrained(tmp_path, resid_pdrop=0.3, num_hidden_layers=2)
+    assert ours.config.resid_pdrop == 0.3 and ours.config.n_layer == 2
+    with pytest.raises(TypeError, match=r"resid_drop: .*did you mean resid_pdrop\?"):
+        fastformer.from_pretrained(tmp_path, resid_drop=0.3)
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):

@@ -1,16 +1,15 @@
 """fastformer.nn.FeedForward and GatedFeedForward beside the same blocks from torch.nn."""
 
 import copy
-import importlib
 import pickle
 
 import pytest
 import torch
 
 from fastformer import nn
+from fastformer.functional import _joined
 from tests.nn.comparison import assert_drop_in, compare
 
-implementation = importlib.import_module("fastformer.functional.feed_forward")
 ACTIVATIONS = {
     "relu": torch.nn.ReLU(),
     "gelu": torch.nn.GELU(),
@@ -104,7 +103,7 @@ def test_activation_dropout_only_in_training(form):
 
 
 def joined(module):
-    return implementation._joined(module.gate_proj.weight, module.up_proj.weight) is not None
+    return _joined.joined(module.gate_proj.weight, module.up_proj.weight) is not None
 
 
 def test_gate_and_up_stay_one_matmul():
@@ -158,3 +157,30 @@ def test_bad_input_is_named(form):
         module(torch.randn(2, 5))
     with pytest.raises(ValueError, match="residual"):
         module(torch.randn(2, 4), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("cls", [nn.FeedForward, nn.GatedFeedForward])
+def test_replaced_and_hooked_layers_are_called(cls):
+    block, x = cls(12, 20, "silu", dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
+    wanted = block(x, residual=x)
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    for name, layer in list(block.named_children()):
+        calls = []
+        handle = layer.register_forward_hook(lambda m, i, out, calls=calls: calls.append(1))
+        torch.testing.assert_close(block(x, residual=x), wanted)
+        assert calls == [1]
+        handle.remove()
+        setattr(block, name, Doubled(layer))
+        assert not torch.allclose(block(x, residual=x), wanted)
+        block.to(torch.float64)
+        copy.deepcopy(block)
+        setattr(block, name, layer)
+    torch.testing.assert_close(block(x, residual=x), wanted)

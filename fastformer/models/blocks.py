@@ -1,0 +1,155 @@
+"""The steps that the models' layers are made of, fused where the layers are plain ones.
+
+    add_norm         norm(residual + dropout(delta)), and that sum
+    feed_forward     second(activation(first(x))), or down(activation(gate(x)) * up(x))
+    attend           softmax(scale q k^T + biases + masks) v
+
+Each of the first two is one kernel or its matmuls with one pass between them. A layer that was replaced or has a hook
+is called instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import nn as torch_nn
+from torch.nn import functional as F
+
+from .. import functional, nn
+from ..backends.registry import report_unfused
+from ..functional.attention import MAX_HEAD_DIM, RelativeBias, relative_position_bucket
+from ..nn._plain import is_plain
+from ..nn.norm import add_norm
+from ..nn.norm import add_residual as added
+from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
+from .conv1d import Conv1D
+
+LINEAR = (torch_nn.Linear, nn.Linear, Conv1D)
+__all__ = ["LINEAR", "activate", "add_norm", "added", "attend", "feed_forward"]
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of that name in config.json, element by element."""
+    fused = FUSED_ACTIVATIONS.get(activation)
+    return OTHER_ACTIVATIONS[activation](x) if fused is None else functional.bias_activation(x, None, fused)
+
+
+def feed_forward(
+    x: Tensor, first: torch_nn.Module, second: torch_nn.Module, activation: str, dropout_p: float = 0.0
+) -> Tensor:
+    """second(dropout(activation(first(x)))).
+
+    Args:
+        x: ``(*, E)``.
+        first, second: linear layers, E -> F and F -> E.
+        activation: its name in config.json.
+        dropout_p: probability of dropping a hidden element; 0 outside of training.
+    """
+    fused = FUSED_ACTIVATIONS.get(activation)
+    if fused is None or not (is_plain(first, *LINEAR) and is_plain(second, *LINEAR)):
+        return second(F.dropout(activate(first(x), activation), dropout_p))
+    return functional.feed_forward(
+        x, _weight(first), first.bias, _weight(second), second.bias, fused, dropout_p=dropout_p
+    )
+
+
+def gated_feed_forward(
+    x: Tensor,
+    gate: torch_nn.Module,
+    up: torch_nn.Module,
+    down: torch_nn.Module,
+    activation: str,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """down(dropout(activation(gate(x)) * up(x))).
+
+    Args:
+        x: ``(*, E)``.
+        gate, up, down: linear layers, E -> F twice and F -> E.
+        activation, dropout_p: as in :func:`feed_forward`.
+    """
+    fused = FUSED_ACTIVATIONS.get(activation)
+    if fused is None or not all(is_plain(layer, *LINEAR) for layer in (gate, up, down)):
+        return down(F.dropout(gated(gate(x), up(x), activation), dropout_p))
+    return functional.gated_feed_forward(
+        x,
+        _weight(gate),
+        _weight(up),
+        _weight(down),
+        fused,
+        b_gate=gate.bias,
+        b_up=up.bias,
+        b_down=down.bias,
+        dropout_p=dropout_p,
+    )
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, element by element."""
+    fused = FUSED_ACTIVATIONS.get(activation)
+    if fused is None:
+        return OTHER_ACTIVATIONS[activation](gate) * up
+    return functional.gated_activation(gate, up, fused)
+
+
+def _weight(layer: torch_nn.Module) -> Tensor:
+    """``(out_features, in_features)``."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in one kernel; with ``need_weights``, or a head_dim it does not cover, step by step.
+
+    Shapes and arguments as in :func:`fastformer.functional.attention`.
+
+    Returns:
+        ``(B, Hq, Sq, Dv)``, and with ``need_weights`` the weights ``(B, Hq, Sq, Sk)``, after dropout as in
+        ``transformers``.
+    """
+    if not need_weights and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
+        options: dict[str, Any] = {"scale": scale, "bias": bias, "relative_bias": relative_bias}
+        causal = causal and q.shape[2] > 1  # one query sits at the end and sees everything
+        out = functional.attention(
+            q, k, v, causal=causal, key_padding_mask=key_padding_mask, dropout_p=dropout_p, **options
+        )
+        assert isinstance(out, Tensor)  # not a pair: return_lse is off
+        return out, None
+    if not need_weights:
+        report_unfused("attention", f"head_dim over {MAX_HEAD_DIM}")
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
+    queries, keys = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(2, 3) * scale
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if relative_bias is not None:
+        scores = scores + _distance_bias(relative_bias, queries, keys).to(scores.dtype)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
+    if causal:
+        sees = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        scores = scores.masked_fill(~sees, float("-inf"))
+    weights = F.dropout(functional.softmax(scores, -1), dropout_p)
+    return weights @ v, weights if need_weights else None
+
+
+def _distance_bias(relative: RelativeBias, queries: int, keys: int) -> Tensor:
+    """``(1, H, queries, keys)``, the last query at the last key."""
+    position = torch.arange(keys, device=relative.table.device)
+    distance = position[None, :] - position[keys - queries :, None]
+    return relative.table[relative_position_bucket(distance, *relative[1:])].permute(2, 0, 1)[None]

@@ -1,0 +1,3 @@
+from .submodules import is_plain
+
+__all__ = ["is_plain"]
