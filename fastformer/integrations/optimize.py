@@ -148,12 +148,13 @@ def restore(model: torch.nn.Module) -> None:
 
 
 def _plan(model: torch.nn.Module, report: Report) -> Iterator[_Change]:
-    for setting in _settings.changes(model):
+    for name, setting in _settings.changes(model):
+        kind = type(model.get_submodule(name)).__name__
         if isinstance(setting, str):
-            report.left.append(Left("", "attention of " + report.model, setting))
+            report.left.append(Left(name, f"attention of {kind}", setting))
         else:
             what, operations, apply, undo = setting
-            yield _Change(Swapped("", f"{what} of {report.model}", operations), apply, undo)
+            yield _Change(Swapped(name, f"{what} of {kind}", operations), apply, undo)
     for name, module, reason in _walk(model):
         kind = type(module).__name__
         if reason is not None:

@@ -276,24 +276,48 @@ def test_compiles_without_a_break():
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(*batch), wanted)
 
 
-def test_ddp_before_and_after():
+@pytest.fixture
+def one_process():
     import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        wanted = run(make("own"), batch_of("own"))
-        before = DistributedDataParallel(make("own"))
-        assert optimize(before).swapped
-        after = make("own")
-        optimize(after)
-        for model in (before, DistributedDataParallel(after)):
-            found = run(model, batch_of("own"))
-            torch.testing.assert_close(found["output"], wanted["output"])
-            gradient = found["gradient of module.norm.weight"]
-            torch.testing.assert_close(gradient, wanted["gradient of norm.weight"], rtol=1e-4, atol=1e-6)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_before_and_after(one_process):
+    from torch.nn.parallel import DistributedDataParallel
+
+    wanted = run(make("own"), batch_of("own"))
+    before = DistributedDataParallel(make("own"))
+    assert optimize(before).swapped
+    after = make("own")
+    optimize(after)
+    for model in (before, DistributedDataParallel(after)):
+        found = run(model, batch_of("own"))
+        torch.testing.assert_close(found["output"], wanted["output"])
+        gradient = found["gradient of module.norm.weight"]
+        torch.testing.assert_close(gradient, wanted["gradient of norm.weight"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # torch.nn.Linear itself returns a view
+def test_fsdp_after(one_process):
+    """Sharded parameters are whole while their module runs; what is sharded already is left."""
+    from torch.distributed.fsdp import fully_shard
+
+    wanted = run(make("own"), batch_of("own"))
+    model = make("own")
+    optimize(model)
+    for module in (model.mlp[0], model.mlp, model):
+        fully_shard(module)
+    found = run(model, batch_of("own"))
+    torch.testing.assert_close(found["output"], wanted["output"])
+    for name in ("mlp.0.weight", "mlp.3.bias"):
+        gradient = found[f"gradient of {name}"].full_tensor()
+        torch.testing.assert_close(gradient, wanted[f"gradient of {name}"], rtol=1e-4, atol=1e-6)
+    sharded = make("classifier")
+    fully_shard(sharded)
+    assert [left.reason for left in optimize(sharded).left] == ["sharded by FSDP: call optimize before"]
 
 
 # ---- rules of one's own and the check --------------------------------------------------------------------------------

@@ -213,7 +213,9 @@ def test_idempotent():
     types = vars_of(model)
     second = optimize(model)
     assert not second.swapped and vars_of(model) == types
-    assert second.already == sum(swapped.name != "" for swapped in first.swapped)
+    settings = [swapped for swapped in first.swapped if " of " in swapped.type]
+    assert {swapped.type for swapped in settings} == {"attention of LlamaForCausalLM", "loss of LlamaForCausalLM"}
+    assert second.already == len(first.swapped) - len(settings)
     second.undo()
     assert vars_of(model) == types  # what an earlier call did is not its to undo
 
@@ -320,6 +322,29 @@ def test_attention_that_may_have_to_return_weights_is_left():
     reasons = [left.reason for left in report.left if left.type == "attention of BertForMaskedLM"]
     assert len(reasons) == 1 and reasons[0].startswith('its attn_implementation is "eager"')
     assert model(**batch_of("bert"), output_attentions=True).attentions[0].shape == (2, 4, 9, 9)
+
+
+def test_models_inside_of_a_model():
+    """Two towers of one's own, one of them a composite of two configurations."""
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = {**small, "image_size": 8, "patch_size": 4}
+    text = {**small, "vocab_size": 61, "max_position_embeddings": 40, "eos_token_id": 2}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
+    towers = torch.nn.ModuleDict({"image": clip, "text": make("bert")})
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8), "input_ids": batch_of("bert")["input_ids"]}
+    with torch.no_grad():
+        wanted = clip(**batch).logits_per_image
+        report = optimize(towers)
+        torch.testing.assert_close(clip(**batch).logits_per_image, wanted, rtol=1e-4, atol=1e-4)
+    attention = {swapped.name for swapped in report.swapped if swapped.type.startswith("attention")}
+    configurations = [clip.config, clip.config.vision_config, clip.config.text_config, towers["text"].config]
+    assert attention == {"image", "text"}
+    assert [config._attn_implementation for config in configurations] == ["fastformer"] * 4
+    report.undo()
+    assert [config._attn_implementation for config in configurations] == ["sdpa"] * 4
 
 
 def test_an_edited_class_is_not_proved(monkeypatch):
