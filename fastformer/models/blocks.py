@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from .. import functional, nn
 from ..backends.registry import report_unfused
 from ..functional.attention import MAX_HEAD_DIM, RelativeBias, relative_position_bucket
-from ..nn._plain import is_plain
 from ..nn.norm import add_norm
 from ..nn.norm import add_residual as added
+from ..nn.submodules import is_plain
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .conv1d import Conv1D
 

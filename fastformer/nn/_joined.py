@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..functional._joined import joined, joined_linear
-from ._plain import is_plain
 from .linear import Linear
+from .submodules import is_plain
 
 LINEAR = (torch.nn.Linear, Linear)
 

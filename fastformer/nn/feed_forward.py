@@ -18,7 +18,7 @@ from .. import functional
 from ..functional._checks import choice, probability
 from ..functional.activation import ACTIVATIONS
 from ._joined import LINEAR, JoinedLayers
-from ._plain import is_plain
+from .submodules import is_plain
 
 
 class _Block(torch.nn.Module):

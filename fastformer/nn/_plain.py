@@ -1,3 +1,0 @@
-from .submodules import is_plain
-
-__all__ = ["is_plain"]
