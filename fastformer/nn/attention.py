@@ -20,7 +20,6 @@ from ..backends import matmul
 from ..backends.registry import report_unfused
 from ..functional import _checks
 from ..functional.attention import MAX_HEAD_DIM
-from ..functional.linear import linear
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
