@@ -12,8 +12,10 @@ converts it in registers.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -52,9 +54,14 @@ def converts(t: Tensor) -> bool:
 
 
 def few(rows: int, dtype: torch.dtype) -> bool:
-    """Whether CPU tensors of ``dtype`` have so few rows that the kernel for them is the faster one."""
+    """Whether CPU tensors of ``dtype`` have so few rows that the kernel for them is the faster one, and it is there."""
     most = FEW_ROWS_CONVERTED if dtype in CONVERTED else FEW_ROWS.get(dtype, 0)
-    return rows <= most and registry.refusal("cpu", "linear", "cpu", dtype, ()) is None
+    return rows <= most and _kernel() is not None
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    return None if registry.refusal("cpu", "linear", "cpu", torch.bfloat16, ()) else registry.load("cpu", "linear")
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -83,11 +90,9 @@ def weight_grad(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
 def _half(a: Tensor, b: Tensor, out: Tensor | None, start: Tensor | None) -> Tensor:
     if out is None:
         out = empty(a, a.shape[0], b.shape[1])
-    if few(len(a), a.dtype):
-        from .cpu import linear
-
-        if linear.refusal(a, b, start, out) is None:
-            return linear.product(a, b, start, out)
+    kernel = _kernel() if few(len(a), a.dtype) else None
+    if kernel is not None and kernel.refusal(a, b, start, out) is None:
+        return kernel.product(a, b, start, out)
     if a.dtype in CONVERTED:
         return _product(a, b, out, start)
     return torch.mm(a, b, out=out) if start is None else torch.addmm(start, a, b, out=out)

@@ -17,10 +17,12 @@ def refusal(a: Tensor, b: Tensor, start: Tensor | None, out: Tensor) -> str | No
         return "rows that are not contiguous"
     if 1 not in b.stride():
         return "a matrix without contiguous rows or columns"
+    if start is not None and start.shape not in (out.shape, out.shape[1:], (1, out.shape[1])):
+        return "a start that broadcasts along its rows"
     return None
 
 
 def product(a: Tensor, b: Tensor, start: Tensor | None, out: Tensor) -> Tensor:
-    """a ``(M, K)`` times b ``(K, N)`` plus start ``(M, N)`` or ``(N)``, into out ``(M, N)``, which may be start."""
+    """a ``(M, K)`` times b ``(K, N)`` plus start, ``(M, N)``, ``(1, N)`` or ``(N)``, into out ``(M, N)``, which may be it."""
     _C.linear(a, b, start, out)
     return out
