@@ -23,6 +23,9 @@ def refusal(a: Tensor, b: Tensor, start: Tensor | None, out: Tensor) -> str | No
 
 
 def product(a: Tensor, b: Tensor, start: Tensor | None, out: Tensor) -> Tensor:
-    """a ``(M, K)`` times b ``(K, N)`` plus start, ``(M, N)``, ``(1, N)`` or ``(N)``, into out ``(M, N)``, which may be it."""
+    """a ``(M, K)`` times b ``(K, N)`` plus start ``(M, N)``, ``(1, N)`` or ``(N)``, into out ``(M, N)``.
+
+    ``out`` may be ``start``.
+    """
     _C.linear(a, b, start, out)
     return out
