@@ -29,6 +29,8 @@ DEPTH = 2048
 """Of the products that are added up, so many are converted at a time."""
 
 
+SMALL = 1 << 14
+"""So few multiplications PyTorch has done, one by one, before this way has begun."""
 FEW_ROWS = {torch.bfloat16: 8, torch.float16: 8}
 """Up to so many rows of a the kernel that reads b once multiplies, on any CPU."""
 FEW_ROWS_CONVERTED = 16
@@ -57,6 +59,15 @@ def few(rows: int, dtype: torch.dtype) -> bool:
     """Whether CPU tensors of ``dtype`` have so few rows that the kernel for them is the faster one, and it is there."""
     most = FEW_ROWS_CONVERTED if dtype in CONVERTED else FEW_ROWS.get(dtype, 0)
     return rows <= most and _kernel() is not None
+
+
+def of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x ``(*, K)`` times weight^T plus bias by the kernel of few rows; None if these are more, or not for it."""
+    if not few(x.shape[:-1].numel(), x.dtype) or weight.dim() != 2:
+        return None
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    kernel = _kernel()
+    return out if kernel is not None and kernel.product(x, weight, bias, out) else None
 
 
 @functools.cache
@@ -91,9 +102,9 @@ def _half(a: Tensor, b: Tensor, out: Tensor | None, start: Tensor | None) -> Ten
     if out is None:
         out = empty(a, a.shape[0], b.shape[1])
     kernel = _kernel() if few(len(a), a.dtype) else None
-    if kernel is not None and kernel.refusal(a, b, start, out) is None:
-        return kernel.product(a, b, start, out)
-    if a.dtype in CONVERTED:
+    if kernel is not None and kernel.product(a, b.t(), start, out):
+        return out
+    if a.dtype in CONVERTED and a.numel() * b.shape[1] > SMALL:
         return _product(a, b, out, start)
     return torch.mm(a, b, out=out) if start is None else torch.addmm(start, a, b, out=out)
 

@@ -21,6 +21,7 @@ from torch.nn import functional as TF
 from ..backends import matmul, registry
 from . import _checks
 from ._doors import PLAIN, needs_grad, operator, register, register_autograd, through_operator, transforming
+from ._small import eager_cpu
 
 _KINDS = (*PLAIN, FakeTensor, FunctionalTensor)  # the last two stand for tensors while a graph is traced
 
@@ -42,6 +43,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     try:
         # Half precision, or what autocast makes of float32; anything else pays for the question alone.
         if weight.dtype in matmul.FEW_ROWS or (matmul.CONVERTED and torch.is_autocast_enabled("cpu")):
+            if eager_cpu(input) and (out := _of_few_rows(input, weight, bias)) is not None:
+                return out
             operands = _ours(input, weight, bias)
             if operands is not None:
                 return _linear(*operands)
@@ -49,6 +52,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     except (RuntimeError, TypeError, AttributeError):
         _check(input, weight, bias)
         raise
+
+
+def _of_few_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The kernel's result where no gradient is recorded, with no more questions than that takes, or None."""
+    if through_operator(weight, bias) or needs_grad(input, weight, bias) or not weight.is_cpu or input.dim() == 0:
+        return None
+    if torch.is_autocast_enabled("cpu") or (bias is not None and not bias.is_cpu):
+        return None
+    return matmul.of_few_rows(input, weight, bias)
 
 
 def refusal(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

@@ -11,21 +11,10 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 FEATURES: frozenset[str] = frozenset()
 
 
-def refusal(a: Tensor, b: Tensor, start: Tensor | None, out: Tensor) -> str | None:
-    """Why the kernel cannot compute :func:`product` of tensors that lie as these do, or None."""
-    if a.stride(1) != 1 or out.stride(1) != 1 or (start is not None and start.stride(-1) != 1):
-        return "rows that are not contiguous"
-    if 1 not in b.stride():
-        return "a matrix without contiguous rows or columns"
-    if start is not None and start.shape not in (out.shape, out.shape[1:], (1, out.shape[1])):
-        return "a start that broadcasts along its rows"
-    return None
+def product(x: Tensor, weight: Tensor, start: Tensor | None, out: Tensor) -> bool:
+    """x ``(*, K)`` times weight^T ``(N, K)`` plus start ``(N)``, ``(1, N)`` or ``(M, N)``, into out ``(*, N)``.
 
-
-def product(a: Tensor, b: Tensor, start: Tensor | None, out: Tensor) -> Tensor:
-    """a ``(M, K)`` times b ``(K, N)`` plus start ``(M, N)``, ``(1, N)`` or ``(N)``, into out ``(M, N)``.
-
-    ``out`` may be ``start``.
+    ``out`` may be ``start``. False, and nothing done, where the tensors are not of one dtype, their shapes do not fit
+    or they lie in memory as the kernel does not read them.
     """
-    _C.linear(a, b, start, out)
-    return out
+    return _C.linear(x, weight, start, out)
