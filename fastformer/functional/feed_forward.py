@@ -20,6 +20,7 @@ from ..backends.memory import empty, empty_if_large
 from . import _checks
 from . import activation as act
 from ._doors import needs_grad, new_seed, once_differentiable, through_operator, transforming
+from ._joined import joined
 from ._small import attempt, eager_cpu
 from .linear import linear
 
@@ -220,24 +221,11 @@ def _dense(b: Tensor | None) -> Tensor | None:
     return None if b is None else b.contiguous()
 
 
-def _joined(w_gate: Tensor, w_up: Tensor | None) -> Tensor | None:
-    """``(2 F, E)`` over both weights where w_up follows w_gate in memory."""
-    if (
-        w_up is None
-        or not (w_gate.is_contiguous() and w_up.is_contiguous())
-        or w_up.storage_offset() != w_gate.storage_offset() + w_gate.numel()
-        or w_gate.untyped_storage().data_ptr() != w_up.untyped_storage().data_ptr()
-    ):
-        return None
-    rows, cols = w_gate.shape
-    return w_gate.detach().as_strided((2 * rows, cols), (cols, 1))
-
-
 def _first(rows: Tensor, w1: Tensor, w_up: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """rows ``(N, E)`` times w1^T and w_up^T, ``(N, F)`` each, and the ``(N, 2 F)`` whose halves they are, if so."""
-    joined = _joined(w1, w_up)
-    if joined is not None:
-        return _halves(mm(rows, joined.t()))
+    both = joined(w1, w_up)
+    if both is not None:
+        return _halves(mm(rows, both.t()))
     return mm(rows, w1.t()), None if w_up is None else mm(rows, w_up.t()), None
 
 
@@ -295,7 +283,7 @@ class _FeedForward(torch.autograd.Function):
                 gate, b1 = activated, None
             dactivated = dgate
             if up is not None:
-                if not ctx.recompute and _joined(w1, w_up) is not None:
+                if not ctx.recompute and joined(w1, w_up) is not None:
                     dgate, dup, whole = _halves(empty(dgate, len(rows), 2 * len(w1)))
                 elif ctx.recompute:
                     dgate, dup = gate, up
@@ -307,11 +295,11 @@ class _FeedForward(torch.autograd.Function):
                     dactivated, gate, b1, up, b_up, *ctx.rest, need_b1, need_b_up, dgate, dup, again
                 )
             if whole is not None:
-                joined = _joined(w1, w_up)
+                both = joined(w1, w_up)
                 if need_w1 or need_w_up:
                     dw = mm(whole.t(), rows)
                     dw1, dw_up = dw[: len(w1)], dw[len(w1) :]
-                dx = mm(whole, joined) if need_x else None
+                dx = mm(whole, both) if need_x else None
             else:
                 dw1 = weight_grad(dgate, rows, w1) if need_w1 else None
                 dw_up = weight_grad(dup, rows, w_up) if need_w_up else None

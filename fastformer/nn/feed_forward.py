@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import functional
 from ..functional._checks import choice, probability
 from ..functional.activation import ACTIVATIONS
+from ._joined import LINEAR, JoinedLayers
 from ._plain import is_plain
 
 
@@ -109,7 +110,7 @@ class FeedForward(_Block):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input ``(*, embed_dim)`` -> the same shape and dtype; ``residual``, of that shape too, is added."""
         first, second = self.linear1, self.linear2
-        if not (is_plain(first, torch.nn.Linear) and is_plain(second, torch.nn.Linear)):
+        if not (is_plain(first, *LINEAR) and is_plain(second, *LINEAR)):
             return self._call(lambda: functional.bias_activation(first(input), None, self.activation), second, residual)
 
         def block(**options: Any) -> Tensor:
@@ -120,7 +121,7 @@ class FeedForward(_Block):
         return self._finish(block, residual)
 
 
-class GatedFeedForward(_Block):
+class GatedFeedForward(JoinedLayers, _Block):
     """Two linear layers whose product, one of them activated, goes through a third: SwiGLU, GeGLU, ReGLU.
 
     The first two weights lie next to each other in memory, so that both are one matmul; they are two parameters all the
@@ -140,6 +141,8 @@ class GatedFeedForward(_Block):
     hidden_dim)`` and their biases, Llama's names, initialised as ``torch.nn.Linear`` initialises them.
     """
 
+    joined_layers = ("gate_proj", "up_proj")
+
     def __init__(
         self,
         embed_dim: int,
@@ -157,12 +160,12 @@ class GatedFeedForward(_Block):
         self.gate_proj = torch.nn.Linear(embed_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.up_proj = torch.nn.Linear(embed_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.down_proj = torch.nn.Linear(hidden_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self._join()
+        self.join()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input ``(*, embed_dim)`` -> the same shape and dtype; ``residual``, of that shape too, is added."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not all(is_plain(layer, torch.nn.Linear) for layer in (gate, up, down)):
+        if not all(is_plain(layer, *LINEAR) for layer in (gate, up, down)):
             return self._call(
                 lambda: functional.gated_activation(gate(input), up(input), self.activation), down, residual
             )
@@ -181,26 +184,3 @@ class GatedFeedForward(_Block):
             )
 
         return self._finish(block, residual)
-
-    def _join(self) -> None:
-        """Moves the two weights' values into one piece of memory."""
-        layers = (self.gate_proj, self.up_proj)
-        if not all(is_plain(layer, torch.nn.Linear) for layer in layers):
-            return
-        weights = [layer.weight for layer in layers]
-        first, second = weights
-        plain = all(type(w) is torch.nn.Parameter and not w.is_meta for w in weights)
-        if not plain or first.dtype != second.dtype or first.device != second.device or first.shape != second.shape:
-            return
-        with torch.no_grad():
-            both = torch.cat([first, second])
-        first.data, second.data = both.chunk(2)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GatedFeedForward:
-        super()._apply(fn, recurse)
-        self._join()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled ones
-        super().__setstate__(state)
-        self._join()

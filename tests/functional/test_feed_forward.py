@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,9 +9,9 @@ from torch.nn import functional as TF
 
 import fastformer
 from fastformer import functional as F
+from fastformer.functional._joined import joined
 from tests.nn.comparison import assert_as_accurate
 
-implementation = importlib.import_module("fastformer.functional.feed_forward")  # the function hides its file
 ACTIVATIONS = {
     "relu": TF.relu,
     "gelu": TF.gelu,
@@ -59,7 +57,7 @@ def fused(t: dict, activation: str, **options) -> Tensor:
 
 def run(function, tensors: dict, dtype: torch.dtype | None = None) -> dict:
     leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in tensors.items()}
-    if "w_up" in leaves and implementation._joined(tensors["w1"], tensors["w_up"]) is not None:
+    if "w_up" in leaves and joined(tensors["w1"], tensors["w_up"]) is not None:
         leaves["w1"], leaves["w_up"] = (
             t.detach().requires_grad_() for t in torch.cat([leaves["w1"], leaves["w_up"]]).chunk(2)
         )

@@ -1,16 +1,15 @@
 """fastformer.nn.FeedForward and GatedFeedForward beside the same blocks from torch.nn."""
 
 import copy
-import importlib
 import pickle
 
 import pytest
 import torch
 
 from fastformer import nn
+from fastformer.functional import _joined
 from tests.nn.comparison import assert_drop_in, compare
 
-implementation = importlib.import_module("fastformer.functional.feed_forward")
 ACTIVATIONS = {
     "relu": torch.nn.ReLU(),
     "gelu": torch.nn.GELU(),
@@ -104,7 +103,7 @@ def test_activation_dropout_only_in_training(form):
 
 
 def joined(module):
-    return implementation._joined(module.gate_proj.weight, module.up_proj.weight) is not None
+    return _joined.joined(module.gate_proj.weight, module.up_proj.weight) is not None
 
 
 def test_gate_and_up_stay_one_matmul():
