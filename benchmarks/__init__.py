@@ -17,6 +17,7 @@ KERNELS = (
     "softmax",
     "activation",
     "cross_entropy",
+    "linear",
     "linear_cross_entropy",
     "embedding",
     "rotary",
