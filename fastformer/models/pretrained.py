@@ -35,6 +35,8 @@ class PreTrainedConfig:
 
     model_type: ClassVar[str]
     attribute_map: ClassVar[dict[str, str]] = {}
+    derived_fields: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Field -> those that a file's values no longer fit once it is changed."""
     extra: dict[str, Any]
 
     @classmethod
@@ -56,10 +58,12 @@ class PreTrainedConfig:
             TypeError: a field that does not exist; the message has the nearest.
         """
         values = read_config(resolve(path))
-        for name, value in changes.items():
+        for name in changes:
             cls.check_field(name)
             values.pop(cls.attribute_map.get(name, name), None)
-            values[name] = value
+            for derived in cls.derived_fields.get(name, ()):
+                values.pop(derived, None)
+        values |= changes
         return cls.from_dict(values)
 
     @classmethod
@@ -89,6 +93,7 @@ class PreTrainedModel(torch.nn.Module):
         ignored_keys: patterns of entries that are not parameters of this class.
         head_keys: patterns of parameters that a checkpoint of another class may lack; they then start at random.
         float32_keys: patterns of parameters that stay float32 in a float16 model.
+        init_arguments: arguments of the constructor, beside the configuration, that ``from_pretrained`` takes as well.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -98,6 +103,7 @@ class PreTrainedModel(torch.nn.Module):
     ignored_keys: ClassVar[tuple[str, ...]] = ()
     head_keys: ClassVar[tuple[str, ...]] = ()
     float32_keys: ClassVar[tuple[str, ...]] = ()
+    init_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: PreTrainedConfig) -> None:
         if not isinstance(config, self.config_class):
@@ -188,9 +194,10 @@ class PreTrainedModel(torch.nn.Module):
             TypeError: a field that the configuration does not have.
         """
         directory = resolve(path)
+        arguments = {name: config.pop(name) for name in cls.init_arguments if name in config}
         settings = cls.config_class.from_pretrained(directory, **config)
         with torch.device("meta"):
-            model = cls(settings)
+            model = cls(settings, **arguments)
         target = torch.device("cpu") if device is None else torch.device(device)
         stored = settings.extra.pop("torch_dtype", None) or settings.extra.get("dtype")
         model._load(directory, _dtype(dtype) or _dtype(stored), target)
