@@ -137,6 +137,8 @@ def generate(
     keep_scores, keep_logits = (as_output and bool(keep) for keep in (config.output_scores, config.output_logits))
     pad_token = config.pad_token_id if config.pad_token_id is not None else ends[0] if ends else 0
     check_every = STEPS_BETWEEN_CHECKS.get(device.type, STEPS_BETWEEN_CHECKS_ELSEWHERE)
+    if stopping.looks_back:  # at every step, on the CPU
+        check_every = 1
 
     # Tensors made in inference mode are of no use to autograd later, nor is a cache.
     leaves = as_output or past_key_values is not None
@@ -194,8 +196,7 @@ def _follow(
     tokens = rows.new_full((len(rows), limit), pad_token)
     tokens[:, :length] = rows
     ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    if stopping.looks_back:
-        check_every = 1
+    stops, looks_back = bool(stopping), stopping.looks_back
     kept_scores: list[Tensor] = []
     kept_logits: list[Tensor] = []
     token = rows[:, -1]
@@ -221,16 +222,16 @@ def _follow(
             token = shortlist.draw(noise)
             if keep_scores:
                 kept_scores.append(shortlist.scores(scores.shape[1]))
-        if stopping:
+        if stops:
             token = torch.where(ended, pad_token, token)
         tokens[:, position] = token
         if streamer is not None:
             streamer.put(token.cpu())
-        if stopping.looks_back:
+        if looks_back:
             ended |= stopping(tokens[:, : position + 1], tuple(kept_scores) if keep_scores else None)
-        elif stopping:
+        elif stops:
             ended |= stopping.is_end(token)
-        if stopping and (position - length) % check_every == 0 and bool(ended.all()):
+        if stops and (position - length) % check_every == 0 and bool(ended.all()):
             limit = position + 1
             break
     if streamer is not None:

@@ -81,7 +81,7 @@ class TextStreamer:
         tokenizer: of ``transformers``, ``tokenizers``, or :mod:`fastformer.data`.
         emit: called with each new piece of text; default prints it.
         skip_prompt: leave the prompt out.
-        stop_strings: nothing from the first of them on is handed on.
+        stop_strings: nothing from the first of them on is handed on; ``stopped`` is then True.
 
     Raises:
         ValueError: more than one text at a time.
@@ -102,7 +102,7 @@ class TextStreamer:
         self._start()
 
     def _start(self) -> None:
-        self._is_prompt, self._stopped, self._held = True, False, ""
+        self._is_prompt, self.stopped, self._held = True, False, ""
 
     def put(self, value: Tensor) -> None:
         """The prompt ``(1, S)`` first, then each token ``(1)``."""
@@ -119,18 +119,18 @@ class TextStreamer:
     def end(self) -> None:
         """Hands on what was held back, and is ready for another text."""
         self._pass(self._decoder.flush())
-        if not self._stopped:
+        if not self.stopped:
             self._show(self._held)
         self._start()
 
     def _pass(self, piece: str) -> None:
         """Hands on all but what may be the beginning of a stop string."""
-        if self._stopped:
+        if self.stopped:
             return
         text = self._held + piece
         found = [at for at in map(text.find, self._strings) if at >= 0]
         if found:
-            self._stopped, self._held = True, ""
+            self.stopped, self._held = True, ""
             self._show(text[: min(found)])
             return
         keep = max((_overlap(text, s) for s in self._strings), default=0)
