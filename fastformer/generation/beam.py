@@ -40,7 +40,7 @@ class BeamSearch:
         noise: draws the candidates without replacement instead of taking the best; None does not.
         fill_token: fills texts that ended before the longest.
         keep_scores, keep_logits: collect those of every step.
-        check_every: how often to ask whether all is found: on a GPU the answer costs a synchronisation.
+        check_every: steps from one question whether all is found to the next.
     """
 
     num_beams: int

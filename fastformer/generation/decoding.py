@@ -1,8 +1,7 @@
-"""The generation loop: prompt in, tokens out, one decoder step per token.
+"""``generate``: options and prompts are checked and completed, a decoder is chosen, and a search runs on it.
 
-Everything that does not change from token to token (checks, masks, buffers, the choice of decoder) happens before the
-loop. On a GPU the question whether all sequences have ended is asked every few tokens only, since the answer costs a
-synchronisation; surplus columns are cut off at the end.
+Everything that does not change from token to token (checks, masks, the choice of decoder and of processors) happens
+here, before the loops of :class:`TokenByToken` and :class:`BeamSearch`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,23 +20,13 @@ from .beam import BeamSearch
 from .decoder import decoder_for, encode
 from .outputs import GenerateOutput
 from .processors import Processor, Warp, processors_for
-from .sampling import Noise, Sampler, SeededNoise, generator_noise, prompt_keys
+from .sampling import Sampler, SeededNoise, generator_noise, prompt_keys
 from .stopping import Criterion, Stopping, check_stop_strings
+from .token_by_token import Streamer, TokenByToken
 
+# How often to ask whether all texts have ended: on a GPU the answer costs a synchronisation.
 STEPS_BETWEEN_CHECKS = {"cpu": 1}
 STEPS_BETWEEN_CHECKS_ELSEWHERE = 16
-
-
-class Streamer(Protocol):
-    """Receives tokens as they are made: :class:`fastformer.generation.TextStreamer`, or those of ``transformers``."""
-
-    def put(self, value: Tensor) -> None:
-        """First the prompts ``(B, S)``, then each step's tokens ``(B)``, on the CPU."""
-        ...
-
-    def end(self) -> None:
-        """No more tokens follow."""
-        ...
 
 
 def generate(
@@ -148,7 +137,7 @@ def generate(
             model, len(prompts) * repeats, limit, config.use_cache is not False, past_key_values, encoded
         )
         if beams > 1:
-            search = BeamSearch(
+            search: BeamSearch | TokenByToken = BeamSearch(
                 num_beams=beams,
                 num_return_sequences=config.num_return_sequences or 1,
                 length_penalty=DEFAULTS["length_penalty"] if config.length_penalty is None else config.length_penalty,
@@ -162,95 +151,31 @@ def generate(
                 keep_logits=keep_logits,
                 check_every=check_every,
             )
-            output = search(decoder, prompts, mask, limit)
         else:
-            output = _follow(
-                *(decoder, prompts, mask, limit, repeats, processors, sampler, noise, stopping),
-                *(pad_token, streamer, keep_scores, keep_logits, check_every),
+            search = TokenByToken(
+                repeats=repeats,
+                processors=processors,
+                sampler=sampler,
+                stopping=stopping,
+                noise=noise,
+                fill_token=pad_token,
+                streamer=streamer,
+                keep_scores=keep_scores,
+                keep_logits=keep_logits,
+                check_every=check_every,
             )
+        output = search(decoder, prompts, mask, limit)
     if not as_output:
         return output.sequences.clone()
     output.past_key_values = getattr(decoder, "past_key_values", None)
     return output
 
 
-def _follow(
-    decoder: Any,
-    prompts: Tensor,
-    mask: Tensor | None,
-    limit: int,
-    repeats: int,
-    processors: Sequence[Processor],
-    sampler: Sampler | None,
-    noise: Noise | None,
-    stopping: Stopping,
-    pad_token: int,
-    streamer: Streamer | None,
-    keep_scores: bool,
-    keep_logits: bool,
-    check_every: int,
-) -> GenerateOutput:
-    """One token after the other, the likeliest or a drawn one."""
-    length = prompts.shape[1]
-    rows = prompts.repeat_interleave(repeats, 0) if repeats > 1 else prompts
-    tokens = rows.new_full((len(rows), limit), pad_token)
-    tokens[:, :length] = rows
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    stops, looks_back = bool(stopping), stopping.looks_back
-    kept_scores: list[Tensor] = []
-    kept_logits: list[Tensor] = []
-    token = rows[:, -1]
-    if streamer is not None:
-        streamer.put(rows.cpu())
-    for position in range(length, limit):
-        if position == length:
-            scores = decoder.prefill(prompts, mask, repeats)
-        else:
-            scores = decoder.step(token)
-        if keep_logits:
-            kept_logits.append(scores.float())
-        if processors:
-            scores = scores.float()
-            for processor in processors:
-                scores = processor(tokens[:, :position], scores)
-        if sampler is None:
-            token = scores.argmax(1)
-            if keep_scores:
-                kept_scores.append(scores.float())
-        else:
-            shortlist = sampler(scores)
-            token = shortlist.draw(noise)
-            if keep_scores:
-                kept_scores.append(shortlist.scores(scores.shape[1]))
-        if stops:
-            token = torch.where(ended, pad_token, token)
-        tokens[:, position] = token
-        if streamer is not None:
-            streamer.put(token.cpu())
-        if looks_back:
-            ended |= stopping(tokens[:, : position + 1], tuple(kept_scores) if keep_scores else None)
-        elif stops:
-            ended |= stopping.is_end(token)
-        if stops and (position - length) % check_every == 0 and bool(ended.all()):
-            limit = position + 1
-            break
-    if streamer is not None:
-        streamer.end()
-    tokens = tokens[:, :limit]
-    if check_every > 1:
-        tokens = tokens[:, : length + stopping.length(tokens[:, length:])]
-    new = tokens.shape[1] - length
-    return GenerateOutput(
-        sequences=tokens,
-        scores=tuple(kept_scores[:new]) if keep_scores else None,
-        logits=tuple(kept_logits[:new]) if keep_logits else None,
-    )
-
-
 def _options(model: Any, passed: Any, options: dict[str, Any]) -> GenerationConfig:
     """What holds for this call: its arguments over ``passed`` over the model's configuration over the defaults."""
     # A model whose generation_config nobody has touched follows its configuration, which may still change.
     own = getattr(model, "_generation_config", None) or GenerationConfig.from_model_config(model.config)
+    passed = None if passed is None else GenerationConfig.of(passed)
     for config in (passed, own):
         unavailable = config.unavailable() if config is not None else {}
         if unavailable:

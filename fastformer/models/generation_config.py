@@ -130,6 +130,15 @@ class GenerationConfig:
         return cls(**known, extra={name: value for name, value in values.items() if name not in OPTIONS})
 
     @classmethod
+    def of(cls, value: Any) -> GenerationConfig:
+        """``value``, or the same options if it is a configuration of ``transformers``."""
+        if isinstance(value, cls):
+            return value
+        if not hasattr(value, "to_dict"):
+            raise TypeError(f"generation_config: expected a GenerationConfig, got {type(value).__name__}")
+        return cls.from_dict({name: entry for name, entry in value.to_dict().items() if entry is not None})
+
+    @classmethod
     def from_model_config(cls, config: Any) -> GenerationConfig:
         """The options among the entries of a model's configuration: its special tokens, and in old files more."""
         values = config.to_dict() if hasattr(config, "to_dict") else vars(config)

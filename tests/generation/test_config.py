@@ -102,6 +102,10 @@ def test_a_configuration_for_one_call():
     wanted = theirs.generate(ids, attention_mask=mask, generation_config=transformers.GenerationConfig(**options))
     given = {"attention_mask": mask, "generation_config": GenerationConfig(**options)}
     assert torch.equal(ours.generate(ids, **given), wanted)
+    theirs_given = {**given, "generation_config": transformers.GenerationConfig(**options)}
+    assert torch.equal(ours.generate(ids, **theirs_given), wanted)
+    with pytest.raises(TypeError, match=r"^generation_config: .* got dict"):
+        ours.generate(ids, generation_config=options)
     assert ours.generate(ids, max_new_tokens=2, **given).shape[1] == 11, "an argument goes first"
     ours.generation_config = transformers.GenerationConfig(eos_token_id=END, **options)
     assert torch.equal(ours.generate(ids, attention_mask=mask), wanted)
