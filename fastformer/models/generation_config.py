@@ -51,14 +51,17 @@ UNAVAILABLE: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "guidance_scale": (1, 1.0),
+    "max_time": (),
     "num_beam_groups": (1,),
     "penalty_alpha": (0.0,),
     "remove_invalid_values": (False,),
     "renormalize_logits": (False,),
     "sequence_bias": (),
     "suppress_tokens": (),
+    "token_healing": (False,),
     "top_h": (),
     "typical_p": (1.0,),
+    "watermarking_config": (),
 }
 
 

@@ -86,6 +86,50 @@ def test_streamed_text_is_the_text(kinds, tokenizer, pair):
             assert len(pieces) > 10
 
 
+def word_pieces():
+    """Llama's kind: a word carries its space as ▁, and the first one of a text loses it; bytes for what is unknown."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=299, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([TEXT.replace("😀", "")], trainer)
+    return tokenizer
+
+
+def test_spaces_survive_where_a_first_token_loses_its_own():
+    tokenizer = word_pieces()
+    text = "the lazy dog jumps over the brown fox, who is there? the quick"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    pieces = []
+    streamer = TextStreamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([ids[:4]]))
+    for token in ids[4:]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    continuation = text[len(tokenizer.decode(ids[:4])) :]
+    assert "".join(pieces) == continuation and len(pieces) > 10
+    assert to_text(ids, tokenizer, skip_prompt=4) == [continuation]
+
+
+@pytest.mark.parametrize("stop", [" over", "x, w", "dog j", "e", "q"])
+def test_a_stop_string_ends_at_its_token_wherever_the_spaces_are(stop):
+    from fastformer.generation.stopping import StopStrings
+
+    tokenizer = word_pieces()
+    text = "the lazy dog jumps over the brown fox, who is there? the quick"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    stops = StopStrings([stop], tokenizer)
+    ended = [stops.completed(ids[: n + 1]) for n in range(len(ids))]
+    assert ended.index(True) == next(n for n in range(len(ids)) if stop in tokenizer.decode(ids[: n + 1]))
+    assert sum(ended) == len({n for n in range(len(ids)) if tokenizer.decode(ids[: n + 1]).count(stop)
+                              > tokenizer.decode(ids[:n]).count(stop)})  # fmt: skip
+
+
 def test_a_streamer_gives_whole_characters_in_order_and_no_special_tokens(kinds):
     tokenizer = kinds["fastformer"]
     pieces = []
