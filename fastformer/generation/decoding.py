@@ -33,6 +33,7 @@ def generate(
     model: Any,
     input_ids: Tensor | None = None,
     *,
+    inputs: Tensor | None = None,
     attention_mask: Tensor | None = None,
     decoder_input_ids: Tensor | None = None,
     decoder_attention_mask: Tensor | None = None,
@@ -60,7 +61,7 @@ def generate(
         model: a causal language model such as :class:`fastformer.models.GPT2LMHeadModel`, or an encoder-decoder model
             (``config.is_encoder_decoder``) such as T5.
         input_ids: prompts ``(B, S)`` int64, shorter ones padded on the left (on either side for an encoder); default
-            one beginning-of-text token.
+            one beginning-of-text token. ``inputs`` is another name for it.
         attention_mask: ``(B, S)``, 0 at padding. Default: all 1, or 0 where ``input_ids`` is the padding token, if that
             is not also an end token.
         decoder_input_ids, decoder_attention_mask: what the decoder begins from ``(B, S)``, with the start token put
@@ -89,15 +90,19 @@ def generate(
         TypeError: an argument that does not exist, or of the wrong type; named.
         ValueError: an argument that does not fit, or more positions than the model has; named.
     """
+    if inputs is not None:
+        if input_ids is not None:
+            raise ValueError("inputs: is input_ids; give one of them")
+        input_ids = inputs
     config = _options(model, generation_config, options)
     _check(config, streamer, generator, seed)
     ends = given.check_tokens("eos_token_id", config.eos_token_id)
     strings = check_stop_strings(config.stop_strings, tokenizer)
-    inputs = given.inputs_for(model, input_ids, attention_mask, encoder_outputs, config, ends)
-    prompts, mask, name = inputs.ids, inputs.attention_mask, "attention_mask"
-    if inputs.has_encoder:
+    read = given.inputs_for(model, input_ids, attention_mask, encoder_outputs, config, ends)
+    prompts, mask, name = read.ids, read.attention_mask, "attention_mask"
+    if read.has_encoder:
         start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
-        prompts, mask = given.decoder_prompts(model, inputs.batch, start, decoder_input_ids, decoder_attention_mask)
+        prompts, mask = given.decoder_prompts(model, read.batch, start, decoder_input_ids, decoder_attention_mask)
         name = "decoder_attention_mask"
     elif decoder_input_ids is not None or encoder_outputs is not None:
         raise ValueError(f"decoder_input_ids, encoder_outputs: {type(model).__name__} has no encoder")
@@ -117,7 +122,7 @@ def generate(
         if seed is None:
             noise = generator_noise(generator)
         else:
-            keys = prompt_keys(seed, given.contents((inputs.ids, inputs.attention_mask), (prompts, mask)), repeats)
+            keys = prompt_keys(seed, given.contents((read.ids, read.attention_mask), (prompts, mask)), repeats)
             noise = SeededNoise(torch.tensor(keys, device=device))
     every_row = None if mask is None else mask.repeat_interleave(repeats, 0)
     processors = processors_for(config, length, ends, every_row, logits_processor)
@@ -132,7 +137,7 @@ def generate(
     # Tensors made in inference mode are of no use to autograd later, nor is a cache.
     leaves = as_output or past_key_values is not None
     with torch.no_grad() if leaves else torch.inference_mode(), _evaluating(model):
-        encoded = encode(model, inputs.ids, inputs.attention_mask, encoder_outputs) if inputs.has_encoder else None
+        encoded = encode(model, read.ids, read.attention_mask, encoder_outputs) if read.has_encoder else None
         decoder = decoder_for(
             model, len(prompts) * repeats, limit, config.use_cache is not False, past_key_values, encoded
         )
@@ -207,6 +212,8 @@ def _check(config: GenerationConfig, streamer: Any, generator: Any, seed: int | 
         raise ValueError("streamer: beam search changes its mind about tokens; use num_beams=1")
     if seed is not None and generator is not None:
         raise ValueError("seed: give either seed or generator, not both")
+    if seed is not None and not isinstance(seed, int):
+        raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
 
 
 def _sampler(config: GenerationConfig, ends: Sequence[int]) -> Sampler:

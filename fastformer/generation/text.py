@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..data.tokenizers import BPETokenizer, IncrementalDecoder, Tokenizer
@@ -29,7 +28,7 @@ def decode(tokenizer: Any, ids: Iterable[int], skip_special_tokens: bool = True)
 
 
 def to_text(
-    sequences: Tensor | Sequence[Sequence[int]],
+    sequences: Tensor | Sequence[Sequence[int]] | Sequence[int],
     tokenizer: Any,
     *,
     skip_prompt: Tensor | int = 0,
@@ -40,7 +39,7 @@ def to_text(
     """The texts of what ``generate`` returned.
 
     Args:
-        sequences: ``(B, S)`` token ids, or one text's ``(S)``.
+        sequences: ``(B, S)`` token ids, or one text's ``(S)``; lists may differ in length.
         tokenizer: of ``transformers``, ``tokenizers``, or :mod:`fastformer.data`.
         skip_prompt: the prompts given to ``generate``, or their length: so many columns are left out. In an
             encoder-decoder model there is no prompt in the result.
@@ -51,8 +50,9 @@ def to_text(
     Returns:
         One string per row.
     """
-    rows = torch.as_tensor(sequences)
-    rows = (rows[None] if rows.dim() == 1 else rows).tolist()
+    rows = sequences.tolist() if isinstance(sequences, Tensor) else list(sequences)
+    if rows and not isinstance(rows[0], Sequence):
+        rows = [rows]
     start = skip_prompt.shape[-1] if isinstance(skip_prompt, Tensor) else int(skip_prompt)
     if start < 0:
         raise ValueError(f"skip_prompt: {start} is negative")

@@ -357,3 +357,13 @@ def test_sample_says_when_there_is_nothing_to_draw_from():
         sample(torch.zeros(4))
     with pytest.raises(TypeError, match="input_ids"):
         models()[0].generate(torch.zeros(1, 3))
+    with pytest.raises(TypeError, match="seed"):
+        models()[0].generate(do_sample=True, seed="0")
+
+
+def test_inputs_is_input_ids():
+    ours, _ = models()
+    ids, _ = prompts((9,))
+    assert torch.equal(ours.generate(inputs=ids), ours.generate(ids))
+    with pytest.raises(ValueError, match="inputs"):
+        ours.generate(ids, inputs=ids)

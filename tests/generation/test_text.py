@@ -67,7 +67,8 @@ def test_text_is_cut_at_the_first_stop_string(kinds, tokenizer):
 
 def test_a_vocabulary_of_characters():
     tokenizer = CharTokenizer.from_text("abc ")
-    assert to_text([[1, 2, 3], [3, 2, 1]], tokenizer, skip_prompt=1) == ["bc", "ba"]
+    assert to_text([[1, 2, 3], [3, 2]], tokenizer, skip_prompt=1) == ["bc", "b"]
+    assert to_text([1, 2], tokenizer) == ["ab"] and to_text([], tokenizer) == []
 
 
 def test_streamed_text_is_the_text(kinds, tokenizer, pair):
