@@ -171,10 +171,11 @@ class T5Attention(JoinedLayers):
 
 
 class _T5Sublayer(torch_nn.Module):
-    """A norm before something. Takes the residual stream and a sublayer's output that is still to be added to it."""
+    """A norm before ``layer``. Takes the residual stream and a sublayer's output that is still to be added to it."""
 
-    def __init__(self, config: T5Config) -> None:
+    def __init__(self, config: T5Config, name: str, layer: torch_nn.Module) -> None:
         super().__init__()
+        self.add_module(name, layer)
         self.dropout_p = config.dropout_rate
         self.layer_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
@@ -186,8 +187,7 @@ class T5LayerSelfAttention(_T5Sublayer):
     """Norm and self-attention."""
 
     def __init__(self, config: T5Config, has_relative_attention_bias: bool, layer_idx: int) -> None:
-        super().__init__(config)
-        self.SelfAttention = T5Attention(config, False, has_relative_attention_bias, layer_idx)
+        super().__init__(config, "SelfAttention", T5Attention(config, False, has_relative_attention_bias, layer_idx))
 
     def forward(
         self,
@@ -207,8 +207,7 @@ class T5LayerCrossAttention(_T5Sublayer):
     """Norm and attention to the encoder's output."""
 
     def __init__(self, config: T5Config, layer_idx: int) -> None:
-        super().__init__(config)
-        self.EncDecAttention = T5Attention(config, True, layer_idx=layer_idx)
+        super().__init__(config, "EncDecAttention", T5Attention(config, True, layer_idx=layer_idx))
 
     def forward(
         self,
@@ -258,8 +257,7 @@ class T5LayerFF(_T5Sublayer):
     """Norm and feed-forward."""
 
     def __init__(self, config: T5Config) -> None:
-        super().__init__(config)
-        self.DenseReluDense = T5DenseReluDense(config)
+        super().__init__(config, "DenseReluDense", T5DenseReluDense(config))
 
     def forward(self, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """residual, delta ``(B, S, E)`` -> the same pair for the next layer."""
