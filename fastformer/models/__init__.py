@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .cache import EncoderDecoderCache, KVCache
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
+    from .llama import LlamaConfig, LlamaForCausalLM, LlamaModel
     from .pretrained import PreTrainedConfig, PreTrainedModel
     from .t5 import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
 
@@ -24,6 +25,9 @@ _MODULES = {
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
     "KVCache": "cache",
+    "LlamaConfig": "llama",
+    "LlamaForCausalLM": "llama",
+    "LlamaModel": "llama",
     "PreTrainedConfig": "pretrained",
     "PreTrainedModel": "pretrained",
     "T5Config": "t5",
@@ -31,9 +35,17 @@ _MODULES = {
     "T5ForConditionalGeneration": "t5",
     "T5Model": "t5",
 }
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "T5EncoderModel", "T5ForConditionalGeneration", "T5Model")
+_ARCHITECTURES = (
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5Model",
+)
 # config.json's model_type -> the class for a checkpoint that names no architecture.
-_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "t5": "T5ForConditionalGeneration"}
+_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "t5": "T5ForConditionalGeneration"}
 
 __all__ = [
     "EncoderDecoderCache",
@@ -41,6 +53,9 @@ __all__ = [
     "GPT2LMHeadModel",
     "GPT2Model",
     "KVCache",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LlamaModel",
     "PreTrainedConfig",
     "PreTrainedModel",
     "T5Config",

@@ -12,6 +12,9 @@ from .. import functional
 from ..functional.attention import check_buckets, relative_position_bucket
 from .rotary_scaling import inverse_frequencies, scaling_type
 
+FIRST_ROWS = 4096
+"""Of a table, at most, before a text asks for more: Llama 3.1's 131,072 positions would be 64 MiB."""
+
 
 class RotaryEmbedding(torch.nn.Module):
     """Rotates queries and keys by their positions (:func:`fastformer.functional.rotary_embedding`).
@@ -22,10 +25,11 @@ class RotaryEmbedding(torch.nn.Module):
     Args:
         dim: rotated dimensions, the head size or less.
         base: theta; pair i turns by ``base^(-2 i / dim)`` per position.
-        max_position_embeddings: rows of the first table; for ``scaling``, the length the model was trained on.
+        max_position_embeddings: for ``scaling``, the length the model was trained on; at most so many rows of a table
+            are made before they are needed.
         interleaved: pairs are neighbours (GPT-J) instead of halves (Llama, GPT-NeoX).
-        scaling: ``rope_scaling`` of a transformers configuration: "linear", "dynamic", "yarn" or "llama3"
-            (rotary_scaling.py).
+        scaling: ``rope_scaling`` of a transformers configuration: "linear", "dynamic", "yarn", "llama3", "longrope" or
+            "proportional" (rotary_scaling.py).
 
     Angles are computed in float32 as in transformers, in float64 for float64 queries.
     """
@@ -48,8 +52,13 @@ class RotaryEmbedding(torch.nn.Module):
         self.max_position_embeddings = max_position_embeddings
         self.scaling = None if scaling is None else dict(scaling)
         self.scaling_type = scaling_type(scaling)
-        self._scaled_for = max_position_embeddings  # the length whose frequencies "dynamic" uses
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        for name in ("short_factor", "long_factor"):
+            given = () if self.scaling is None else self.scaling.get(name, ())
+            if given and len(given) != dim // 2:
+                raise ValueError(f"scaling: {name} has {len(given)} numbers for {dim // 2} pairs")
+        self._scaled_for = max_position_embeddings  # the length whose frequencies "dynamic" and "longrope" use
+        self._tables: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
+        self._frequencies: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, float]] = {}
 
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base:g}, interleaved={self.interleaved}, scaling={self.scaling}"
@@ -58,30 +67,59 @@ class RotaryEmbedding(torch.nn.Module):
         """cos and sin ``(at least length, dim / 2)``, float32, or float64 for a ``dtype`` of float64."""
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._follow(length)
-        found = self._tables.get((device, dtype))
+        key = (device, dtype, self._scaled_for)
+        found = self._tables.get(key)
         if found is not None and len(found[0]) >= length:
             return found
         # Twice as long as before: texts that grow token by token would otherwise make it anew for each.
-        rows = max(length, self.max_position_embeddings, 2 * len(found[0]) if found is not None else 0)
-        frequencies, factor = inverse_frequencies(
-            self.dim, self.base, self.scaling, self.max_position_embeddings, self._scaled_for, dtype
-        )
-        angle = torch.arange(rows, device=device).to(dtype)[:, None] * frequencies.to(device)
-        self._tables[device, dtype] = made = (angle.cos() * factor, angle.sin() * factor)
+        rows = max(length, min(self.max_position_embeddings, FIRST_ROWS), 0 if found is None else 2 * len(found[0]))
+        with torch.inference_mode(False):  # training may need it after generation
+            made = self._rows(torch.arange(rows, device=device), dtype)
+        if _is_real(made[0]):
+            self._tables[key] = made
         return made
 
+    def rows(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin ``(*position_ids.shape, dim / 2)`` of any positions, computed for them; dtypes as in
+        :meth:`tables`.
+
+        "dynamic" and "longrope" follow the largest position, which waits for a GPU; while torch.compile traces, they
+        take the number of positions for it.
+        """
+        if self.scaling_type in ("dynamic", "longrope") and position_ids.numel():
+            compiling = torch.compiler.is_compiling()
+            self._follow(position_ids.shape[-1] if compiling else int(position_ids.max()) + 1)
+        return self._rows(position_ids, torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def _rows(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key = (positions.device, dtype, self._scaled_for)
+        found = self._frequencies.get(key)
+        if found is None:
+            with torch.inference_mode(False):
+                frequencies, factor = inverse_frequencies(
+                    self.dim, self.base, self.scaling, self.max_position_embeddings, self._scaled_for, dtype
+                )
+                found = frequencies.to(positions.device), factor
+            if _is_real(found[0]):
+                self._frequencies[key] = found
+        frequencies, factor = found
+        angle = positions[..., None].to(dtype) * frequencies
+        return angle.cos() * factor, angle.sin() * factor
+
     def _follow(self, length: int) -> None:
-        """For "dynamic": new frequencies for a text longer than any, the original ones again for one within them."""
-        if self.scaling_type != "dynamic":
-            return
-        scaled_for = self._scaled_for
-        if length > scaled_for:
-            scaled_for = length
-        elif length < self.max_position_embeddings:
-            scaled_for = self.max_position_embeddings
-        if scaled_for != self._scaled_for:
-            self._scaled_for = scaled_for
+        """Chooses the frequencies for a text of ``length`` where the scaling depends on it.
+
+        "dynamic": new ones for a text longer than any, the original ones again for one within them.
+        """
+        trained = self.max_position_embeddings
+        if self.scaling_type == "longrope":
+            assert self.scaling is not None
+            trained = self.scaling.get("original_max_position_embeddings") or trained
+            self._scaled_for = trained + 1 if length > trained else trained
+        elif self.scaling_type == "dynamic" and (length > self._scaled_for or length < trained < self._scaled_for):
+            self._scaled_for = max(length, trained)
             self._tables.clear()
+            self._frequencies.clear()
 
     def forward(
         self,
@@ -94,14 +132,15 @@ class RotaryEmbedding(torch.nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """q ``(B, Hq, S, D)``, k ``(B, Hkv, S, D)`` or None -> both rotated; arguments as in the function.
 
-        The largest of ``position_ids`` is looked up on a CPU, and elsewhere for "dynamic" only, because that waits for
-        the device: there call :meth:`tables` once if positions reach beyond ``max_position_embeddings``.
+        The largest of ``position_ids`` is looked up on a CPU, and elsewhere for "dynamic" and "longrope" only, because
+        that waits for the device: there call :meth:`tables` once if positions reach beyond ``max_position_embeddings``.
         """
         seqlen = q.shape[-2]
         given = position_ids if position_ids is not None else position_offset
+        follows = self.scaling_type in ("dynamic", "longrope")
         if not isinstance(given, Tensor):
             length = given + seqlen
-        elif given.numel() == 0 or torch.compiler.is_compiling() or (given.is_cuda and self.scaling_type != "dynamic"):
+        elif given.numel() == 0 or torch.compiler.is_compiling() or (given.is_cuda and not follows):
             length = self.max_position_embeddings
         else:
             length = int(given.max()) + (1 if position_ids is not None else seqlen)
@@ -263,6 +302,11 @@ class RelativePositionBias(torch.nn.Module):
         bucket = relative_position_bucket(distance, self.bidirectional, self.num_buckets, self.max_distance)
         by_distance = functional.embedding(bucket, self.weight).t()
         return by_distance.unfold(1, key_length, 1).flip(1)[None]
+
+
+def _is_real(table: Tensor) -> bool:
+    """Not one of a tracer's, which must not be kept."""
+    return type(table) is Tensor
 
 
 def _check_rows(x: Tensor, d_model: int) -> None:

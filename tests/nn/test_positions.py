@@ -30,6 +30,7 @@ SCALINGS = {
         "original_max_position_embeddings": 32,
         "attention_factor": 1.25,
     },
+    "yarn, factor from the lengths": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16},
     "llama3": {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -37,6 +38,26 @@ SCALINGS = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1 + 0.01 * i for i in range(16)],
+        "long_factor": [1 + 0.7 * i for i in range(16)],
+        "original_max_position_embeddings": 48,
+    },
+    "longrope, factor": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 16,
+        "long_factor": [3.0] * 16,
+        "original_max_position_embeddings": 48,
+        "factor": 7.0,
+    },
+    "longrope, attention factor": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 16,
+        "long_factor": [3.0] * 16,
+        "attention_factor": 1.5,
+    },
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.4, "factor": 2.0},
 }
 
 
@@ -59,7 +80,9 @@ def test_tables_are_those_of_transformers(name, length):
     ours = module.tables(length, torch.device("cpu"), torch.bfloat16)
     for mine, theirs in zip(ours, table_of_transformers(SCALINGS[name], length), strict=True):
         assert mine.dtype == torch.float32
-        torch.testing.assert_close(mine[:length], theirs, rtol=0, atol=3e-5)  # angles up to 200, rounded to float32
+        assert torch.equal(mine[:length], theirs)
+    computed = module.rows(torch.arange(length)[None], torch.float16)
+    assert all(torch.equal(mine[0], table[:length]) for mine, table in zip(computed, ours, strict=True))
 
 
 def test_rotates_by_its_tables_and_extends_them():
@@ -91,6 +114,35 @@ def test_dynamic_scaling_follows_the_length_and_returns():
     assert torch.equal(module(short)[0], unscaled(short)[0]) and torch.equal(module(long)[0], first)
 
 
+def test_longrope_chooses_by_the_length_of_each_text():
+    module = nn.RotaryEmbedding(32, max_position_embeddings=64, scaling=SCALINGS["longrope"])
+    short, long = (module.rows(torch.arange(n), torch.float32)[0] for n in (48, 49))
+    assert not torch.allclose(short[40], long[40])
+    q = torch.randn(1, 1, 60, 32)
+    for length in (48, 60, 48, 60):
+        x = q[:, :, :length]
+        cos, sin = module.rows(torch.arange(length), torch.float32)
+        assert torch.equal(module(x)[0], F.rotary_embedding(x, None, cos, sin)[0])
+
+
+def test_tables_made_while_generating_serve_training():
+    module = nn.RotaryEmbedding(8)
+    with torch.inference_mode():
+        module(torch.randn(1, 1, 3, 8))
+        module.rows(torch.arange(3), torch.float32)
+    q = torch.randn(1, 1, 3, 8, requires_grad=True)
+    module(q)[0].sum().backward()
+    cos, sin = module.rows(torch.arange(3), torch.float32)
+    F.rotary_embedding(q, None, cos, sin)[0].sum().backward()
+    assert torch.isfinite(q.grad).all()
+
+
+def test_long_tables_are_made_when_they_are_needed():
+    module = nn.RotaryEmbedding(8, max_position_embeddings=131072)
+    assert len(module.tables(5, torch.device("cpu"), torch.float32)[0]) == 4096
+    assert len(module.tables(5000, torch.device("cpu"), torch.float32)[0]) == 8192
+
+
 def test_rotary_module_has_no_state_and_can_be_copied():
     module = nn.RotaryEmbedding(8, scaling=SCALINGS["llama3"])
     q = torch.randn(1, 2, 3, 8)
@@ -113,6 +165,12 @@ BAD = {
     "'linear' needs factor": lambda: nn.RotaryEmbedding(8, scaling={"rope_type": "linear"}),
     "'linear' has no beta_fast": lambda: nn.RotaryEmbedding(
         8, scaling={"rope_type": "linear", "factor": 2.0, "beta_fast": 1}
+    ),
+    "'longrope' needs long_factor": lambda: nn.RotaryEmbedding(
+        8, scaling={"rope_type": "longrope", "short_factor": [1.0] * 4}
+    ),
+    "long_factor has 3 numbers for 4 pairs": lambda: nn.RotaryEmbedding(
+        8, scaling={"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 3}
     ),
     "length, dim, offset: -1, 4, 0": lambda: F.sinusoidal_positions(-1, 4),
     "base: 0 is not positive": lambda: F.sinusoidal_positions(3, 4, base=0),
