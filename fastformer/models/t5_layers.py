@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM, RelativeBias
 from ..nn._joined import LINEAR, JoinedLayers
-from ..nn._plain import is_plain
+from ..nn.submodules import is_plain
 from . import blocks
 from .blocks import activate, attend, feed_forward, gated, gated_feed_forward
 from .cache import EncoderDecoderCache

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import nn
 from ..functional.attention import RelativeBias, check_buckets
-from ..nn._plain import is_plain
+from ..nn.submodules import is_plain
 from .activations import check_activation
 from .blocks import added
 from .cache import EncoderDecoderCache
