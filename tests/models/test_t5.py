@@ -260,6 +260,20 @@ def test_dropout():
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
 
 
+def test_the_probability_of_a_dropout_can_be_changed():
+    """With 1 in place of the rate, what a layer adds is nothing."""
+    ours, theirs = ours_of(theirs_of()), theirs_of()
+    wanted = ours(**inputs()).logits
+    paths = [f"{stack}.block.{i}.layer.{j}" for stack, j in (("encoder", 1), ("decoder", 1)) for i in (0, 1)]
+    for model in (ours.train(), theirs.train()):
+        for path in paths:
+            model.get_submodule(path).dropout.p = 1.0
+        model.decoder.block[1].layer[2].DenseReluDense.dropout.p = 1.0
+    found = ours(**inputs()).logits
+    torch.testing.assert_close(found, theirs(**inputs()).logits, rtol=1e-4, atol=1e-4)
+    assert (found - wanted).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("proj", ["relu", "gated-gelu"])
 def test_dropout_is_where_transformers_has_it(proj):
     """Each sequence of a batch has masks of its own: over many equal ones, outputs have the same mean and spread."""
@@ -339,6 +353,9 @@ LAYERS = [
     "decoder.block.1.layer.1.EncDecAttention.o",
     "decoder.block.1.layer.1.layer_norm",
     "decoder.block.1.layer.2.DenseReluDense",
+    "decoder.block.1.layer.2.DenseReluDense.dropout",
+    "decoder.block.1.layer.0.dropout",
+    "decoder.dropout",
     "lm_head",
 ]
 
