@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from .bert import BertConfig, BertModel
+    from .bert_heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
     from .cache import EncoderDecoderCache, KVCache
+    from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
     from .llama import LlamaConfig, LlamaForCausalLM, LlamaModel
     from .pretrained import PreTrainedConfig, PreTrainedModel
@@ -20,10 +23,16 @@ if TYPE_CHECKING:
 
 # Where each public name lives.
 _MODULES = {
+    "BertConfig": "bert",
+    "BertForMaskedLM": "bert_heads",
+    "BertForSequenceClassification": "bert_heads",
+    "BertForTokenClassification": "bert_heads",
+    "BertModel": "bert",
     "EncoderDecoderCache": "cache",
     "GPT2Config": "gpt2",
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
+    "GenerationConfig": "generation_config",
     "KVCache": "cache",
     "LlamaConfig": "llama",
     "LlamaForCausalLM": "llama",
@@ -36,6 +45,10 @@ _MODULES = {
     "T5Model": "t5",
 }
 _ARCHITECTURES = (
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
     "GPT2LMHeadModel",
     "GPT2Model",
     "LlamaForCausalLM",
@@ -45,13 +58,24 @@ _ARCHITECTURES = (
     "T5Model",
 )
 # config.json's model_type -> the class for a checkpoint that names no architecture.
-_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "t5": "T5ForConditionalGeneration"}
+_DEFAULTS = {
+    "bert": "BertModel",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+}
 
 __all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
     "EncoderDecoderCache",
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "GenerationConfig",
     "KVCache",
     "LlamaConfig",
     "LlamaForCausalLM",
