@@ -335,6 +335,31 @@ def test_compiles_to_one_graph():
         torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_each_text():
+    """torch.func.vmap over torch.func.grad, with a mask."""
+    ours, given = ours_of(theirs_of(dtype=torch.float64)), inputs()
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+
+    def loss(parameters, given):
+        return torch.func.functional_call(ours, parameters, (), {k: v[None] for k, v in given.items()}).loss
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, given)
+    for i in range(3):
+        for name, gradient in gradients(ours, **{k: v[i : i + 1] for k, v in given.items()})[1].items():
+            torch.testing.assert_close(each[name][i], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_exports_with_any_batch_size():
+    ours = ours_of(theirs_of(num_layers=1, feed_forward_proj="gated-gelu"))
+    given = {"input_ids": ids(), "attention_mask": mask("right"), "decoder_input_ids": ids(length=9, seed=2)}
+    shapes = {name: {0: torch.export.Dim("batch", min=2, max=8)} for name in given}
+    program = torch.export.export(ours, (), {**given, "use_cache": False}, dynamic_shapes={**shapes, "use_cache": None})
+    given = {name: t[:2] for name, t in given.items()} | {"use_cache": False}
+    mine, exported = ours(**given), program.module()(**given)
+    assert exported.keys() == mine.keys() == ("logits", "encoder_last_hidden_state")
+    torch.testing.assert_close(exported.logits, mine.logits, rtol=1e-4, atol=1e-4)
+
+
 # ---- what users do to models -----------------------------------------------------------------------------------------
 
 LAYERS = [
