@@ -134,6 +134,10 @@ GOALS: tuple[Goal, ...] = (
     Goal("training_step", "eager", speedup=1.2, where=THE_DEMO),
     Goal("training_step", "transformers", speedup=2.0, where=GPT2_BF16),
     Goal("training_step", "compile", speedup=1.3, where=GPT2_BF16),
+    *(
+        Goal("t5", "transformers", peers=("eager", "transformers"), speedup=n, where={"dtype": dtype})
+        for dtype, n in (("float32", 1.3), ("bfloat16", 2.0))
+    ),
     Goal("generation", "eager", speedup=3.0),
     # Python between the call and the kernel.
     Goal("overhead", "bare", extra_us=3.0, where={"variant": "inference"}),
