@@ -129,6 +129,7 @@ GOALS: tuple[Goal, ...] = (
     Goal("training_step", "transformers", speedup=2.0, where=GPT2_BF16),
     Goal("training_step", "compile", speedup=1.3, where=GPT2_BF16),
     Goal("generation", "eager", speedup=3.0),
+    Goal("llama", "eager", speedup=1.0),
     # Python between the call and the kernel.
     Goal("overhead", "bare", extra_us=3.0, where={"variant": "inference"}),
     Goal("overhead", "bare", extra_us=8.0, where={"variant": "with gradient"}),

@@ -460,6 +460,23 @@ FF_KERNEL(cuda, decode_attention, ff_decode_attention_args);
 FF_WORKSPACE(cpu, decode_attention, ff_decode_attention_args);
 FF_WORKSPACE(cuda, decode_attention, ff_decode_attention_args);
 
+/* ---- linear ----------------------------------------------------------------------------------------------------------
+ * out = x weight^T + start for a few rows, the weight read once for all of them (eight at a time). Sums are float32.
+ * FF_FLOAT32, FF_BFLOAT16 and FF_FLOAT16. */
+typedef struct ff_linear_args {
+  ff_dtype dtype;            /* of x, weight, start, out */
+  int64_t rows, in_features, out_features;
+  int64_t x_stride, start_stride, out_stride; /* between rows; start_stride 0: one row, a bias */
+  int64_t weight_stride[2];  /* of (out_features, in_features); one of them is 1 */
+  const void* x;             /* (rows, in_features) */
+  const void* weight;        /* (out_features, in_features) */
+  const void* start;         /* (rows, out_features) or NULL; may be out */
+  void* out;                 /* (rows, out_features) */
+  void* workspace;
+} ff_linear_args;
+FF_KERNEL(cpu, linear, ff_linear_args);
+FF_WORKSPACE(cpu, linear, ff_linear_args);
+
 /* ---- decoder_step ----------------------------------------------------------------------------------------------------
  * One token through a whole pre-norm GPT-2 decoder with a key/value cache, for each of `batch` sequences:
  * x = wte[token] + wpe[position]; per layer x += proj(attention(ln_1(x))), x += fc2(gelu(fc1(ln_2(x)))); logits =

@@ -359,6 +359,20 @@ PYBIND11_MODULE(FF_MODULE, m) {
     decode_attention(ff::decode_attention_args(tensors, options));
   });
 
+  // a (M, K) times b (K, N), one of whose strides is 1, plus start (M, N) or (N) or None, into out (M, N).
+  m.def("linear", [](py::handle a_, py::handle b_, py::handle start_, py::handle out_) {
+    const ff::Tensor a(a_), b(b_), start(start_), out(out_);
+    ff_linear_args args{};
+    args.dtype = ff_dtype(a.dtype), args.rows = a.shape[0], args.in_features = a.shape[1];
+    args.out_features = b.shape[1], args.weight_stride[0] = b.stride[1], args.weight_stride[1] = b.stride[0];
+    args.x_stride = a.stride[0], args.out_stride = out.stride[0];
+    args.start_stride = start.ndim == 2 ? start.stride[0] : 0;
+    args.x = a.data, args.weight = b.data, args.start = start.data, args.out = out.data;
+    const Scratch scratch(ff_cpu_linear_workspace(&args));
+    args.workspace = scratch.data;
+    run(ff_cpu_linear, args);
+  });
+
   m.def("decoder_step_workspace", [](int64_t batch, int64_t num_layers, int64_t hidden_size, int64_t num_heads,
                                      int64_t intermediate_size, int64_t vocab_size, int64_t max_seqlen) {
     ff_decoder_step_args a{};

@@ -175,7 +175,8 @@ class _AttentionPacked(torch.autograd.Function):
     def backward(ctx, dout):
         qkv, out, lse, *tensors = ctx.saved_tensors
         options = ctx.options.with_tensors(tensors) if tensors else ctx.options
-        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        # In qkv's own layout, (S, B, ...) for one: the projection it comes from then takes it without a copy.
+        dqkv = torch.empty_like(qkv if qkv.stride(-1) == 1 else qkv.contiguous())
         grads = unpack(dqkv)
         backward(ctx.kernels, dout.transpose(1, 2), None, *unpack(qkv), out, lse, options, (False, False), *grads)
         return dqkv, None

@@ -193,12 +193,7 @@ def distance_bias(relative: RelativeBias, heads: int, longest: int, q: Tensor) -
         raise ValueError(
             f"relative_bias: the table's shape {tuple(table.shape)} is not (num_buckets, Hq) = {(num_buckets, heads)}"
         )
-    exact = num_buckets // (4 if bidirectional else 2)
-    if exact < 1 or max_distance <= exact:
-        raise ValueError(
-            f"relative_bias: num_buckets {num_buckets} and max_distance {max_distance} do not go together; expected at"
-            f" least {4 if bidirectional else 2} buckets and a max_distance over {exact}"
-        )
+    check_buckets("relative_bias: num_buckets", bidirectional, num_buckets, max_distance)
     _checks.same_device("relative_bias", table, "q", q)
     most = max(1, min(max_distance, longest))
     # What is cached must be a real tensor, not one of a tracer's.
@@ -207,6 +202,17 @@ def distance_bias(relative: RelativeBias, heads: int, longest: int, q: Tensor) -
     table = table.to(acc_dtype(q.dtype))
     # A product with zeros and ones, not an index: its gradient is then a sum in a fixed order on every device.
     return (table.t()[:, :, None] * select.to(table.dtype)).sum(1)
+
+
+def check_buckets(name: str, bidirectional: bool, num_buckets: int, max_distance: int) -> None:
+    """Raises a ValueError, which begins with ``name``, for buckets that no distance or every distance falls into."""
+    least = 4 if bidirectional else 2
+    exact = num_buckets // least
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            f"{name} {num_buckets} and max_distance {max_distance} do not go together; expected at least {least}"
+            f" buckets and a max_distance over {exact}"
+        )
 
 
 def relative_position_bucket(distance: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:

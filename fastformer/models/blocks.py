@@ -21,35 +21,13 @@ from .. import functional, nn
 from ..backends.registry import report_unfused
 from ..functional.attention import MAX_HEAD_DIM, RelativeBias, relative_position_bucket
 from ..nn._plain import is_plain
+from ..nn.norm import add_norm
+from ..nn.norm import add_residual as added
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .conv1d import Conv1D
 
 LINEAR = (torch_nn.Linear, nn.Linear, Conv1D)
-
-
-def add_norm(
-    norm: nn.LayerNorm | nn.RMSNorm, delta: Tensor | None, residual: Tensor, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """(norm(residual + dropout(delta)), residual + dropout(delta)); without ``delta`` the residual is the sum."""
-    if delta is None:
-        return norm(residual), residual
-    if delta.dtype != residual.dtype:  # under autocast: half-precision matmuls beside a float32 residual stream
-        delta = delta.to(residual.dtype)
-    if is_plain(norm, nn.LayerNorm):
-        return functional.add_layer_norm(
-            delta, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
-        )
-    if is_plain(norm, nn.RMSNorm):
-        return functional.add_rms_norm(
-            delta, residual, norm.normalized_shape, norm.weight, norm.eps, dropout_p=dropout_p
-        )
-    summed = added(delta, residual, dropout_p)
-    return norm(summed), summed
-
-
-def added(delta: Tensor | None, residual: Tensor, dropout_p: float) -> Tensor:
-    """residual + dropout(delta)."""
-    return residual if delta is None else residual + F.dropout(delta, dropout_p)
+__all__ = ["LINEAR", "activate", "add_norm", "added", "attend", "feed_forward"]
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -7,7 +7,9 @@ from .feed_forward import FeedForward, GatedFeedForward
 from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
-from .positions import LearnedPositionalEncoding, RotaryEmbedding, SinusoidalPositionalEncoding
+from .positions import LearnedPositionalEncoding, RelativePositionBias, RotaryEmbedding, SinusoidalPositionalEncoding
+from .transformer import Transformer, TransformerDecoder, TransformerEncoder
+from .transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GELU",
@@ -23,8 +25,14 @@ __all__ = [
     "MultiheadAttention",
     "RMSNorm",
     "ReLU",
+    "RelativePositionBias",
     "RotaryEmbedding",
     "SiLU",
     "SinusoidalPositionalEncoding",
     "Softmax",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]

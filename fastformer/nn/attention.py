@@ -8,6 +8,7 @@ place, and its backward writes one packed gradient. With weights wanted they are
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch.nn.functional import dropout, pad
 from .. import functional
 from ..backends import matmul
 from ..backends.registry import report_unfused
+from ..functional import _checks
 from ..functional.attention import MAX_HEAD_DIM
-from ..functional.linear import linear
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -82,34 +83,34 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises:
             ValueError, TypeError: a shape or dtype that does not fit, naming the argument.
         """
-        if query.is_nested or key.is_nested or value.is_nested:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
+            try:  # torch's function for such tensors, where it has one
+                return super().forward(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                )
+            except AssertionError as error:
+                raise ValueError(f"query, key, value: nested tensors are not taken here. {error}") from None
         self._check_inputs(query, key, value, key_padding_mask, attn_mask, is_causal)
         self_attention = query is key and key is value
         batched = query.dim() == 3
+        sequence_first = batched and not self.batch_first
         if not batched:
-            query, key, value = (x[None] for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        elif not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-
-        length, source = query.shape[1], key.shape[1]
+        length, source = (x.shape[0 if sequence_first else -2] for x in (query, key))
         extended = self.bias_k is not None or self.add_zero_attn
         dropout_p = self.dropout if self.training else 0.0
         causal = is_causal and length == source and not extended
         fusible = not need_weights and self.head_dim <= MAX_HEAD_DIM
         plain = (attn_mask is None or causal) and (key_padding_mask is None or key_padding_mask.dtype == torch.bool)
         weights = None
-        if fusible and plain and self_attention and self._qkv_same_embed_dim and not extended:
-            qkv = linear(query, self.in_proj_weight, self.in_proj_bias)
-            qkv = qkv.unflatten(2, (3, self.num_heads, self.head_dim))
+        if fusible and plain and self_attention and self.packs_qkv:
+            qkv = self._packed_qkv(query)
+            qkv = qkv.transpose(0, 1) if sequence_first else qkv if batched else qkv[None]
             out = functional.attention_qkvpacked(
                 qkv, causal=causal, key_padding_mask=key_padding_mask, dropout_p=dropout_p
             )
         else:
-            q, k, v = self._project(query, key, value, self_attention)
+            q, k, v = (self._by_head(x, sequence_first) for x in self._project(query, key, value))
             if extended:
                 k, v = self._extend(k, v)
                 extra = k.shape[2] - source
@@ -126,33 +127,65 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 mask = _merged_mask(key_padding_mask, attn_mask, self.num_heads, q.dtype)
                 out, weights = _explicit_attention(q, k, v, mask, dropout_p)
             out = out.transpose(1, 2)
-        out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        # Back in the query's layout before the projection, so that its result is contiguous.
+        out = out.transpose(0, 1) if sequence_first else out if batched else out[0]
+        out = self._merge_heads(out)
+        if weights is None:
+            return out, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return out, weights if batched else weights[0]
 
-        if need_weights and weights is not None:
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            weights = None
-        if not batched:
-            return out[0], None if weights is None else weights[0]
-        return out if self.batch_first else out.transpose(0, 1), weights
+    @property
+    def packs_qkv(self) -> bool:
+        """Whether one matmul gives q, k and v of equal lengths for the kernels to read in place."""
+        extended = self.bias_k is not None or self.add_zero_attn
+        return self._qkv_same_embed_dim and not extended and self.head_dim <= MAX_HEAD_DIM
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, self_attention: bool) -> tuple[Tensor, ...]:
-        """q ``(N, H, L, D)``, k and v ``(N, H, S, D)``."""
+    def attend_packed(self, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Self-attention within each of the sequences laid end to end in rows ``(total, E)``, without padding.
+
+        Args:
+            cu_seqlens, max_seqlen: as in :func:`fastformer.functional.attention_varlen`. The module must ``packs_qkv``.
+        """
+        q, k, v = self._packed_qkv(rows).unbind(1)
+        out = functional.attention_varlen(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=self.dropout if self.training else 0.0
+        )
+        assert isinstance(out, Tensor)  # not a pair: return_lse is off
+        return self._merge_heads(out)
+
+    def _packed_qkv(self, x: Tensor) -> Tensor:
+        """x ``(*, E)`` -> ``(*, 3, H, D)``."""
+        projected = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return projected.unflatten(-1, (3, self.num_heads, self.head_dim))
+
+    def _merge_heads(self, out: Tensor) -> Tensor:
+        """The output projection: ``(*, H, D)`` -> ``(*, E)``."""
+        return functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+
+    def _by_head(self, x: Tensor, sequence_first: bool) -> Tensor:
+        """``(N, L, E)``, ``(L, N, E)`` or ``(L, E)`` -> ``(N, H, L, D)``, a view."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            return x.transpose(0, 1)[None]
+        return x.permute(1, 2, 0, 3) if sequence_first else x.transpose(1, 2)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
+        """q, k and v, each in the layout it came in."""
         embed, bias = self.embed_dim, self.in_proj_bias
-        if self._qkv_same_embed_dim and self_attention:
-            projected = linear(query, self.in_proj_weight, bias).chunk(3, 2)
-        elif self._qkv_same_embed_dim and key is value:
+        if self._qkv_same_embed_dim and query is key and key is value:
+            return functional.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+        if self._qkv_same_embed_dim and key is value:
             weights = self.in_proj_weight.split((embed, 2 * embed))
             biases = (None, None) if bias is None else bias.split((embed, 2 * embed))
-            projected = (linear(query, weights[0], biases[0]), *linear(key, weights[1], biases[1]).chunk(2, 2))
+            q, kv = map(functional.linear, (query, key), weights, biases)
+            return q, *kv.chunk(2, -1)
+        if self._qkv_same_embed_dim:
+            weights = self.in_proj_weight.chunk(3)
         else:
-            if self._qkv_same_embed_dim:
-                weights = self.in_proj_weight.chunk(3)
-            else:
-                weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            projected = tuple(map(linear, (query, key, value), weights, biases))
-        return tuple(x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected)
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return tuple(map(functional.linear, (query, key, value), weights, biases))
 
     def _extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends the learned key and value of ``add_bias_kv``, then the zeros of ``add_zero_attn``."""
@@ -173,6 +206,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> None:
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            _checks.tensor(name, x)
         layout = "(N, L, E)" if self.batch_first else "(L, N, E)"
         if query.dim() not in (2, 3):
             raise ValueError(f"query: {query.dim()} dimensions; expected {layout} or (L, E)")
@@ -190,21 +225,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             batch, length, source = query.shape[batch_dim], query.shape[sequence_dim], key.shape[sequence_dim]
             if key.shape[batch_dim] != batch:
                 raise ValueError(f"key: batch size {key.shape[batch_dim]} is not query's {batch}")
-        if key_padding_mask is not None:
-            expected = (source,) if query.dim() == 2 else (batch, source)
-            if key_padding_mask.shape != expected:
-                raise ValueError(f"key_padding_mask: shape {tuple(key_padding_mask.shape)} is not {expected}")
-        if attn_mask is not None:
-            accepted = ((length, source), (batch * self.num_heads, length, source))
-            if tuple(attn_mask.shape) not in accepted:
-                raise ValueError(
-                    f"attn_mask: shape {tuple(attn_mask.shape)} is neither {accepted[0]} nor {accepted[1]}"
-                )
-        elif is_causal:
+        check_mask("key_padding_mask", key_padding_mask, (source,) if query.dim() == 2 else (batch, source))
+        check_mask("attn_mask", attn_mask, (length, source), (batch * self.num_heads, length, source))
+        if is_causal and attn_mask is None:
             raise ValueError("is_causal: is a promise about attn_mask, which is None; pass the causal mask as well")
-        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"{name}: dtype {mask.dtype} is neither bool nor floating point")
+
+
+def check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """``mask`` is None, or bool or floating point and of one of ``shapes``."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(f"{name}: {getattr(mask, 'dtype', type(mask).__name__)} is neither bool nor floating point")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name}: shape {tuple(mask.shape)} is not {' or '.join(map(str, shapes))}")
 
 
 def _masks(
@@ -213,15 +247,15 @@ def _masks(
     """Both masks as arguments of :func:`fastformer.functional.attention`."""
     numbers = [m for m in (key_padding_mask, attn_mask) if m is not None and m.dtype != torch.bool]
     if not numbers:
-        mask = None if attn_mask is None else ~_by_head(attn_mask, num_heads)
+        mask = None if attn_mask is None else ~_mask_by_head(attn_mask, num_heads)
         return {"key_padding_mask": key_padding_mask, "attn_mask": mask}
     if key_padding_mask is not None and key_padding_mask.dtype == torch.bool:
         assert attn_mask is not None
-        return {"key_padding_mask": key_padding_mask, "bias": _by_head(attn_mask, num_heads).to(dtype)}
+        return {"key_padding_mask": key_padding_mask, "bias": _mask_by_head(attn_mask, num_heads).to(dtype)}
     return {"bias": _merged_mask(key_padding_mask, attn_mask, num_heads, dtype)}
 
 
-def _by_head(attn_mask: Tensor, num_heads: int) -> Tensor:
+def _mask_by_head(attn_mask: Tensor, num_heads: int) -> Tensor:
     """(L, S) or (N * num_heads, L, S) -> (1, 1, L, S) or (N, num_heads, L, S)."""
     return attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, num_heads))
 
@@ -232,11 +266,16 @@ def _merged_mask(
     """Both masks as one to add to the scores, broadcastable to (N, num_heads, L, S); None if there is none."""
     parts = []
     if attn_mask is not None:
-        parts.append(_by_head(attn_mask, num_heads))
+        parts.append(_mask_by_head(attn_mask, num_heads))
     if key_padding_mask is not None:
         parts.append(key_padding_mask[:, None, None, :])
-    added = [torch.zeros_like(m, dtype=dtype).masked_fill(m, -math.inf) if m.dtype == torch.bool else m for m in parts]
+    added = [added_mask(m, dtype) for m in parts]
     return sum(added[1:], added[0]).to(dtype) if added else None
+
+
+def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask, True = ignored, as numbers to be added to the scores; one of numbers as it is."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
 
 
 def _explicit_attention(

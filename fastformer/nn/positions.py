@@ -1,4 +1,4 @@
-"""Position encodings as modules: rotary, sinusoidal and learned."""
+"""Position encodings as modules: rotary, sinusoidal, learned, and T5's relative bias."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..functional.attention import check_buckets, relative_position_bucket
 from .rotary_scaling import inverse_frequencies, scaling_type
 
 FIRST_ROWS = 4096
@@ -237,6 +238,70 @@ class LearnedPositionalEncoding(torch.nn.Module):
         if not 0 <= position_offset <= end <= max_len:
             raise IndexError(f"position_offset: positions {position_offset} .. {end - 1} of {max_len}")
         return self.dropout(x + self.weight[position_offset:end])
+
+
+class RelativePositionBias(torch.nn.Module):
+    """T5's learned bias: a number per head and range of distances (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+
+    ``attention(q, k, v, relative_bias=module.relative_bias)`` adds it inside the kernel, which needs no memory for it;
+    calling the module gives the tensor that is added, for attention of another making.
+
+    Args:
+        num_buckets: ranges of distances; half of them hold one distance each, the others grow logarithmically.
+        max_distance: from this distance on all keys share the last bucket.
+        num_heads: query heads.
+        bidirectional: keys after the query have buckets of their own (an encoder's); otherwise they share the first.
+        device, dtype: of ``weight``, which starts normally distributed with a deviation of 0.02.
+
+    State: ``weight (num_buckets, num_heads)``, a T5 checkpoint's ``relative_attention_bias.weight``.
+    """
+
+    def __init__(
+        self,
+        num_buckets: int,
+        max_distance: int,
+        num_heads: int,
+        bidirectional: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_buckets("num_buckets:", bidirectional, num_buckets, max_distance)
+        if num_heads < 1:
+            raise ValueError(f"num_heads: {num_heads} is not positive")
+        self.num_buckets, self.max_distance, self.num_heads = num_buckets, max_distance, num_heads
+        self.bidirectional = bool(bidirectional)
+        self.weight = torch.nn.Parameter(torch.empty(num_buckets, num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws ``weight`` anew."""
+        torch.nn.init.normal_(self.weight, std=0.02)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_buckets}, {self.max_distance}, {self.num_heads}, bidirectional={self.bidirectional}"
+
+    @property
+    def relative_bias(self) -> functional.RelativeBias:
+        """What :func:`fastformer.functional.attention` takes; there query i is at position i + Sk - Sq."""
+        return functional.RelativeBias(self.weight, self.bidirectional, self.num_buckets, self.max_distance)
+
+    def forward(self, query_length: int, key_length: int, query_offset: int = 0) -> Tensor:
+        """The bias ``(1, num_heads, query_length, key_length)`` in the dtype of ``weight``.
+
+        Args:
+            query_length, key_length: at least 1.
+            query_offset: position of the first query, that of the first key being 0: the tokens in a cache.
+        """
+        if query_length < 1 or key_length < 1:
+            raise ValueError(f"query_length, key_length: {query_length} and {key_length} are not both positive")
+        # One row per distance, not per pair of positions; each query then reads a window of those rows.
+        first = 1 - query_length - query_offset
+        distance = torch.arange(first, key_length - query_offset, device=self.weight.device)
+        bucket = relative_position_bucket(distance, self.bidirectional, self.num_buckets, self.max_distance)
+        by_distance = functional.embedding(bucket, self.weight).t()
+        return by_distance.unfold(1, key_length, 1).flip(1)[None]
 
 
 def _is_real(table: Tensor) -> bool:

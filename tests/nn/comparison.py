@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def assert_as_accurate(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+def assert_as_accurate(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, *, roundings: int = 8) -> None:
     """|ours - exact| <= 2 |theirs - exact| + a few roundings of the largest value."""
     assert ours.shape == theirs.shape, f"{name}: shape {tuple(ours.shape)}, torch {tuple(theirs.shape)}"
     assert ours.dtype == theirs.dtype, f"{name}: dtype {ours.dtype}, torch {theirs.dtype}"
@@ -21,7 +21,7 @@ def assert_as_accurate(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -
     if ours.dtype == torch.float64:  # torch's own error counts as 0 there; the difference is in the order of additions
         tiny = 1e-12 * max(exact.abs().max().item(), 1.0)
     else:
-        tiny = 8 * torch.finfo(ours.dtype).eps * max(exact.abs().max().item(), 1e-3)
+        tiny = roundings * torch.finfo(ours.dtype).eps * max(exact.abs().max().item(), 1e-3)
     mine, peers = ((x.double() - exact).abs().max().item() for x in (ours, theirs))
     assert mine <= 2 * peers + tiny, f"{name}: error {mine:.3g}, torch's {peers:.3g}"
 
@@ -31,6 +31,8 @@ def compare(
     theirs: torch.nn.Module,
     inputs: Sequence[Tensor],
     call: Callable[..., Tensor] = lambda module, *inputs: module(*inputs),
+    *,
+    roundings: int = 8,
 ) -> None:
     """Loads theirs into ours, runs ``call(module, *inputs)`` on both and on a float64 copy, compares all there is."""
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -52,7 +54,7 @@ def compare(
     wanted, torchs, mine = results
     assert mine.keys() == torchs.keys() == wanted.keys()
     for name in wanted:
-        assert_as_accurate(name, mine[name], torchs[name], wanted[name])
+        assert_as_accurate(name, mine[name], torchs[name], wanted[name], roundings=roundings)
 
 
 def assert_drop_in(make_ours: Callable[[], torch.nn.Module], make_theirs: Callable[[], torch.nn.Module]) -> None:

@@ -181,6 +181,10 @@ BAD = {
     "position_offset: 2 is given beside": lambda: nn.LearnedPositionalEncoding(4, 2)(
         torch.zeros(3, 2), 2, position_ids=torch.zeros(3, dtype=torch.int64)
     ),
+    "num_buckets: 3 and max_distance 128 do not": lambda: nn.RelativePositionBias(3, 128, 2),
+    "num_buckets: 32 and max_distance 16 do not": lambda: nn.RelativePositionBias(32, 16, 2, bidirectional=False),
+    "num_heads: 0 is not positive": lambda: nn.RelativePositionBias(32, 128, 0),
+    "query_length, key_length: 3 and 0": lambda: nn.RelativePositionBias(32, 128, 2)(3, 0),
 }
 
 
@@ -223,3 +227,48 @@ def test_learned_encoding():
     torch.testing.assert_close(module.weight.grad[:, 0], torch.bincount(ids.flatten(), minlength=20).float())
     dropping = nn.LearnedPositionalEncoding(20, 6, 0.5)
     assert (dropping(x) == 0).any() and not (dropping.eval()(x) == 0).any()
+
+
+@pytest.mark.parametrize("offset", [0, 3, 150])  # 150: every distance beyond the last bucket's
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 5), (40, 300)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_bias_is_that_of_t5(bidirectional, queries, keys, offset):
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5", reason="transformers is not installed")
+    config = t5.T5Config(num_heads=3, relative_attention_num_buckets=16, relative_attention_max_distance=100)
+    config.is_decoder = not bidirectional
+    theirs = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
+    ours = nn.RelativePositionBias(16, 100, 3, bidirectional)
+    ours.load_state_dict(theirs.relative_attention_bias.state_dict(), strict=True)
+    bias = ours(queries, keys, offset)
+    wanted = theirs.compute_bias(queries, keys, past_seen_tokens=offset)
+    assert torch.equal(bias, wanted)
+    upstream = torch.randn(bias.shape)
+    bias.backward(upstream)
+    wanted.backward(upstream)
+    torch.testing.assert_close(ours.weight.grad, theirs.relative_attention_bias.weight.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_bias_inside_the_kernel_is_the_tensor_added(bidirectional):
+    module = nn.RelativePositionBias(16, 50, 2, bidirectional)
+    torch.nn.init.normal_(module.weight)
+    q, k, v = torch.randn(2, 2, 9, 8), torch.randn(2, 2, 60, 8), torch.randn(2, 2, 60, 8)
+    gradients = []
+    for options in ({"relative_bias": module.relative_bias}, {"bias": module(9, 60, 60 - 9)}):
+        out = F.attention(q, k, v, **options)
+        gradients.append(torch.autograd.grad(out.sin().sum(), module.weight)[0])
+        torch.testing.assert_close(out, F.attention(q, k, v, bias=module(9, 60, 51)))
+    torch.testing.assert_close(*gradients)
+
+
+def test_relative_bias_as_a_module():
+    module = nn.RelativePositionBias(32, 128, 4, dtype=torch.bfloat16)
+    assert list(module.state_dict()) == ["weight"] and module.weight.shape == (32, 4)
+    assert module.weight.float().std().item() == pytest.approx(0.02, rel=0.3)
+    assert module(3, 5).dtype == torch.bfloat16
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(3, 5), module(3, 5)) and repr(twin) == repr(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(6, 5), module(6, 5))
+    with torch.device("meta"):
+        assert nn.RelativePositionBias(32, 128, 4).weight.is_meta
