@@ -49,7 +49,10 @@ build: build/built
 demo: build/built
 	@$(PY) -m fastformer demo $(ARGS)
 
-test: build/built-wide
+build/test-weights: $(PYTHON_FILE) tools/test-weights.sh constraints.txt
+	@sh tools/test-weights.sh $@ $(PY)
+
+test: build/built-wide build/test-weights
 	@echo "==> Running the tests (ARGS='-k layer_norm' runs some of them)"
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 	  $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && printf -- '-n%s --dist=worksteal' $(WORKERS)) $(ARGS)

@@ -24,15 +24,18 @@ __all__ = [
     "explain",
     "from_pretrained",
     "functional",
+    "integrations",
     "models",
     "nn",
+    "optimize",
+    "restore",
     "strict",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Modules above `functional` load on first use, so that importing the functions stays cheap.
-    if name in ("nn", "models", "generation", "data", "training"):
+    if name in ("nn", "models", "generation", "data", "training", "integrations"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")
@@ -40,4 +43,8 @@ def __getattr__(name: str) -> Any:
         from .models import from_pretrained
 
         return from_pretrained
+    if name in ("optimize", "restore"):
+        from .integrations import optimize as module
+
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

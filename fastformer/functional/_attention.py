@@ -51,11 +51,11 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
 
 def run_packed(qkv: Tensor, options: Options) -> Tensor:
     """(B, S, 3, H, D) -> (B, S, H, D), with one gradient for all three."""
-    biased = options.bias is not None or options.distance_bias is not None
-    if not biased and needs_grad(qkv) and not through_operator(qkv, *options.tensors()):
+    table = options.distance_bias
+    if options.bias is None and needs_grad(qkv, table) and not through_operator(qkv, *options.tensors()):
         if options.dropout_p > 0:
             options = options._replace(seed=int(new_seed()))
-        return _AttentionPacked.apply(qkv, options)
+        return _AttentionPacked.apply(qkv, table, options)
     return run(*unpack(qkv), options)[0].transpose(1, 2)
 
 
@@ -162,7 +162,7 @@ class _PlainAttention(torch.autograd.Function):
 
 class _AttentionPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, options):
+    def forward(ctx, qkv, distance_bias, options):
         q, k, v = unpack(qkv)
         ctx.kernels = select(q, k, v, options)
         out, lse = forward(ctx.kernels, q, k, v, options)
@@ -177,9 +177,9 @@ class _AttentionPacked(torch.autograd.Function):
         options = ctx.options.with_tensors(tensors) if tensors else ctx.options
         # In qkv's own layout, (S, B, ...) for one: the projection it comes from then takes it without a copy.
         dqkv = torch.empty_like(qkv if qkv.stride(-1) == 1 else qkv.contiguous())
-        grads = unpack(dqkv)
-        backward(ctx.kernels, dout.transpose(1, 2), None, *unpack(qkv), out, lse, options, (False, False), *grads)
-        return dqkv, None
+        grads, needs = unpack(dqkv), (False, ctx.needs_input_grad[1])
+        g = backward(ctx.kernels, dout.transpose(1, 2), None, *unpack(qkv), out, lse, options, needs, *grads)
+        return dqkv, _cast(g.ddistance_bias, options.distance_bias), None
 
 
 # ---- the registered operator -----------------------------------------------------------------------------------------

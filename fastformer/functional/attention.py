@@ -126,6 +126,7 @@ def attention_qkvpacked(
     *,
     causal: bool = False,
     scale: float | None = None,
+    relative_bias: RelativeBias | tuple[Tensor, bool, int, int] | None = None,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
@@ -133,7 +134,7 @@ def attention_qkvpacked(
 
     Args:
         qkv: ``(B, S, 3, H, D)``.
-        causal, scale, key_padding_mask, dropout_p: as in :func:`attention`.
+        causal, scale, relative_bias, key_padding_mask, dropout_p: as in :func:`attention`.
 
     Returns:
         ``(B, S, H, D)``, contiguous.
@@ -147,7 +148,9 @@ def attention_qkvpacked(
     _check_head_dim("qkv", head_dim)
     _check_padding(key_padding_mask, batch, length, "qkv", qkv)
     _checks.probability("dropout_p", dropout_p)
-    return run_packed(qkv, Options(default_scale(scale, qkv), causal, key_padding_mask, dropout_p=dropout_p))
+    table = None if relative_bias is None else distance_bias(RelativeBias(*relative_bias), heads, length, qkv)
+    options = Options(default_scale(scale, qkv), causal, key_padding_mask, distance_bias=table, dropout_p=dropout_p)
+    return run_packed(qkv, options)
 
 
 # ---- what the other attention functions share ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ synchronisation; surplus columns are cut off at the end.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,16 +15,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .decoder import decoder_for
-from .sampling import check_sampling, sample
+from ..models.generation_config import DEFAULTS, GenerationConfig
+from . import prompts as given
+from .beam import BeamSearch
+from .decoder import decoder_for, encode
+from .outputs import GenerateOutput
+from .processors import Processor, Warp, processors_for
+from .sampling import Noise, Sampler, SeededNoise, generator_noise, prompt_keys
+from .stopping import Criterion, Stopping, check_stop_strings
 
-DEFAULT_NEW_TOKENS = 20  # as in transformers
 STEPS_BETWEEN_CHECKS = {"cpu": 1}
 STEPS_BETWEEN_CHECKS_ELSEWHERE = 16
 
 
 class Streamer(Protocol):
-    """Receives tokens as they are made; the streamers of ``transformers`` fit."""
+    """Receives tokens as they are made: :class:`fastformer.generation.TextStreamer`, or those of ``transformers``."""
 
     def put(self, value: Tensor) -> None:
         """First the prompts ``(B, S)``, then each step's tokens ``(B)``, on the CPU."""
@@ -38,167 +44,249 @@ def generate(
     model: Any,
     input_ids: Tensor | None = None,
     *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    top_p: float | None = 1.0,
-    num_return_sequences: int = 1,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
     attention_mask: Tensor | None = None,
-    use_cache: bool = True,
+    decoder_input_ids: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    encoder_outputs: Any = None,
+    generation_config: GenerationConfig | None = None,
+    past_key_values: Any = None,
+    logits_processor: Sequence[Processor] | None = None,
+    stopping_criteria: Sequence[Criterion] | None = None,
+    tokenizer: Any = None,
+    streamer: Streamer | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
-    streamer: Streamer | None = None,
-) -> Tensor:
+    **options: Any,
+) -> Tensor | GenerateOutput:
     """Continues each prompt until its end token or the length limit. Argument names and defaults are Hugging Face's.
 
-    A model in training mode is put into evaluation mode for the call.
+    An encoder-decoder model answers each input: its encoder reads ``input_ids`` once, and its decoder begins from
+    ``decoder_start_token_id``.
+
+    Greedy and beam search give the tokens that ``transformers`` gives. A prompt gets the same text alone and in any
+    batch, but for rounding; with ``do_sample`` that holds for a ``seed``. A model in training mode is put into
+    evaluation mode for the call.
 
     Args:
-        model: a causal language model such as :class:`fastformer.models.GPT2LMHeadModel`.
-        input_ids: prompts ``(B, S)`` int64, shorter ones padded on the left; default one beginning-of-text token.
-        max_new_tokens: how many tokens to add at most; default 20, or what ``max_length`` leaves.
-        max_length: limit of prompt and new tokens together; max_new_tokens goes first where both are given.
-        do_sample: draw from the distribution; False takes the likeliest token.
-        temperature, top_k, top_p: shape the distribution, see :func:`sample`. Used with ``do_sample`` only.
-        num_return_sequences: continuations per prompt, next to each other in the result; needs ``do_sample``.
-        eos_token_id: token or tokens that end a text; default the configuration's, ``[]`` for none.
-        pad_token_id: fills a text that ended before the others; default the configuration's, else the end token.
-        attention_mask: ``(B, S)``, 0 at left padding. Default: all 1, or 0 where ``input_ids`` is the padding token, if
-            that is not also an end token.
-        use_cache: keep keys and values; False computes the whole text for every token, for comparison.
-        generator, seed: randomness of ``do_sample``: a generator on the model's device, or a seed for one.
-        streamer: receives the tokens as they are made; one prompt only for the streamers of ``transformers``.
+        model: a causal language model such as :class:`fastformer.models.GPT2LMHeadModel`, or an encoder-decoder model
+            (``config.is_encoder_decoder``) such as T5.
+        input_ids: prompts ``(B, S)`` int64, shorter ones padded on the left (on either side for an encoder); default
+            one beginning-of-text token.
+        attention_mask: ``(B, S)``, 0 at padding. Default: all 1, or 0 where ``input_ids`` is the padding token, if that
+            is not also an end token.
+        decoder_input_ids, decoder_attention_mask: what the decoder begins from ``(B, S)``, with the start token put
+            before it if no row begins with one; shorter ones padded on the left.
+        encoder_outputs: the encoder's output for ``input_ids``, with ``last_hidden_state (B, S, E)`` as its first
+            field, instead of running it.
+        generation_config: options for this call, over those of ``model.generation_config``.
+        past_key_values: a cache of the first tokens of ``input_ids``, to go on from; the new ones are added to it.
+        logits_processor: called in turn with the tokens ``(rows, S)`` and scores ``(rows, V)`` float32 of each step,
+            and return new scores; after the ones that the options ask for, before temperature, top_k, top_p and min_p.
+        stopping_criteria: called with the tokens ``(rows, S)`` and the scores so far, and return which texts end, bool
+            ``(rows)``.
+        tokenizer: for ``stop_strings``; of ``transformers``, ``tokenizers``, or :mod:`fastformer.data`.
+        streamer: receives the tokens as they are made, the prompts first. Not with beam search.
+        generator: randomness of ``do_sample``, on the model's device; default torch's global one.
+        seed: randomness of ``do_sample`` that is a function of the seed and the prompt, and for several continuations
+            of one prompt of their number: the rest of the batch plays no part in it.
+        options: the fields of :class:`fastformer.models.GenerationConfig`: ``max_new_tokens``, ``do_sample``,
+            ``temperature``, ``num_beams`` and others. What is passed goes before every configuration; None is off.
 
     Returns:
-        ``(B * num_return_sequences, S + new)`` int64: the prompts and their continuations.
+        ``(B * num_return_sequences, S + new)`` int64: the prompts (the decoder's, in an encoder-decoder model) and
+        their continuations; with ``return_dict_in_generate`` a :class:`GenerateOutput`.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, or more positions than the model has; named.
+        TypeError: an argument that does not exist, or of the wrong type; named.
+        ValueError: an argument that does not fit, or more positions than the model has; named.
     """
-    input_ids = _prompts(model, input_ids)
-    batch, length = input_ids.shape
-    limit = _limit(model, length, max_new_tokens, max_length)
-    end_tokens = _end_tokens(model, eos_token_id)
-    if pad_token_id is None:
-        pad_token_id = model.config.pad_token_id
-    attention_mask = _mask(input_ids, attention_mask, pad_token_id, end_tokens)
-    if pad_token_id is None:
-        pad_token_id = end_tokens[0] if end_tokens else 0
-    if do_sample:
-        check_sampling(temperature, top_k, top_p)
-    if num_return_sequences != 1:
-        if num_return_sequences < 1 or not do_sample:
-            raise ValueError(f"num_return_sequences: {num_return_sequences}; more than one needs do_sample=True")
-        input_ids = input_ids.repeat_interleave(num_return_sequences, 0)
-        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(num_return_sequences, 0)
-        batch = len(input_ids)
-    if seed is not None:
-        if generator is not None:
-            raise ValueError("seed: give either seed or generator, not both")
-        generator = torch.Generator(input_ids.device).manual_seed(seed)
+    config = _options(model, generation_config, options)
+    _check(config, streamer, generator, seed)
+    ends = given.check_tokens("eos_token_id", config.eos_token_id)
+    strings = check_stop_strings(config.stop_strings, tokenizer)
+    inputs = given.inputs_for(model, input_ids, attention_mask, encoder_outputs, config, ends)
+    prompts, mask, name = inputs.ids, inputs.attention_mask, "attention_mask"
+    if inputs.has_encoder:
+        start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+        prompts, mask = given.decoder_prompts(model, inputs.batch, start, decoder_input_ids, decoder_attention_mask)
+        name = "decoder_attention_mask"
+    elif decoder_input_ids is not None or encoder_outputs is not None:
+        raise ValueError(f"decoder_input_ids, encoder_outputs: {type(model).__name__} has no encoder")
+    given.check_left_padding(name, mask)
+    length = prompts.shape[1]
+    limit = given.length_limit(given.positions_of(model), length, config.max_new_tokens, config.max_length)
+    if past_key_values is not None and not past_key_values.get_seq_length() < length:
+        cached = past_key_values.get_seq_length()
+        raise ValueError(f"past_key_values: holds {cached} tokens, but the prompts have no more than {length}")
 
-    tokens = input_ids.new_full((batch, limit), pad_token_id)
-    tokens[:, :length] = input_ids
+    beams = config.num_beams or 1
+    repeats = beams if beams > 1 else config.num_return_sequences or 1
+    device = prompts.device
+    noise = sampler = None
+    if config.do_sample:
+        sampler = _sampler(config, ends)
+        if seed is None:
+            noise = generator_noise(generator)
+        else:
+            keys = prompt_keys(seed, given.contents((inputs.ids, inputs.attention_mask), (prompts, mask)), repeats)
+            noise = SeededNoise(torch.tensor(keys, device=device))
+    every_row = None if mask is None else mask.repeat_interleave(repeats, 0)
+    processors = processors_for(config, length, ends, every_row, logits_processor)
+    stopping = Stopping(ends, strings, tokenizer, stopping_criteria, device)
+    as_output = bool(config.return_dict_in_generate)
+    keep_scores, keep_logits = (as_output and bool(keep) for keep in (config.output_scores, config.output_logits))
+    pad_token = config.pad_token_id if config.pad_token_id is not None else ends[0] if ends else 0
+    check_every = STEPS_BETWEEN_CHECKS.get(device.type, STEPS_BETWEEN_CHECKS_ELSEWHERE)
+
+    # Tensors made in inference mode are of no use to autograd later, nor is a cache.
+    leaves = as_output or past_key_values is not None
+    with torch.no_grad() if leaves else torch.inference_mode(), _evaluating(model):
+        encoded = encode(model, inputs.ids, inputs.attention_mask, encoder_outputs) if inputs.has_encoder else None
+        decoder = decoder_for(
+            model, len(prompts) * repeats, limit, config.use_cache is not False, past_key_values, encoded
+        )
+        if beams > 1:
+            search = BeamSearch(
+                num_beams=beams,
+                num_return_sequences=config.num_return_sequences or 1,
+                length_penalty=DEFAULTS["length_penalty"] if config.length_penalty is None else config.length_penalty,
+                early_stopping=config.early_stopping or False,
+                processors=[*processors, Warp(sampler)] if sampler is not None else processors,
+                stopping=stopping,
+                noise=noise,
+                # As in transformers, where a padding token 0 counts as none.
+                fill_token=ends[0] if ends and not pad_token else pad_token,
+                keep_scores=keep_scores,
+                keep_logits=keep_logits,
+                check_every=check_every,
+            )
+            output = search(decoder, prompts, mask, limit)
+        else:
+            output = _follow(
+                *(decoder, prompts, mask, limit, repeats, processors, sampler, noise, stopping),
+                *(pad_token, streamer, keep_scores, keep_logits, check_every),
+            )
+    if not as_output:
+        return output.sequences.clone()
+    output.past_key_values = getattr(decoder, "past_key_values", None)
+    return output
+
+
+def _follow(
+    decoder: Any,
+    prompts: Tensor,
+    mask: Tensor | None,
+    limit: int,
+    repeats: int,
+    processors: Sequence[Processor],
+    sampler: Sampler | None,
+    noise: Noise | None,
+    stopping: Stopping,
+    pad_token: int,
+    streamer: Streamer | None,
+    keep_scores: bool,
+    keep_logits: bool,
+    check_every: int,
+) -> GenerateOutput:
+    """One token after the other, the likeliest or a drawn one."""
+    length = prompts.shape[1]
+    rows = prompts.repeat_interleave(repeats, 0) if repeats > 1 else prompts
+    tokens = rows.new_full((len(rows), limit), pad_token)
+    tokens[:, :length] = rows
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    if stopping.looks_back:
+        check_every = 1
+    kept_scores: list[Tensor] = []
+    kept_logits: list[Tensor] = []
+    token = rows[:, -1]
     if streamer is not None:
-        streamer.put(input_ids.cpu())
-    check_every = STEPS_BETWEEN_CHECKS.get(input_ids.device.type, STEPS_BETWEEN_CHECKS_ELSEWHERE)
-    with torch.inference_mode(), _evaluating(model):
-        ends = torch.tensor(end_tokens, device=input_ids.device)
-        ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-        decoder = decoder_for(model, batch, limit, use_cache) if limit > length else None
-        for position in range(length, limit):
-            assert decoder is not None
-            if position == length:
-                logits = decoder.prefill(input_ids, attention_mask)
-            else:
-                logits = decoder.step(token)  # noqa: F821 - bound in the first round
-            if do_sample:
-                token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            else:
-                token = logits.argmax(1)
-            if end_tokens:
-                token = torch.where(ended, pad_token_id, token)
-                ended |= token == ends if len(end_tokens) == 1 else torch.isin(token, ends)
-            tokens[:, position] = token
-            if streamer is not None:
-                streamer.put(token.cpu())
-            if end_tokens and (position - length) % check_every == 0 and bool(ended.all()):
-                break
+        streamer.put(rows.cpu())
+    for position in range(length, limit):
+        if position == length:
+            scores = decoder.prefill(prompts, mask, repeats)
+        else:
+            scores = decoder.step(token)
+        if keep_logits:
+            kept_logits.append(scores.float())
+        if processors:
+            scores = scores.float()
+            for processor in processors:
+                scores = processor(tokens[:, :position], scores)
+        if sampler is None:
+            token = scores.argmax(1)
+            if keep_scores:
+                kept_scores.append(scores.float())
+        else:
+            shortlist = sampler(scores)
+            token = shortlist.draw(noise)
+            if keep_scores:
+                kept_scores.append(shortlist.scores(scores.shape[1]))
+        if stopping:
+            token = torch.where(ended, pad_token, token)
+        tokens[:, position] = token
+        if streamer is not None:
+            streamer.put(token.cpu())
+        if stopping.looks_back:
+            ended |= stopping(tokens[:, : position + 1], tuple(kept_scores) if keep_scores else None)
+        elif stopping:
+            ended |= stopping.is_end(token)
+        if stopping and (position - length) % check_every == 0 and bool(ended.all()):
+            limit = position + 1
+            break
     if streamer is not None:
         streamer.end()
-    return tokens[:, : length + _longest(tokens[:, length:], end_tokens)] if end_tokens else tokens
+    tokens = tokens[:, :limit]
+    if check_every > 1:
+        tokens = tokens[:, : length + stopping.length(tokens[:, length:])]
+    new = tokens.shape[1] - length
+    return GenerateOutput(
+        sequences=tokens,
+        scores=tuple(kept_scores[:new]) if keep_scores else None,
+        logits=tuple(kept_logits[:new]) if keep_logits else None,
+    )
 
 
-def _prompts(model: Any, input_ids: Tensor | None) -> Tensor:
-    if input_ids is None:
-        start = model.config.bos_token_id
-        if start is None:
-            raise ValueError("input_ids: needed, as the configuration names no bos_token_id")
-        return torch.tensor([[start]], device=model.device)
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        given = getattr(input_ids, "dtype", type(input_ids).__name__)
-        raise TypeError(f"input_ids: expected an int64 tensor, got {given}")
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: shape {tuple(input_ids.shape)} is not (B, S) with S >= 1")
-    if input_ids.device != model.device:
-        raise ValueError(f"input_ids: is on {input_ids.device}, but the model is on {model.device}")
-    return input_ids.long()
+def _options(model: Any, passed: Any, options: dict[str, Any]) -> GenerationConfig:
+    """What holds for this call: its arguments over ``passed`` over the model's configuration over the defaults."""
+    # A model whose generation_config nobody has touched follows its configuration, which may still change.
+    own = getattr(model, "_generation_config", None) or GenerationConfig.from_model_config(model.config)
+    for config in (passed, own):
+        unavailable = config.unavailable() if config is not None else {}
+        if unavailable:
+            listed = ", ".join(f"{name}={value!r}" for name, value in unavailable.items())
+            warnings.warn(f"generation_config: has no effect here: {listed}", UserWarning, stacklevel=4)
+    return GenerationConfig.merged(options, passed, own)
 
 
-def _limit(model: Any, length: int, max_new_tokens: int | None, max_length: int | None) -> int:
-    room = model.config.max_position_embeddings
-    if max_new_tokens is not None:
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens: {max_new_tokens} is negative")
-        name, limit = "max_new_tokens", length + max_new_tokens
-    elif max_length is not None:
-        if max_length < length:
-            raise ValueError(f"max_length: {max_length} is less than the prompt's {length} tokens")
-        name, limit = "max_length", max_length
-    else:
-        name, limit = "input_ids", max(length, min(length + DEFAULT_NEW_TOKENS, room))
-    if limit > room:
-        raise ValueError(f"{name}: {limit} tokens in all, the model has {room} positions")
-    return limit
+def _check(config: GenerationConfig, streamer: Any, generator: Any, seed: int | None) -> None:
+    """Raises ValueError, naming the option, where one is out of range or does not go with another."""
+    beams, several = config.num_beams, config.num_return_sequences
+    for name, least in (("num_beams", 1), ("num_return_sequences", 1), ("no_repeat_ngram_size", 0)):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}: {value!r} is not an integer of at least {least}")
+    for name in ("min_length", "min_new_tokens"):
+        if (getattr(config, name) or 0) < 0:
+            raise ValueError(f"{name}: {getattr(config, name)} is negative")
+    if config.repetition_penalty is not None and not config.repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty: {config.repetition_penalty} is not positive")
+    if config.early_stopping not in (None, True, False, "never"):
+        raise ValueError(f"early_stopping: {config.early_stopping!r} is not True, False or 'never'")
+    if several is not None and several > 1:
+        if (beams or 1) == 1 and not config.do_sample:
+            raise ValueError(f"num_return_sequences: {several}; more than one needs do_sample=True or num_beams")
+        if beams is not None and 1 < beams < several:
+            raise ValueError(f"num_return_sequences: {several} is more than num_beams, {beams}")
+    if beams is not None and beams > 1 and streamer is not None:
+        raise ValueError("streamer: beam search changes its mind about tokens; use num_beams=1")
+    if seed is not None and generator is not None:
+        raise ValueError("seed: give either seed or generator, not both")
 
 
-def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    if eos_token_id is None:
-        eos_token_id = model.config.eos_token_id
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-
-
-def _mask(
-    input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None, end_tokens: list[int]
-) -> Tensor | None:
-    """The mask as int64, or None where nothing is padded."""
-    if attention_mask is None:
-        if pad_token_id is None or pad_token_id in end_tokens:
-            return None
-        attention_mask = input_ids != pad_token_id
-    elif attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask: shape {tuple(attention_mask.shape)} is not {tuple(input_ids.shape)}")
-    mask = (attention_mask != 0).long()
-    if bool(mask.all()):
-        return None
-    if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ValueError("attention_mask: padding after the first token of a prompt; pad prompts on the left only")
-    return mask
-
-
-def _longest(new: Tensor, end_tokens: list[int]) -> int:
-    """Columns up to and including the end token of the text that ended last."""
-    if new.shape[1] == 0:
-        return 0
-    is_end = torch.isin(new, torch.tensor(end_tokens, device=new.device))
-    first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, new.shape[1])
-    return int(first.max())
+def _sampler(config: GenerationConfig, ends: Sequence[int]) -> Sampler:
+    # With beams, something has to be left that does not end the text.
+    min_tokens = 1 if (config.num_beams or 1) == 1 else max(2, 1 + len(ends))
+    return Sampler(config.temperature, config.top_k, config.top_p, config.min_p, min_tokens)
 
 
 @contextmanager

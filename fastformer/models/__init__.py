@@ -12,39 +12,80 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from .bert import BertConfig, BertModel
+    from .bert_heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
     from .cache import EncoderDecoderCache, KVCache
+    from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
     from .llama import LlamaConfig, LlamaForCausalLM, LlamaModel
     from .pretrained import PreTrainedConfig, PreTrainedModel
+    from .t5 import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
 
 # Where each public name lives.
 _MODULES = {
+    "BertConfig": "bert",
+    "BertForMaskedLM": "bert_heads",
+    "BertForSequenceClassification": "bert_heads",
+    "BertForTokenClassification": "bert_heads",
+    "BertModel": "bert",
     "EncoderDecoderCache": "cache",
     "GPT2Config": "gpt2",
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
+    "GenerationConfig": "generation_config",
     "KVCache": "cache",
     "LlamaConfig": "llama",
     "LlamaForCausalLM": "llama",
     "LlamaModel": "llama",
     "PreTrainedConfig": "pretrained",
     "PreTrainedModel": "pretrained",
+    "T5Config": "t5",
+    "T5EncoderModel": "t5",
+    "T5ForConditionalGeneration": "t5",
+    "T5Model": "t5",
 }
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "LlamaForCausalLM", "LlamaModel")
+_ARCHITECTURES = (
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5Model",
+)
 # config.json's model_type -> the class for a checkpoint that names no architecture.
-_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+_DEFAULTS = {
+    "bert": "BertModel",
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "t5": "T5ForConditionalGeneration",
+}
 
 __all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
     "EncoderDecoderCache",
     "GPT2Config",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "GenerationConfig",
     "KVCache",
     "LlamaConfig",
     "LlamaForCausalLM",
     "LlamaModel",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "T5Config",
+    "T5EncoderModel",
+    "T5ForConditionalGeneration",
+    "T5Model",
     "from_pretrained",
 ]
 

@@ -1,10 +1,10 @@
 """The steps that the models' layers are made of, fused where the layers are plain ones.
 
     add_norm         norm(residual + dropout(delta)), and that sum
-    feed_forward     second(activation(first(x)))
+    feed_forward     second(activation(first(x))), or down(activation(gate(x)) * up(x))
     attend           softmax(scale q k^T + biases + masks) v
 
-Each of the first two is one kernel or two matmuls with one pass between them. A layer that was replaced or has a hook
+Each of the first two is one kernel or its matmuls with one pass between them. A layer that was replaced or has a hook
 is called instead.
 """
 
@@ -55,6 +55,45 @@ def feed_forward(
     )
 
 
+def gated_feed_forward(
+    x: Tensor,
+    gate: torch_nn.Module,
+    up: torch_nn.Module,
+    down: torch_nn.Module,
+    activation: str,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """down(dropout(activation(gate(x)) * up(x))).
+
+    Args:
+        x: ``(*, E)``.
+        gate, up, down: linear layers, E -> F twice and F -> E.
+        activation, dropout_p: as in :func:`feed_forward`.
+    """
+    fused = FUSED_ACTIVATIONS.get(activation)
+    if fused is None or not all(is_plain(layer, *LINEAR) for layer in (gate, up, down)):
+        return down(F.dropout(gated(gate(x), up(x), activation), dropout_p))
+    return functional.gated_feed_forward(
+        x,
+        _weight(gate),
+        _weight(up),
+        _weight(down),
+        fused,
+        b_gate=gate.bias,
+        b_up=up.bias,
+        b_down=down.bias,
+        dropout_p=dropout_p,
+    )
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, element by element."""
+    fused = FUSED_ACTIVATIONS.get(activation)
+    if fused is None:
+        return OTHER_ACTIVATIONS[activation](gate) * up
+    return functional.gated_activation(gate, up, fused)
+
+
 def _weight(layer: torch_nn.Module) -> Tensor:
     """``(out_features, in_features)``."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -69,6 +108,7 @@ def attend(
     causal: bool = False,
     scale: float,
     key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
     relative_bias: RelativeBias | None = None,
     dropout_p: float = 0.0,
     need_weights: bool = False,
@@ -82,9 +122,11 @@ def attend(
         ``transformers``.
     """
     if not need_weights and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
-        options: dict[str, Any] = {"scale": scale, "key_padding_mask": key_padding_mask, "dropout_p": dropout_p}
+        options: dict[str, Any] = {"scale": scale, "bias": bias, "relative_bias": relative_bias}
         causal = causal and q.shape[2] > 1  # one query sits at the end and sees everything
-        out = functional.attention(q, k, v, causal=causal, relative_bias=relative_bias, **options)
+        out = functional.attention(
+            q, k, v, causal=causal, key_padding_mask=key_padding_mask, dropout_p=dropout_p, **options
+        )
         assert isinstance(out, Tensor)  # not a pair: return_lse is off
         return out, None
     if not need_weights:
@@ -93,6 +135,8 @@ def attend(
     k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
     queries, keys = q.shape[2], k.shape[2]
     scores = q @ k.transpose(2, 3) * scale
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     if relative_bias is not None:
         scores = scores + _distance_bias(relative_bias, queries, keys).to(scores.dtype)
     if key_padding_mask is not None:

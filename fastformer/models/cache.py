@@ -59,6 +59,12 @@ class KVCache:
         self.lengths[layer_idx] = end
         return keys[:, :, :end], values[:, :, :end]
 
+    def stored(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer that has some, ``(B, H, length, D)`` views."""
+        keys, values, end = self.keys[layer_idx], self.values[layer_idx], self.lengths[layer_idx]
+        assert keys is not None and values is not None
+        return keys[:, :, :end], values[:, :, :end]
+
     def _append(self, buffers: list[Tensor | None], new: Tensor, layer_idx: int) -> Tensor:
         old = buffers[layer_idx]
         joined = new if old is None else torch.cat((old[:, :, : self.lengths[layer_idx]], new), 2)
@@ -81,10 +87,43 @@ class KVCache:
             grown[:, :, :start] = buffer[:, :, :start].detach()
         return grown
 
-    def reorder(self, indices: Tensor) -> None:
-        """Replaces sequence i by sequence ``indices[i]``, for beam search and for dropping finished sequences."""
-        self.keys = [None if k is None else k.index_select(0, indices) for k in self.keys]
-        self.values = [None if v is None else v.index_select(0, indices) for v in self.values]
+    def reorder(self, indices: Tensor, start: int = 0) -> None:
+        """Replaces sequence i by sequence ``indices[i]``, for beam search and for dropping finished sequences.
+
+        With as many sequences as before it happens in place, where a kernel may hold the buffers' addresses, and for
+        the positions from ``start`` on only: beams of one prompt share those before.
+        """
+        moved = sources = indices
+        if indices.device.type == "cpu":  # elsewhere it would have to wait for the device
+            moved = (indices != torch.arange(len(indices))).nonzero()[:, 0]
+            sources = indices[moved]
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                if buffer is None:
+                    continue
+                if len(indices) != len(buffer) or buffer.requires_grad:
+                    buffers[i] = buffer.index_select(0, indices)
+                    continue
+                part = buffer[:, :, start : self.lengths[i]]
+                rows = part.index_select(0, sources)
+                if moved is indices:
+                    part.copy_(rows)
+                elif len(moved):
+                    part.index_copy_(0, moved, rows)
+
+    def repeat(self, repeats: int) -> None:
+        """Every sequence so many times, copies side by side: one prompt, computed once, for several continuations."""
+        if repeats == 1:
+            return
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                if buffer is None:
+                    continue
+                batch, heads, capacity, head_dim = buffer.shape
+                grown = buffer.new_empty(batch, repeats, heads, capacity, head_dim)
+                length = self.lengths[i]
+                grown[:, :, :, :length] = buffer[:, None, :, :length].detach()
+                buffers[i] = grown.flatten(0, 1)
 
     def crop(self, length: int) -> None:
         """Forgets every position from ``length`` on."""
@@ -134,10 +173,19 @@ class EncoderDecoderCache:
         """Number of the decoder's positions there is room for, None if it grows."""
         return self.self_attention_cache.get_max_length()
 
-    def reorder(self, indices: Tensor) -> None:
-        """Replaces sequence i by sequence ``indices[i]`` in both."""
-        self.self_attention_cache.reorder(indices)
-        self.cross_attention_cache.reorder(indices)
+    def reorder(self, indices: Tensor, start: int = 0) -> None:
+        """Replaces sequence i by sequence ``indices[i]`` in both.
+
+        With a ``start``, the positions before it are the same in both sequences, and so is what the encoder was given.
+        """
+        self.self_attention_cache.reorder(indices, start)
+        if start == 0:
+            self.cross_attention_cache.reorder(indices)
+
+    def repeat(self, repeats: int) -> None:
+        """Every sequence so many times, copies side by side."""
+        self.self_attention_cache.repeat(repeats)
+        self.cross_attention_cache.repeat(repeats)
 
     def crop(self, length: int) -> None:
         """Forgets every position of the decoder from ``length`` on."""

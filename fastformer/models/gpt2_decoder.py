@@ -47,11 +47,12 @@ class FusedDecoder:
         self.model = model
         self.max_length = max_length
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Prompts ``(B, S)``, mask ``(B, S)`` 0 at left padding or None -> logits ``(B, V)``."""
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, repeats: int = 1) -> Tensor:
+        """Prompts ``(B, S)``, mask ``(B, S)`` 0 at left padding or None -> logits ``(B * repeats, V)``."""
         model = self.model
         batch, self.length = input_ids.shape
-        cache = KVCache(model.config.n_layer, self.max_length)
+        self._prompt_length = self.length
+        self._cache = cache = KVCache(model.config.n_layer, self.max_length)
         positions = start = None
         if attention_mask is not None:
             start = (attention_mask == 0).sum(1)
@@ -59,10 +60,11 @@ class FusedDecoder:
         logits = model(
             input_ids, cache, attention_mask, position_ids=positions, use_cache=True, logits_to_keep=1
         ).logits[:, -1]
-        self._start = start
-        self._positions = torch.full((batch,), self.length) if start is None else self.length - start
+        cache.repeat(repeats)
+        self._start = start if start is None or repeats == 1 else start.repeat_interleave(repeats)
+        self._positions = torch.full((batch * repeats,), self.length) if start is None else self.length - self._start
         self._step = self._build(cache)
-        return logits
+        return logits if repeats == 1 else logits.repeat_interleave(repeats, 0)
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Appends one token to each sequence, ``(B)``; logits ``(B, V)`` for the next."""
@@ -70,6 +72,20 @@ class FusedDecoder:
         self.length += 1
         self._positions += 1
         return logits
+
+    def reorder(self, indices: Tensor) -> None:
+        """Replaces sequence i by sequence ``indices[i]``, one of the same prompt."""
+        self._filled().reorder(indices, self._prompt_length)
+
+    @property
+    def past_key_values(self) -> KVCache:
+        """The cache, without a limit to what may still be added."""
+        self._filled().max_length = None
+        return self._cache
+
+    def _filled(self) -> KVCache:
+        self._cache.lengths = [self.length] * len(self._cache)  # the kernel does not count
+        return self._cache
 
     def _build(self, cache: KVCache) -> DecoderStep:
         model = self.model

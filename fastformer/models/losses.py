@@ -34,6 +34,43 @@ def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = 
     return functional.cross_entropy(rows, target, reduction="sum") / num_items
 
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
+    """The loss of one prediction per text.
+
+    Args:
+        logits: ``(B, C)``.
+        labels: ``(B, C)`` numbers for a regression (``(B)`` too if C is 1: mean squared error) or for several labels at
+            once (0 or 1: binary cross-entropy); ``(B)`` int64 for one label of C (cross-entropy, -100 is not counted).
+        problem_type: which of the three. None takes a regression for C = 1, else one label for integers, else several.
+
+    Returns:
+        A scalar in float32, float64 for float64 logits.
+    """
+    batch, count = logits.shape
+    if problem_type is None:
+        integers = labels.dtype in (torch.int64, torch.int32)
+        problem_type = PROBLEM_TYPES[0 if count == 1 else 1 if integers else 2]
+    if problem_type == "single_label_classification":
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"labels: expected int64 for {problem_type}, got {labels.dtype}")
+        return token_loss(logits, _shaped(labels, (batch,), (batch, 1)).long())
+    scores = in_float32(logits)
+    shapes = ((batch, count), (batch,)) if count == 1 else ((batch, count),)
+    target = _shaped(labels, *shapes).to(scores.dtype)
+    if problem_type == "regression":
+        return F.mse_loss(scores, target)
+    return F.binary_cross_entropy_with_logits(scores, target)
+
+
+def _shaped(labels: Tensor, wanted: tuple[int, ...], *others: tuple[int, ...]) -> Tensor:
+    if labels.shape not in (wanted, *others):
+        raise ValueError(f"labels: shape {tuple(labels.shape)} is not {wanted}")
+    return labels.reshape(wanted)
+
+
 def in_float32(logits: Tensor) -> Tensor:
     # A mean in half precision would round the loss, and scale every gradient by the error.
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

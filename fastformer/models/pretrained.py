@@ -21,6 +21,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from .generation_config import FILE as GENERATION_CONFIG
+from .generation_config import GenerationConfig
+
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,6 +35,8 @@ class PreTrainedConfig:
 
     model_type: ClassVar[str]
     attribute_map: ClassVar[dict[str, str]] = {}
+    derived_fields: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Field -> those that a file's values no longer fit once it is changed."""
     extra: dict[str, Any]
 
     @classmethod
@@ -53,10 +58,12 @@ class PreTrainedConfig:
             TypeError: a field that does not exist; the message has the nearest.
         """
         values = read_config(resolve(path))
-        for name, value in changes.items():
+        for name in changes:
             cls.check_field(name)
             values.pop(cls.attribute_map.get(name, name), None)
-            values[name] = value
+            for derived in cls.derived_fields.get(name, ()):
+                values.pop(derived, None)
+        values |= changes
         return cls.from_dict(values)
 
     @classmethod
@@ -86,6 +93,7 @@ class PreTrainedModel(torch.nn.Module):
         ignored_keys: patterns of entries that are not parameters of this class.
         head_keys: patterns of parameters that a checkpoint of another class may lack; they then start at random.
         float32_keys: patterns of parameters that stay float32 in a float16 model.
+        init_arguments: arguments of the constructor, beside the configuration, that ``from_pretrained`` takes as well.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -95,6 +103,7 @@ class PreTrainedModel(torch.nn.Module):
     ignored_keys: ClassVar[tuple[str, ...]] = ()
     head_keys: ClassVar[tuple[str, ...]] = ()
     float32_keys: ClassVar[tuple[str, ...]] = ()
+    init_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: PreTrainedConfig) -> None:
         if not isinstance(config, self.config_class):
@@ -111,6 +120,22 @@ class PreTrainedModel(torch.nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the first parameter."""
         return next(self.parameters()).dtype
+
+    # None until a file or the user sets it.
+    _generation_config: GenerationConfig | None = None
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Defaults of :meth:`generate`: generation_config.json, or else the special tokens of ``config``."""
+        if self._generation_config is None:
+            self._generation_config = GenerationConfig.from_model_config(self.config)
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if not isinstance(value, GenerationConfig):  # that of transformers
+            value = GenerationConfig.from_dict({k: v for k, v in value.to_dict().items() if v is not None})
+        self._generation_config = value
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of parameters; tied ones count once."""
@@ -138,7 +163,7 @@ class PreTrainedModel(torch.nn.Module):
         if module._parameters and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
 
-    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """Continues ``input_ids``; see :func:`fastformer.generation.generate` for the arguments."""
         # Generation sits above the models in the import order, so it is looked up only when called.
         return importlib.import_module("fastformer.generation").generate(self, input_ids, **kwargs)
@@ -169,12 +194,15 @@ class PreTrainedModel(torch.nn.Module):
             TypeError: a field that the configuration does not have.
         """
         directory = resolve(path)
+        arguments = {name: config.pop(name) for name in cls.init_arguments if name in config}
         settings = cls.config_class.from_pretrained(directory, **config)
         with torch.device("meta"):
-            model = cls(settings)
+            model = cls(settings, **arguments)
         target = torch.device("cpu") if device is None else torch.device(device)
         stored = settings.extra.pop("torch_dtype", None) or settings.extra.get("dtype")
         model._load(directory, _dtype(dtype) or _dtype(stored), target)
+        if (directory / GENERATION_CONFIG).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
         return model.eval()
 
     def _load(self, directory: Path, dtype: torch.dtype | None, device: torch.device) -> None:
@@ -194,15 +222,19 @@ class PreTrainedModel(torch.nn.Module):
                 self._allocate(dtype or tensor.dtype, device)
                 allocated = True
             if name in ties:  # a second copy of its partner, needed only if the partner is not there
-                copies[ties[name]] = tensor
+                copies[name] = tensor
                 continue
             with torch.no_grad():
                 self.get_parameter(name).copy_(tensor)
             missing.discard(name)
-        for name in missing & set(copies):
+        for name, tensor in copies.items():
+            partner = ties[name]
             with torch.no_grad():
-                self.get_parameter(name).copy_(copies[name])
-            missing.discard(name)
+                if partner in missing:
+                    self.get_parameter(partner).copy_(tensor)
+                    missing.discard(partner)
+                elif not torch.equal(self.get_parameter(partner), tensor.to(self.get_parameter(partner))):
+                    self._untie(name, tensor)
         # A whole layer may be absent, not one of its parameters.
         present = {name.rpartition(".")[0] for name in set(shapes) - set(ties) - missing}
         head = {n for n in missing if _matches(self.head_keys, n) and n.rpartition(".")[0] not in present}
@@ -220,6 +252,16 @@ class PreTrainedModel(torch.nn.Module):
                 f"fastformer: {directory} has no {_listing(head)}; this head starts at random values, train it first",
                 stacklevel=3,
             )
+
+    def _untie(self, name: str, tensor: Tensor) -> None:
+        """Gives ``name`` values of its own: the checkpoint's, which are not its partner's, whatever the configuration
+        says. ``transformers`` writes such ones for T5 1.1."""
+        self.config.tie_word_embeddings = False
+        if name in self.ties():
+            raise ValueError(f"{name}: differs from {self.ties()[name]}, which is the same parameter")
+        module, _, last = name.rpartition(".")
+        parameter = self.get_parameter(name)
+        setattr(self.get_submodule(module), last, torch.nn.Parameter(tensor.to(parameter, copy=True)))
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Memory for the parameters of a model that was built on the meta device."""
@@ -241,6 +283,8 @@ class PreTrainedModel(torch.nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors into directory ``path``, as ``transformers`` reads them.
 
+        And generation_config.json, if the model has one.
+
         Tied weights are stored once. Each file appears complete or not at all.
         """
         from safetensors.torch import save_file
@@ -258,6 +302,9 @@ class PreTrainedModel(torch.nn.Module):
             save_file(state, temporary, metadata={"format": "pt"})
         with replaced(directory / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if self._generation_config is not None:
+            with replaced(directory / GENERATION_CONFIG) as temporary:
+                temporary.write_text(json.dumps(self._generation_config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 class replaced:
@@ -297,7 +344,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             f"path: no directory {directory}; to load it from the Hugging Face hub, install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["config.json", "*.safetensors*", "*.bin*"]))
+        wanted = ["config.json", GENERATION_CONFIG, "*.safetensors*", "*.bin*"]
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:
         raise FileNotFoundError(f"path: no directory {directory}, and the hub did not deliver it: {error}") from error
 

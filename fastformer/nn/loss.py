@@ -17,6 +17,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ``reduction``, targets as class indices or as probabilities. ``z_loss`` as in :func:`functional.cross_entropy`.
     """
 
+    z_loss: float = 0.0  # also of an instance of torch's class that became one of this
+
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -50,6 +52,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     Constructor, forward and state_dict keys (``linear.weight``, ``linear.bias``, ``weight``) as in
     ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13), and ``z_loss`` as in ``functional.linear_cross_entropy``.
     """
+
+    z_loss: float = 0.0
 
     def __init__(
         self,

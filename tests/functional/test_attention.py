@@ -123,16 +123,19 @@ def test_gradcheck(shape):
     assert torch.autograd.gradcheck(lambda *t: F.attention(*t, causal=True, scale=0.7, key_padding_mask=mask), leaves)
 
 
-def test_packed_is_the_same_attention():
-    qkv = torch.randn(2, 37, 3, 4, 16, requires_grad=True)
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_is_the_same_attention(biased):
+    qkv, table = torch.randn(2, 37, 3, 4, 16, requires_grad=True), torch.randn(8, 4, requires_grad=True)
     upstream = torch.randn(2, 37, 4, 16)
-    out = F.attention_qkvpacked(qkv, causal=True)
-    (grad,) = torch.autograd.grad(out, qkv, upstream)
+    options = {"relative_bias": (table, False, 8, 20), "scale": 1.0} if biased else {}
+    leaves = (qkv, table) if biased else (qkv,)
+    out = F.attention_qkvpacked(qkv, causal=True, **options)
+    grads = torch.autograd.grad(out, leaves, upstream)
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-    separate = F.attention(q, k, v, causal=True).transpose(1, 2)
-    (wanted,) = torch.autograd.grad(separate, qkv, upstream)
-    assert out.is_contiguous() and grad.is_contiguous()
-    assert torch.equal(out, separate) and torch.equal(grad, wanted)
+    separate = F.attention(q, k, v, causal=True, **options).transpose(1, 2)
+    wanted = torch.autograd.grad(separate, leaves, upstream)
+    assert out.is_contiguous() and grads[0].is_contiguous()
+    assert torch.equal(out, separate) and all(map(torch.equal, grads, wanted))
 
 
 def test_results_repeat_bit_for_bit():

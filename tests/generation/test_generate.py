@@ -2,43 +2,9 @@
 
 import pytest
 import torch
-import transformers
 
 from fastformer.generation import generate, sample
-from fastformer.models import GPT2Config, GPT2LMHeadModel
-
-transformers.utils.logging.set_verbosity_error()
-
-VOCAB, PAD, END = 97, 3, 5
-
-
-def models(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    # A large initializer_range makes likely tokens differ from step to step, instead of one repeated for ever.
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=64,
-        n_embd=48,
-        n_layer=3,
-        n_head=4,
-        bos_token_id=1,
-        eos_token_id=END,
-        initializer_range=0.4,
-    )
-    theirs = transformers.GPT2LMHeadModel(config).to(dtype).eval()
-    ours = GPT2LMHeadModel(GPT2Config.from_dict(config.to_dict())).to(dtype).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-def prompts(lengths=(9, 5, 9, 2)):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.full((len(lengths), max(lengths)), PAD)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, -length:] = torch.randint(6, VOCAB, (length,), generator=generator)
-        mask[row, -length:] = 1
-    return ids, mask
+from tests.generation.pairs import PAD, VOCAB, models, prompts
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -64,8 +30,9 @@ def test_sampling_with_the_cache_is_sampling_without(arguments):
     arguments = {"attention_mask": mask, "max_new_tokens": 50, "pad_token_id": PAD, "do_sample": True, **arguments}
     first = ours.generate(ids, seed=7, **arguments)
     assert torch.equal(ours.generate(ids, seed=7, use_cache=False, **arguments), first)
-    assert torch.equal(ours.generate(ids, generator=torch.Generator().manual_seed(7), **arguments), first)
     assert not torch.equal(ours.generate(ids, seed=8, **arguments), first)
+    drawn = [ours.generate(ids, generator=torch.Generator().manual_seed(n), **arguments) for n in (7, 7, 8)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_each_padded_prompt_gives_its_own_text():
@@ -167,7 +134,7 @@ def test_another_model_can_bring_its_own_decoder():
     """``model.decoder(batch, max_length)`` is used if it returns one; here, the integers from the last token on."""
 
     class Counting:
-        def prefill(self, input_ids, attention_mask=None):
+        def prefill(self, input_ids, attention_mask=None, repeats=1):
             return torch.nn.functional.one_hot(input_ids[:, -1] + 1, VOCAB).float()
 
         def step(self, token_ids):

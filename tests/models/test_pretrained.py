@@ -29,7 +29,8 @@ def test_directories_pass_both_ways(tmp_path, tie):
     assert file_keys(tmp_path / "ours") == file_keys(tmp_path / "theirs")
     mine, peers = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs"))
     assert {k: mine.get(k, "absent") for k in peers} == peers
-    assert sorted(f.name for f in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
+    written = {f.name for f in (tmp_path / "ours").iterdir()}
+    assert written == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 def file_keys(directory):

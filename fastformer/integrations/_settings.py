@@ -1,0 +1,134 @@
+"""What a model of transformers computes outside of its modules, through the settings it has for that: the attention of
+all layers (``attn_implementation``), and the loss (``loss_function``)."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ._proof import fingerprint, rebound
+
+NAME = "fastformer"
+_BEFORE = "_optimized_attention"  # on a model: the implementations its configurations had
+_FIXED_CROSS_ENTROPY = "6313737d2e3ad1fc"
+
+Setting = tuple[str, str, Callable[[], None], Callable[[], None]]
+"""What, by which operation, and how to change it and to change it back."""
+
+
+def changes(model: torch.nn.Module) -> Iterator[Setting | str]:
+    """The settings of a model and of the models in it that can be changed, or why one cannot."""
+    for module in model.modules():
+        if not _is_pretrained(module):
+            continue
+        if "_loss_function" not in module.__dict__ and (loss := _loss_of(module)) is not None:
+            yield "loss", "cross_entropy", partial(_set_loss, module, loss), partial(_restore_loss, module)
+    outermost = next((m for m in model.modules() if _is_pretrained(m)), None)
+    if outermost is not None:
+        yield from _attention(outermost)
+
+
+def restore(module: torch.nn.Module) -> None:
+    _restore_loss(module)
+    _restore_attention(module)
+
+
+def _is_pretrained(module: torch.nn.Module) -> bool:
+    modeling = sys.modules.get("transformers.modeling_utils")  # a model of it has imported it
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention(model: Any) -> Iterator[Setting | str]:
+    implementation = model.config._attn_implementation
+    if implementation == NAME:
+        return
+    if implementation != "sdpa":
+        yield (
+            f'its attn_implementation is "{implementation}"; what that can do beyond "sdpa" (return weights) would be'
+            ' lost: model.set_attn_implementation("sdpa") first if nothing needs it'
+        )
+    elif not model._can_set_attn_implementation():
+        yield "it has no attn_implementation to set"
+    else:
+        what = f'attn_implementation="{NAME}"'
+        yield "attention", what, partial(_set_attention, model), partial(_restore_attention, model)
+
+
+def _set_attention(model: Any) -> None:
+    from . import transformers as integration
+
+    integration.register()
+    configurations = {id(m.config): m.config for m in model.modules() if _is_pretrained(m)}
+    model.__dict__[_BEFORE] = [(config, config._attn_implementation) for config in configurations.values()]
+    model.set_attn_implementation(NAME)
+
+
+def _restore_attention(module: torch.nn.Module) -> None:
+    for config, implementation in module.__dict__.pop(_BEFORE, ()):
+        config._attn_implementation_internal = implementation
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+class Loss:
+    """A loss function of transformers whose cross-entropy is :func:`fastformer.functional.cross_entropy`."""
+
+    def __init__(self, original: Callable[..., Tensor]) -> None:
+        self.original = original
+        self._fused = rebound(original, {"fixed_cross_entropy": _fixed_cross_entropy}) or original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._fused(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Loss, (self.original,)
+
+
+def _fixed_cross_entropy(
+    source: Tensor,
+    target: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Tensor:
+    """The mean over targets that count, or their sum over the number of them in all accumulated batches."""
+    if num_items_in_batch is None:
+        return functional.cross_entropy(source, target, ignore_index=ignore_index)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(source.device)
+    return functional.cross_entropy(source, target, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+
+
+def _loss_of(model: Any) -> Loss | None:
+    """The model's loss with our cross-entropy in it, if it is a function that calls the one of transformers."""
+    mapping = sys.modules["transformers.loss.loss_utils"].LOSS_MAPPING
+    forward = inspect.unwrap(type(model).forward)
+    if "loss_function" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return None
+    function = mapping.get(model.loss_type, mapping["ForCausalLM"])  # transformers' own default
+    scope = getattr(function, "__globals__", {})
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    known = fingerprint(scope.get("fixed_cross_entropy")) == _FIXED_CROSS_ENTROPY
+    if "fixed_cross_entropy" not in names or not known or hasattr(function, "__wrapped__"):
+        return None
+    return Loss(function)
+
+
+def _set_loss(model: Any, loss: Loss) -> None:
+    model.loss_function = loss
+
+
+def _restore_loss(module: torch.nn.Module) -> None:
+    if isinstance(module.__dict__.get("_loss_function"), Loss):
+        del module.__dict__["_loss_function"]
