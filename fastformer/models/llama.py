@@ -28,6 +28,7 @@ from .activations import FUSED_ACTIVATIONS
 from .blocks import add_norm, added, attend
 from .cache import KVCache
 from .inputs import check_embeds, check_indices, one_of, padding_mask
+from .llama_decoder import FusedDecoder, fused_decoder
 from .losses import causal_lm_loss
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedConfig, PreTrainedModel
@@ -487,3 +488,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
             attentions=output.attentions,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def decoder(self, batch_size: int, max_length: int) -> FusedDecoder | None:
+        """The fused decoder that ``generate`` uses, or None where only the layers themselves will do."""
+        return fused_decoder(self, max_length)
