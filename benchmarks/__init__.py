@@ -24,4 +24,4 @@ KERNELS = (
     "decode_attention",
     "feed_forward",
 )
-JOBS = ("training_step", "generation", "llama", "overhead")
+JOBS = ("encoder_layer", "training_step", "generation", "llama", "overhead")

@@ -125,6 +125,9 @@ GOALS: tuple[Goal, ...] = (
     Goal("feed_forward", "matmuls", speedup=1 / 1.08),
     Goal("feed_forward", "eager", speedup=1.0),
     # Whole jobs.
+    Goal("encoder_layer", "eager", speedup=1.1, where={"dtype": "float32", "backward": False}),
+    Goal("encoder_layer", "eager", speedup=1.05, where={"dtype": "float32", "backward": True}),
+    Goal("encoder_layer", "eager", speedup=1.8, where={"dtype": "bfloat16"}),
     Goal("training_step", "eager", speedup=1.2, where=THE_DEMO),
     Goal("training_step", "transformers", speedup=2.0, where=GPT2_BF16),
     Goal("training_step", "compile", speedup=1.3, where=GPT2_BF16),
@@ -141,6 +144,8 @@ GOALS: tuple[Goal, ...] = (
     Goal("attention", "the best SDPA backend", peers=SDPA, speedup=1.0, device="cuda"),
     Goal("feed_forward", "matmuls", speedup=0.95, device="cuda"),
     Goal("linear_cross_entropy", "liger", speedup=2.0, device="cuda", where={"backward": True}),
+    Goal("encoder_layer", "eager", speedup=1.0, device="cuda"),
+    Goal("encoder_layer", "compile", speedup=1.0, device="cuda"),
     Goal("training_step", "compile", speedup=1.2, device="cuda"),
 )
 

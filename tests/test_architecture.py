@@ -66,7 +66,8 @@ def public_functions():
     functions = {f"functional.{name}": getattr(fastformer.functional, name) for name in fastformer.functional.__all__}
     functions = {name: f for name, f in functions.items() if not isinstance(f, type)}
     functions |= {f"nn.{name}.forward": getattr(fastformer.nn, name).forward for name in fastformer.nn.__all__}
-    functions |= {name: getattr(fastformer, name) for name in ("backend", "explain", "from_pretrained", "strict")}
+    names = ("backend", "explain", "from_pretrained", "optimize", "restore", "strict")
+    functions |= {name: getattr(fastformer, name) for name in names}
     return [pytest.param(function, id=name) for name, function in functions.items()]
 
 

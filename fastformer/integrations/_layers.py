@@ -14,25 +14,21 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from .. import functional, nn
-from ..functional.activation import elementwise
 from ..nn.norm import add_norm as nn_add_norm
 from ..nn.norm import add_residual
 from ..nn.submodules import is_plain, pending_dropout
-from ._parts import ACTIVATIONS, activation_name, feed_forward, fits, gated_feed_forward, linear_weights, untouched
-
-
-class Fused(torch.nn.Module):
-    """What all of them have."""
-
-    proof: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Methods of the original class -> fingerprints, one of which is theirs."""
-    operations: ClassVar[str] = ""
-    """For the report: what computes it now."""
-
-    @staticmethod
-    def unless(module: torch.nn.Module) -> str | None:
-        """Why an instance of a proved class is left, None if it is not."""
-        return None
+from ._parts import (
+    Activation,
+    Conv1D,
+    Fused,
+    activation_name,
+    feed_forward,
+    fits,
+    gated_feed_forward,
+    linear_weights,
+    provable_activation,
+    untouched,
+)
 
 
 def add_norm(norm: torch.nn.Module, x: Tensor, residual: Tensor, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -57,13 +53,13 @@ def add_output(module: torch.nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 def _unless_activation(module: torch.nn.Module, attribute: str) -> str | None:
     activation = getattr(module, attribute)
-    if activation_name(activation) is None:
+    if provable_activation(activation) is None:
         name = getattr(activation, "__name__", type(activation).__name__)
         return f"there is no fused kernel for its activation, {name}"
     return None
 
 
-# ---- norms and activations -------------------------------------------------------------------------------------------
+# ---- norms -----------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(Fused):
@@ -95,7 +91,7 @@ class RMSNormInFloat(RMSNorm):
 
     def weight_for(self, x: Tensor) -> Tensor | None:
         weight = self.weight
-        takes = weight.dtype in (x.dtype, torch.float32) and x.dtype != torch.float64 or weight.dtype == x.dtype
+        takes = weight.dtype == x.dtype or (weight.dtype == torch.float32 and x.dtype != torch.float64)
         return weight if takes and x.shape[-1:] == weight.shape and fits(x) else None
 
 
@@ -115,21 +111,6 @@ class GemmaRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
-
-
-class Activation(Fused):
-    """GELU, its tanh approximation or SiLU in one pass (:func:`_parts.activation_name`)."""
-
-    proof = {"forward": tuple(ACTIVATIONS)}
-    operations = "activation"
-
-    def forward(self, input: Tensor) -> Tensor:
-        name = activation_name(self)
-        return elementwise(input, name) if name is not None and fits(input) else super().forward(input)
-
-    @staticmethod
-    def unless(module: torch.nn.Module) -> str | None:
-        return "it has hooks, or is no activation with a fused kernel" if activation_name(module) is None else None
 
 
 # ---- feed-forward blocks ---------------------------------------------------------------------------------------------
@@ -389,8 +370,8 @@ def _is_simple(table: torch.nn.Embedding) -> bool:
 
 
 class LlamaDecoderLayer(Fused):
-    """Attention and feed-forward, each behind a norm: the first residual is added by the second norm's kernel, the second
-    by the feed-forward's last matmul."""
+    """Attention and feed-forward, each behind a norm: the first residual is added by the second norm's kernel, the
+    second one by the feed-forward's last matmul."""
 
     proof = {"forward": ("5ef668e13df11f18",)}  # Llama, Mistral, Qwen, Gemma and many others
     operations = "add_rms_norm, feed_forward with residual"
@@ -488,6 +469,7 @@ LAYERS: tuple[type[Fused], ...] = (
     RMSNormInFloat,
     GemmaRMSNorm,
     Activation,
+    Conv1D,
     CLIPMLP,
     GPT2MLP,
     LlamaMLP,

@@ -1,35 +1,45 @@
-"""What the fused forwards of other libraries' layers are made of: which modules they may read instead of calling, and the
-kernels over them.
+"""What the fused forwards of other libraries' layers are made of: which modules they may read instead of calling, and
+the kernels over them.
 
 A kernel that covers several modules never calls them. That is right only while nothing else depends on the call
-(nn/submodules.py): so it is asked on every call, because hooks, adapters and dtypes come and go, and where the answer is
-no, the original forward runs.
+(nn/submodules.py). It is asked on every call, because hooks, adapters and dtypes come and go; where the answer is no,
+the original forward runs.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
 from .. import functional, nn
+from ..functional.activation import elementwise
 from ..nn import submodules
 from ._proof import fingerprint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LINEAR = (torch.nn.Linear, nn.Linear)
-_CONV1D = "06ace03f789ec920"  # transformers' x @ weight + bias, the weight (in_features, out_features)
 
-# The forward of activations of transformers; "act" calls its attribute of that name.
-ACTIVATIONS = {
-    "ce934bf3d5007abd": "gelu_tanh",  # NewGELUActivation
-    "b0474c49906ffbfa": "gelu_tanh",  # FastGELUActivation
-    "a6b769f04fcc0480": "gelu_tanh",  # AccurateGELUActivation
-    "8529e0425e7d021e": "silu",  # SiLUActivation
-    "0a1fd91c43719ca7": "act",  # GELUActivation, GELUTanh
-}
+
+class Fused(torch.nn.Module):
+    """What stands before an original class in the bases of the class that is made of both (_rules.py)."""
+
+    proof: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Methods of the original class -> fingerprints, one of which is theirs."""
+    operations: ClassVar[str] = ""
+    """For the report: what computes it now."""
+    optimized_from: ClassVar[type]
+    """The original class."""
+
+    @staticmethod
+    def unless(module: torch.nn.Module) -> str | None:
+        """Why an instance of a proved class is left, None if it is not."""
+        return None
+
+
+# ---- whether the kernels may be used ---------------------------------------------------------------------------------
 
 
 def untouched(*modules: torch.nn.Module) -> bool:
@@ -38,43 +48,6 @@ def untouched(*modules: torch.nn.Module) -> bool:
         if not submodules.is_plain(module, type(module)):
             return False
     return True
-
-
-@functools.lru_cache(maxsize=None)
-def is_conv1d(cls: type) -> bool:
-    return cls.__name__ == "Conv1D" and fingerprint(getattr(cls, "forward", None)) == _CONV1D
-
-
-def linear_weights(module: torch.nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """The weight ``(out_features, in_features)`` and the bias of a linear layer, None if it has to be called."""
-    cls = type(module)
-    if cls not in LINEAR and not is_conv1d(cls):
-        return None
-    if not untouched(module):
-        return None
-    return (module.weight if cls in LINEAR else module.weight.t()), module.bias
-
-
-@functools.lru_cache(maxsize=None)
-def _known_activation(cls: type) -> str | None:
-    return ACTIVATIONS.get(fingerprint(getattr(cls, "forward", None)) or "")
-
-
-def activation_name(activation: object) -> str | None:
-    """What the fused feed-forward calls a module or function, None if it has no such activation."""
-    name = submodules.activation_name(activation)
-    if name is not None or not isinstance(activation, torch.nn.Module):
-        return name
-    cls = type(activation)
-    known = _known_activation(getattr(cls, "optimized_from", cls))
-    if known is None or not untouched(activation):
-        return None
-    if known != "act":
-        return known
-    act = activation.act
-    if isinstance(act, functools.partial):
-        return "gelu_tanh" if act.func is gelu and act.keywords == {"approximate": "tanh"} and not act.args else None
-    return submodules.activation_name(act)
 
 
 def fits(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -88,6 +61,89 @@ def fits(x: Tensor, *parameters: Tensor | None) -> bool:
         if p is not None and (p.dtype != x.dtype or p.device != x.device):
             return False
     return True
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+# The forward of activations of transformers; "act" calls its attribute of that name.
+_FORMS = {
+    "ce934bf3d5007abd": "gelu_tanh",  # NewGELUActivation
+    "b0474c49906ffbfa": "gelu_tanh",  # FastGELUActivation
+    "a6b769f04fcc0480": "gelu_tanh",  # AccurateGELUActivation
+    "8529e0425e7d021e": "silu",  # SiLUActivation
+    "0a1fd91c43719ca7": "act",  # GELUActivation, GELUTanh
+}
+
+
+class Activation(Fused):
+    """GELU, its tanh approximation or SiLU in one pass."""
+
+    proof = {"forward": tuple(_FORMS)}
+    operations = "activation"
+    form: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.form = _form(cls.optimized_from)
+
+    def forward(self, input: Tensor) -> Tensor:
+        name = _name(self, self.form)
+        return elementwise(input, name) if name is not None and fits(input) else super().forward(input)
+
+    @staticmethod
+    def unless(module: torch.nn.Module) -> str | None:
+        return None if provable_activation(module) else "there is no fused kernel for it"
+
+
+def activation_name(activation: object) -> str | None:
+    """What the fused feed-forward calls a module or function, None if it has to be called."""
+    if isinstance(activation, Activation):
+        return _name(activation, activation.form) if untouched(activation) else None
+    return submodules.activation_name(activation)
+
+
+def provable_activation(activation: object) -> str | None:
+    """:func:`activation_name` once the model is optimized."""
+    if isinstance(activation, torch.nn.Module) and not isinstance(activation, Fused):
+        form = _form(type(activation))
+        if form is not None:
+            return _name(activation, form)
+    return activation_name(activation)
+
+
+def _form(cls: type) -> str | None:
+    return _FORMS.get(fingerprint(getattr(cls, "forward", None)) or "")
+
+
+def _name(activation: Any, form: str | None) -> str | None:
+    if form != "act":
+        return form
+    act = activation.act
+    if isinstance(act, functools.partial):
+        return "gelu_tanh" if act.func is gelu and act.keywords == {"approximate": "tanh"} and not act.args else None
+    return submodules.activation_name(act)
+
+
+# ---- linear layers and blocks of them --------------------------------------------------------------------------------
+
+
+class Conv1D(Fused):
+    """transformers' linear layer with a weight ``(in_features, out_features)``."""
+
+    proof = {"forward": ("06ace03f789ec920",)}
+    operations = "linear"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.t(), self.bias)
+
+
+def linear_weights(module: torch.nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The weight ``(out_features, in_features)`` and the bias of a linear layer, None if it has to be called."""
+    if submodules.is_plain(module, torch.nn.Linear, nn.Linear):
+        return module.weight, module.bias
+    if isinstance(module, Conv1D) and untouched(module):
+        return module.weight.t(), module.bias
+    return None
 
 
 def feed_forward(

@@ -29,7 +29,7 @@ _KNOWN = (torch, torch.nn, torch.nn.functional, torch.Tensor, math)
 _NO_MEANING = ("annotation", "returns", "type_comment", "kind", "ctx", "decorator_list")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fingerprint(function: object) -> str | None:
     """Sixteen hexadecimal digits, or None where the code cannot be read or depends on more than PyTorch."""
     # transformers wraps the forward of each subclass of its checkpointed layers, also of those made here.
@@ -57,7 +57,7 @@ def fingerprint(function: object) -> str | None:
 
 
 def _canonical(node: object) -> object:
-    """Nested tuples that are the same in every version of Python: fields that are empty or mean nothing are left out."""
+    """Nested tuples, the same in every version of Python: fields that are empty or mean nothing are left out."""
     if isinstance(node, list):
         return tuple(map(_canonical, node))
     if not isinstance(node, ast.AST):

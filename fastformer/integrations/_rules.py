@@ -21,8 +21,8 @@ from torch import Tensor
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM
 from ..nn.submodules import is_plain
-from ._layers import LAYERS, Fused
-from ._parts import DTYPES, activation_name, feed_forward, fits
+from ._layers import LAYERS
+from ._parts import DTYPES, Fused, activation_name, feed_forward, fits, provable_activation
 from ._proof import fingerprint, rebound
 
 
@@ -61,7 +61,7 @@ def _changes_only_the_constructor(cls: type, base: type) -> bool:
     return all(issubclass(c, base) and not set(vars(c)) - _HARMLESS for c in between)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fused_class(cls: type, first: type, forward: Callable[..., Any] | None = None) -> type:
     """``cls`` with the methods of ``first`` before its own. Its name stays: libraries know their classes by it."""
     members = {
@@ -88,7 +88,7 @@ def _rebuild(cls: type) -> torch.nn.Module:
     return made.__new__(made)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _proved(cls: type, forward: object) -> Rule | None:  # forward: a class whose method is replaced is another one
     for layer in LAYERS:
         if all(fingerprint(getattr(cls, method, None)) in known for method, known in layer.proof.items()):
@@ -133,9 +133,7 @@ class _Rotary:
     def __init__(self, original: Callable[..., tuple[Tensor, Tensor]], partial: bool) -> None:
         self.original, self.partial = original, partial  # partial: there may be fewer angles than dimensions
 
-    def __call__(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         alike = q.dtype == k.dtype == cos.dtype == sin.dtype and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3
         grad = cos.requires_grad or sin.requires_grad
         sizes = cos.shape[-1] == q.shape[-1] or (self.partial and cos.shape[-1] < q.shape[-1])
@@ -169,7 +167,7 @@ class Sequential(torch.nn.Sequential):
         modules = list(self)
         at = 0
         while at < len(modules):
-            length = _feed_forward_at(modules, at)
+            length = _feed_forward_at(modules, at, activation_name)
             out = None
             if length:
                 drop = modules[at + 2] if length == 4 else None
@@ -181,10 +179,10 @@ class Sequential(torch.nn.Sequential):
         return input
 
 
-def _feed_forward_at(modules: list[torch.nn.Module], at: int) -> int:
+def _feed_forward_at(modules: list[torch.nn.Module], at: int, name: Callable[[object], str | None]) -> int:
     """How many modules from ``at`` on are a feed-forward block: 3, 4 or 0."""
     linear = (torch.nn.Linear, nn.Linear)
-    if len(modules) < at + 3 or type(modules[at]) not in linear or activation_name(modules[at + 1]) is None:
+    if len(modules) < at + 3 or type(modules[at]) not in linear or name(modules[at + 1]) is None:
         return 0
     if type(modules[at + 2]) in linear:
         return 3
@@ -194,7 +192,7 @@ def _feed_forward_at(modules: list[torch.nn.Module], at: int) -> int:
 
 def _unless_no_feed_forward(module: torch.nn.Module) -> str | None:
     modules = list(module.children())
-    return None if any(_feed_forward_at(modules, at) for at in range(len(modules))) else ""
+    return None if any(_feed_forward_at(modules, at, provable_activation) for at in range(len(modules))) else ""
 
 
 def _unless_embedding(module: torch.nn.Module) -> str | None:

@@ -23,16 +23,19 @@ Setting = tuple[str, str, Callable[[], None], Callable[[], None]]
 """What, by which operation, and how to change it and to change it back."""
 
 
-def changes(model: torch.nn.Module) -> Iterator[Setting | str]:
-    """The settings of a model and of the models in it that can be changed, or why one cannot."""
-    for module in model.modules():
+def changes(model: torch.nn.Module) -> Iterator[tuple[str, Setting | str]]:
+    """The settings that can be changed, or why one cannot, of each model of transformers in a model, with its name."""
+    inside: set[int] = set()
+    for name, module in model.named_modules():
         if not _is_pretrained(module):
             continue
+        if id(module) not in inside:  # the outermost speaks for all in it
+            inside.update(map(id, module.modules()))
+            setting = _attention(module)
+            if setting is not None:
+                yield name, setting
         if "_loss_function" not in module.__dict__ and (loss := _loss_of(module)) is not None:
-            yield "loss", "cross_entropy", partial(_set_loss, module, loss), partial(_restore_loss, module)
-    outermost = next((m for m in model.modules() if _is_pretrained(m)), None)
-    if outermost is not None:
-        yield from _attention(outermost)
+            yield name, ("loss", "cross_entropy", partial(_set_loss, module, loss), partial(_restore_loss, module))
 
 
 def restore(module: torch.nn.Module) -> None:
@@ -48,28 +51,40 @@ def _is_pretrained(module: torch.nn.Module) -> bool:
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def _attention(model: Any) -> Iterator[Setting | str]:
-    implementation = model.config._attn_implementation
-    if implementation == NAME:
-        return
-    if implementation != "sdpa":
-        yield (
-            f'its attn_implementation is "{implementation}"; what that can do beyond "sdpa" (return weights) would be'
-            ' lost: model.set_attn_implementation("sdpa") first if nothing needs it'
+def _attention(model: Any) -> Setting | str | None:
+    found = {config._attn_implementation for config in _configurations(model)}
+    if found == {NAME}:
+        return None
+    if found != {"sdpa"}:
+        names = ", ".join(sorted(f'"{name}"' for name in found))
+        return (
+            f"its attn_implementation is {names}, which may return weights or was chosen for something else that"
+            f' "{NAME}" has not; model.set_attn_implementation("sdpa") first'
         )
-    elif not model._can_set_attn_implementation():
-        yield "it has no attn_implementation to set"
-    else:
-        what = f'attn_implementation="{NAME}"'
-        yield "attention", what, partial(_set_attention, model), partial(_restore_attention, model)
+    if not all(m._can_set_attn_implementation() for m in model.modules() if _is_pretrained(m)):
+        return "it does not look at its attn_implementation"
+    what = f'attn_implementation="{NAME}"'
+    return "attention", what, partial(_set_attention, model), partial(_restore_attention, model)
+
+
+def _configurations(model: Any) -> list[Any]:
+    """The configurations of a model and of all models in it, each once."""
+    waiting = [module.config for module in model.modules() if _is_pretrained(module)]
+    found: dict[int, Any] = {}
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = (getattr(config, key, None) for key in config.sub_configs)
+            waiting.extend(part for part in parts if part is not None)
+    return list(found.values())
 
 
 def _set_attention(model: Any) -> None:
     from . import transformers as integration
 
     integration.register()
-    configurations = {id(m.config): m.config for m in model.modules() if _is_pretrained(m)}
-    model.__dict__[_BEFORE] = [(config, config._attn_implementation) for config in configurations.values()]
+    model.__dict__[_BEFORE] = [(config, config._attn_implementation) for config in _configurations(model)]
     model.set_attn_implementation(NAME)
 
 

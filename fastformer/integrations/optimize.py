@@ -1,12 +1,14 @@
 """``fastformer.optimize(model)``: the layers of any PyTorch or Hugging Face model on fused kernels, in place.
 
-Only the *class* of a module changes (``module.__class__ = fastformer.nn.LayerNorm``), not the module. So everything that
+Only the *class* of a module changes (``module.__class__ = fastformer.nn.LayerNorm``), not the module. So whatever
 refers to it stays right without being known here: parents and other holders, optimizers and DDP, which hold its
-parameters, tied weights, hooks, device, dtype, mode and the keys of ``state_dict``. A new object in its place would have
-to be given all that, and could not reach a reference kept in a list or a closure. :func:`restore` gives the class back.
+parameters, tied weights, hooks, device, dtype, mode and the keys of ``state_dict``. A new object in its place would
+have to be given all that, and could not reach a reference kept in a list or a closure. :func:`restore` gives the class
+back.
 
-A class changes if it is proved to compute the same (_rules.py); the report says what was left, and why. Besides modules,
-a model of transformers gets attention and loss through its own settings. Nothing outside of the model changes.
+A class changes if it is proved to compute the same (_rules.py); the report says what was left and why. Besides modules,
+a model of transformers gets attention and loss through its own settings (_settings.py). Nothing outside of the model
+changes.
 """
 
 from __future__ import annotations
@@ -93,8 +95,8 @@ def optimize(
     """Makes a model's layers run fastformer's kernels, in place, where that is proved to give the same numbers.
 
     Parameters, buffers, hooks, modes and the keys of ``state_dict`` stay; optimizers made before keep working. A layer
-    that is left (a class nothing here knows, an adapter, a quantised or sharded layer) works as before. Calling it again
-    changes nothing more. Call it before ``torch.compile`` and FSDP, before or after DDP.
+    that is left (a class nothing here knows, an adapter, a quantised or sharded layer) works as before. Calling it
+    again changes nothing more. Call it before ``torch.compile`` and FSDP, before or after DDP.
 
     Args:
         model: any ``torch.nn.Module``, of torch.nn, of transformers or of your own.
@@ -125,7 +127,9 @@ def optimize(
         problem = _problem(model, check, before, tolerance)
         if problem is not None:
             report.undo()
-            raise ValueError(f"check: {_culprit(model, report, check, before, tolerance)}{problem}; nothing was changed")
+            raise ValueError(
+                f"check: {_culprit(model, report, check, before, tolerance)}{problem}; nothing was changed"
+            )
     if verbose:
         print(report)
     return report
@@ -144,12 +148,13 @@ def restore(model: torch.nn.Module) -> None:
 
 
 def _plan(model: torch.nn.Module, report: Report) -> Iterator[_Change]:
-    for setting in _settings.changes(model):
+    for name, setting in _settings.changes(model):
+        kind = type(model.get_submodule(name)).__name__
         if isinstance(setting, str):
-            report.left.append(Left("", "attention of " + report.model, setting))
+            report.left.append(Left(name, f"attention of {kind}", setting))
         else:
             what, operations, apply, undo = setting
-            yield _Change(Swapped("", f"{what} of {report.model}", operations), apply, undo)
+            yield _Change(Swapped(name, f"{what} of {kind}", operations), apply, undo)
     for name, module, reason in _walk(model):
         kind = type(module).__name__
         if reason is not None:
@@ -200,16 +205,16 @@ def _replacement(module: torch.nn.Module) -> Rule | str | None:
     """The rule for a module, or why it is left; "" and None without a word."""
     found = rule_for(type(module))
     if found is None:
-        # Containers that do nothing of their own are not worth a line.
+        # Containers are not worth a line: what they hold has its own.
         return "" if next(module.children(), None) is not None else "no fused kernel for it"
-    if isinstance(found, str):
-        return found
-    if not issubclass(found.replacement, type(module)):
-        raise TypeError(f"rules: {found.replacement.__name__} is no subclass of {type(module).__name__}")
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if hasattr(module, "parametrizations"):
         return "it is parametrised"
+    if isinstance(found, str):
+        return found
+    if not issubclass(found.replacement, type(module)):
+        raise TypeError(f"rules: {found.replacement.__name__} is no subclass of {type(module).__name__}")
     reason = unless_parameters(module) or found.unless(module)
     return found if reason is None else reason
 
@@ -229,7 +234,8 @@ def _give_back(module: torch.nn.Module) -> None:
     rule = rule_for(original)
     if not (isinstance(rule, Rule) and type(module) in (rule.replacement, original)):
         warnings.warn(
-            f"fastformer.restore: {type(module).__name__} was changed by something else since, and is left", stacklevel=3
+            f"fastformer.restore: {type(module).__name__} was changed by something else since, and is left",
+            stacklevel=3,
         )
         return
     del module.__dict__[_MARK]

@@ -138,7 +138,7 @@ class BertEmbeddings(torch_nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        width = config.hidden_size
+        self.width = width = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
@@ -197,7 +197,7 @@ class BertEmbeddings(torch_nn.Module):
             batch, length = input_ids.shape
         else:
             assert inputs_embeds is not None
-            check_embeds("inputs_embeds", inputs_embeds, self.LayerNorm.normalized_shape[0])
+            check_embeds("inputs_embeds", inputs_embeds, self.width)
             batch, length, _ = inputs_embeds.shape
         available = _rows(self.position_embeddings)
         if position_ids is None and length > available:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..functional._doors import through_operator
+
 
 def one_of(**given: Tensor | None) -> None:
     """Raises ValueError unless exactly one of two arguments is given, such as ``input_ids`` and ``inputs_embeds``."""
@@ -19,8 +21,8 @@ def check_indices(name: str, indices: Tensor, size: int) -> None:
         raise TypeError(f"{name}: expected an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
     if indices.dim() != 2:
         raise ValueError(f"{name}: shape {tuple(indices.shape)} is not (B, S)")
-    # On a GPU this would wait for the device; torch's embedding kernel asserts there.
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+    # On a GPU this would wait for the device; torch's embedding kernel asserts there. A tracer has no values.
+    if indices.device.type == "cpu" and indices.numel() and not through_operator(indices):
         low, high = torch.aminmax(indices)
         if low < 0 or high >= size:
             raise ValueError(f"{name}: values {int(low)} to {int(high)} are not all in [0, {size})")

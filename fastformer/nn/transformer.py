@@ -108,17 +108,17 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             or not torch.backends.mha.get_fastpath_enabled()
             or torch.is_autocast_enabled(src.device.type)
             or src.device.type not in ("cpu", "cuda")
-            or transforming()
         ):
             return False
+        compiling = torch.compiler.is_compiling()
         tensors = (src, *first.parameters())
-        if torch.overrides.has_torch_function(tensors):
+        if torch.overrides.has_torch_function(tensors) or (not compiling and transforming()):
             return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return False
         if not getattr(self, "mask_check", True):
             return True
-        return not torch.compiler.is_compiling() and _left_aligned(key_padding_mask.logical_not())
+        return not compiling and _left_aligned(key_padding_mask.logical_not())
 
     def _without_padding(self, src: Tensor, keep: Tensor) -> Tensor:
         """The encoder on the first ``keep.sum(1)`` positions of each sequence, with zeros elsewhere before the norm."""

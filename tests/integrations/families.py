@@ -41,7 +41,11 @@ FAMILIES = {
     "phi3": ("Phi3ForCausalLM", {**_DECODER, **_TOKENS, "pad_token_id": 0}, {"Phi3MLP", "Phi3Attention"}),
     "gpt_neox": ("GPTNeoXForCausalLM", {**_DECODER, **_TOKENS, "rotary_pct": 0.5}, {"GPTNeoXAttention"}),
     "vit": ("ViTForImageClassification", {**_ENCODER, "image_size": 8, "patch_size": 2}, {"ViTLayer", "ViTMLP"}),
-    "clip": ("CLIPVisionModel", {**_ENCODER, "image_size": 8, "patch_size": 2, "hidden_act": "gelu"}, {"CLIPEncoderLayer", "CLIPMLP"}),
+    "clip": (
+        "CLIPVisionModel",
+        {**_ENCODER, "image_size": 8, "patch_size": 2, "hidden_act": "gelu"},
+        {"CLIPEncoderLayer", "CLIPMLP"},
+    ),
 }
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
 _DROPOUTS += ("dropout_rate", "attention_dropout", "hidden_dropout")

@@ -3,14 +3,16 @@
 import copy
 import json
 import pickle
+from collections import Counter
 
 import pytest
 import torch
 import transformers
 
 import fastformer
+from fastformer import functional
 from fastformer.integrations.optimize import optimize
-from tests.integrations.families import FAMILIES, VOCAB, batch_of, exact_of, make, run
+from tests.integrations.families import FAMILIES, batch_of, exact_of, make, run
 from tests.nn.comparison import assert_as_accurate
 
 
@@ -34,10 +36,50 @@ def test_outputs_and_gradients(family):
     optimize(double)
     for name, value in run(double, batch).items():
         scale = max(wanted[name].abs().max().item(), 1.0)
-        torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-11 * scale, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            value, wanted[name], rtol=0, atol=1e-11 * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "llama"])
+# The calls of fused functions in one forward pass of two layers (of an encoder and a decoder, for T5).
+CALLS = {
+    "gpt2": {"add_layer_norm": 2, "layer_norm": 3, "feed_forward": 2, "attention": 2, "linear": 4},
+    "bert": {"transformer_embedding": 1, "add_layer_norm": 4, "feed_forward": 2, "bias_activation": 1, "attention": 2},
+    "t5": {"rms_norm": 12, "feed_forward": 4, "attention": 6},
+    "t5 gated": {"rms_norm": 12, "gated_feed_forward": 4, "attention": 6},
+    "llama": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
+    "qwen2": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
+    "gemma": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
+    "phi3": {"rms_norm": 5, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
+    "gpt_neox": {"layer_norm": 5, "rotary_embedding": 2, "attention": 2},
+    "vit": {"add_layer_norm": 2, "layer_norm": 3, "feed_forward": 2, "attention": 2},
+    "clip": {"add_layer_norm": 2, "layer_norm": 4, "feed_forward": 2, "attention": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_functions_run(family, monkeypatch):
+    calls = Counter()
+
+    def counted(name, original):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in {name for counts in CALLS.values() for name in counts}:
+        monkeypatch.setattr(functional, name, counted(name, getattr(functional, name)))
+    # imported by name there
+    monkeypatch.setattr("fastformer.integrations.transformers_attention.attention", functional.attention)
+    model = make(family)
+    optimize(model)
+    model(**batch_of(family))
+    assert {name: calls[name] for name in CALLS[family]} == CALLS[family]
+
+
+# t5's relu is not among them: a rounding turns it on or off, and with it a gradient
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5 gated", "llama"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(family, dtype):
     theirs = make(family, dtype)
@@ -70,11 +112,13 @@ def test_autocast(family):
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "llama", "vit"])
 def test_the_loss_and_a_training_step_of_an_optimizer_made_before(family):
     models, losses = [make(family), make(family)], []
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
     optimize(models[1])
     batch = batch_of(family)
     batch.pop("decoder_input_ids", None)
-    labels = torch.tensor([0, 1]) if family == "vit" else batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels = (
+        torch.tensor([0, 1]) if family == "vit" else batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    )
     for model, optimizer in zip(models, optimizers, strict=True):
         losses.append([])
         for _ in range(3):
@@ -118,7 +162,7 @@ def test_hooks_on_every_module_fire_as_before(family):
     ("gpt2", "transformer.h.0.mlp.c_proj"),
     ("bert", "bert.encoder.layer.0.intermediate.dense"),
     ("bert", "bert.embeddings.word_embeddings"),
-    ("t5", "encoder.block.0.layer.1.DenseReluDense.wo"),
+    ("t5", "encoder.block.0.layer.1.DenseReluDense.wi"),
     ("llama", "model.layers.0.mlp.up_proj"),
     ("llama", "model.layers.1.post_attention_layernorm"),
 ])  # fmt: skip
@@ -169,7 +213,9 @@ def test_idempotent():
     types = vars_of(model)
     second = optimize(model)
     assert not second.swapped and vars_of(model) == types
-    assert second.already == sum(swapped.name != "" for swapped in first.swapped)
+    settings = [swapped for swapped in first.swapped if " of " in swapped.type]
+    assert {swapped.type for swapped in settings} == {"attention of LlamaForCausalLM", "loss of LlamaForCausalLM"}
+    assert second.already == len(first.swapped) - len(settings)
     second.undo()
     assert vars_of(model) == types  # what an earlier call did is not its to undo
 
@@ -228,9 +274,9 @@ def test_gradient_checkpointing():
     model = make("llama").train()
     optimize(model)
     wanted = run(model, batch_of("llama"))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     calls = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     found = run(model, batch_of("llama"))
     assert len(calls) == 2  # once more in backward
     for name in wanted:
@@ -273,10 +319,32 @@ def test_attention_that_may_have_to_return_weights_is_left():
     model.set_attn_implementation("eager")
     report = optimize(model)
     assert model.config._attn_implementation == "eager"
-    assert [left.reason for left in report.left if left.type.startswith("attention")][0].startswith(
-        'its attn_implementation is "eager"'
-    )
+    reasons = [left.reason for left in report.left if left.type == "attention of BertForMaskedLM"]
+    assert len(reasons) == 1 and reasons[0].startswith('its attn_implementation is "eager"')
     assert model(**batch_of("bert"), output_attentions=True).attentions[0].shape == (2, 4, 9, 9)
+
+
+def test_models_inside_of_a_model():
+    """Two towers of one's own, one of them a composite of two configurations."""
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = {**small, "image_size": 8, "patch_size": 4}
+    text = {**small, "vocab_size": 61, "max_position_embeddings": 40, "eos_token_id": 2}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
+    towers = torch.nn.ModuleDict({"image": clip, "text": make("bert")})
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8), "input_ids": batch_of("bert")["input_ids"]}
+    with torch.no_grad():
+        wanted = clip(**batch).logits_per_image
+        report = optimize(towers)
+        torch.testing.assert_close(clip(**batch).logits_per_image, wanted, rtol=1e-4, atol=1e-4)
+    attention = {swapped.name for swapped in report.swapped if swapped.type.startswith("attention")}
+    configurations = [clip.config, clip.config.vision_config, clip.config.text_config, towers["text"].config]
+    assert attention == {"image", "text"}
+    assert [config._attn_implementation for config in configurations] == ["fastformer"] * 4
+    report.undo()
+    assert [config._attn_implementation for config in configurations] == ["sdpa"] * 4
 
 
 def test_an_edited_class_is_not_proved(monkeypatch):
@@ -306,17 +374,23 @@ def test_parameters_of_another_dtype_than_the_activations():
     """T5 keeps wo in float32 beside float16, and a norm may stay in float32: the original code promotes as it did."""
     theirs = make("t5", torch.bfloat16)
     for name, module in theirs.named_modules():
-        if name.endswith(".wo") or name.endswith("final_layer_norm"):
+        if name.endswith(".wo") or name in ("decoder.final_layer_norm", "lm_head"):
             module.float()
     ours = copy.deepcopy(theirs)
     optimize(ours)
     batch = batch_of("t5")
-    for model in (theirs, ours):
-        model.lm_head.float()
     wanted, found = run(theirs, batch)["output"], run(ours, batch)["output"]
     assert found.dtype == wanted.dtype
     torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1)
 
 
-def test_vocabulary_is_what_the_tests_think():
-    assert make("llama").config.vocab_size == VOCAB
+def test_an_activation_without_a_kernel_is_left():
+    from transformers.models.clip.modeling_clip import CLIPMLP
+
+    model = CLIPMLP(transformers.CLIPVisionConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2))
+    report = optimize(model)
+    assert not report.swapped
+    assert (report.left[0].type, report.left[0].reason) == (
+        "CLIPMLP",
+        "there is no fused kernel for its activation, QuickGELUActivation",
+    )

@@ -290,6 +290,33 @@ def test_compiles_to_one_graph(cls, training):
         torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient)
 
 
+def test_gradients_of_each_text():
+    """torch.func.vmap over torch.func.grad, with a mask."""
+    ours, labels = ours_of(), labels_of(BertForMaskedLM)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+
+    def loss(parameters, tokens, mask, labels):
+        inputs = {"input_ids": tokens[None], "attention_mask": mask[None], "labels": labels[None]}
+        return torch.func.functional_call(ours, parameters, (), inputs).loss
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(parameters, ids(), mask(), labels)
+    for i in range(3):
+        alone = {"input_ids": ids()[i : i + 1], "attention_mask": mask()[i : i + 1], "labels": labels[i : i + 1]}
+        for name, gradient in gradients(ours, **alone)[1].items():
+            torch.testing.assert_close(each[name][i], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_exports_with_any_batch_size():
+    ours = ours_of(BertForTokenClassification, torch.float32, num_hidden_layers=1)
+    batch = {0: torch.export.Dim("batch", min=2, max=8)}
+    shapes = {"input_ids": batch, "attention_mask": batch}
+    program = torch.export.export(ours, (ids(),), {"attention_mask": mask()}, dynamic_shapes=shapes)
+    inputs = {"attention_mask": mask()[:2]}
+    output = program.module()(ids()[:2], **inputs)
+    assert output.keys() == ("logits",)
+    torch.testing.assert_close(output.logits, ours(ids()[:2], **inputs).logits)
+
+
 # ---- what users do to models -----------------------------------------------------------------------------------------
 
 LAYER = "bert.encoder.layer.1."
@@ -331,6 +358,8 @@ def test_hooks_and_replacements_are_called(path):
     inner = ours.get_submodule(path)
     setattr(ours.get_submodule(parent), name, Scaled(inner))
     torch.testing.assert_close(ours(ids()).logits, found[0], rtol=0, atol=1e-12)
+    embeds = theirs.get_input_embeddings()(ids()) * (1.5 if path.endswith("word_embeddings") else 1)
+    torch.testing.assert_close(ours(inputs_embeds=embeds).logits, found[0], rtol=0, atol=1e-12)
     setattr(ours.get_submodule(parent), name, inner)
     torch.testing.assert_close(ours(ids()).logits, expected, rtol=0, atol=0)
 

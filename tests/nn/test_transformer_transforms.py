@@ -12,6 +12,11 @@ CAUSAL = torch.ones(L, L, dtype=torch.bool).triu(1)
 PADDING = torch.arange(L) >= torch.tensor([3, 1, 5])[:, None]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch._dynamo.reset()  # all cases have the code of one class, and a compiler keeps few versions of it
+
+
 class Call(torch.nn.Module):
     """A module with the masks of its call; takes x (N, L, E) and the memory (N, S, E)."""
 
