@@ -553,6 +553,14 @@ def test_compiles_before_it_ever_ran():
     assert torch.equal(first, second)
 
 
+def test_exports():
+    ours = ours_of(theirs_of(num_hidden_layers=1))
+    options = {"use_cache": False, "return_dict": False}
+    program = torch.export.export(ours, (ids(),), options)
+    assert not ours.model.rotary_emb._tables, "nothing of the tracer's stays"
+    torch.testing.assert_close(program.module()(ids(), **options)[0], ours(ids()).logits)
+
+
 def test_meta_device_and_dtype():
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**fields()))
