@@ -139,6 +139,7 @@ GOALS: tuple[Goal, ...] = (
         for dtype, n in (("float32", 1.3), ("bfloat16", 2.0))
     ),
     Goal("generation", "eager", speedup=3.0),
+    Goal("llama", "eager", speedup=1.0),
     # Python between the call and the kernel.
     Goal("overhead", "bare", extra_us=3.0, where={"variant": "inference"}),
     Goal("overhead", "bare", extra_us=8.0, where={"variant": "with gradient"}),
