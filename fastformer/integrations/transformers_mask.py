@@ -23,6 +23,8 @@ from transformers import masking_utils as masking
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
+from .flash_attn import MANY_ROWS
+
 
 class Pattern(NamedTuple):
     """What :func:`fastformer.functional.attention` is told in place of a table."""
@@ -34,6 +36,9 @@ class Pattern(NamedTuple):
     room that a static cache has left). None = all."""
     key_padding_mask: Tensor | None = None
     """``(B, keys)`` bool, True = ignored."""
+    span: tuple[Tensor, Tensor] | None = None
+    """The same as two ``(B)`` int32, the first key that counts and the first behind them, for so few queries that
+    :func:`fastformer.functional.decode_attention` is the faster one; None if the keys that count are not in a row."""
     cu_seqlens: Tensor | None = None
     """``(N + 1)`` int32: bounds of the documents in the B * S positions, none of which sees another."""
 
@@ -176,7 +181,19 @@ def place(
         visible = torch.nn.functional.pad(visible, (0, keys - visible.shape[1]))
         if not visible.all():
             pattern = pattern._replace(key_padding_mask=~visible)
+            if q_length < MANY_ROWS:
+                pattern = pattern._replace(span=_span(visible, aligned=pattern.causal or pattern.window != (-1, -1)))
     return pattern
+
+
+def _span(visible: Tensor, aligned: bool) -> tuple[Tensor, Tensor] | None:
+    """Where the True of each row begin and end, if there is no False between them, and with ``aligned`` none behind."""
+    keys, count = visible.shape[1], visible.sum(1)
+    begin = visible.to(torch.int32).argmax(1)
+    last = keys - visible.flip(1).to(torch.int32).argmax(1)
+    if not ((last - begin == count) & ((last == keys) | (not aligned))).all():
+        return None
+    return begin.to(torch.int32), last.to(torch.int32)
 
 
 # ---- which models would ask for a mask and then not for attention ----------------------------------------------------

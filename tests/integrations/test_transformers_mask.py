@@ -32,13 +32,17 @@ SHAPES = [
     (3, 6, 0, 0),  # an encoder's keys
     (4, 2, 0, 0),  # fewer keys than queries
 ]
-PADDING = [None, "some", "all of one sequence", "shorter than the keys"]
+PADDING = [None, "left", "right", "some", "all of one sequence", "shorter than the keys"]
 
 
 def visible_of(kind, sk, kv_offset):
     if kind is None:
         return None
     visible = torch.rand(2, sk + kv_offset, generator=torch.Generator().manual_seed(sk)) < 0.6
+    if kind in ("left", "right"):
+        visible = torch.ones_like(visible)
+        visible[0, :2] = visible[1, : kv_offset + 1] = False
+        return visible if kind == "left" else visible.flip(1)
     if kind == "all of one sequence":
         visible[1] = False
     return visible[:, :-1] if kind == "shorter than the keys" else visible
@@ -47,7 +51,7 @@ def visible_of(kind, sk, kv_offset):
 @pytest.mark.parametrize("kind", PADDING)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_attention_sees_what_the_table_shows(name, kind):
-    structured = 0
+    structured = spans = 0
     for sq, sk, q_offset, kv_offset in SHAPES:
         arguments = {
             "batch_size": 2,
@@ -72,10 +76,16 @@ def test_attention_sees_what_the_table_shows(name, kind):
             key = k[:, :, : p.keys]
             padding = p.key_padding_mask
             ours = F.attention(q, key, key, causal=p.causal, window=p.window, key_padding_mask=padding)
+            if p.span is not None:
+                spans += 1
+                begin, end = p.span
+                decoded = F.decode_attention(q, k, k, end, causal=p.causal, window=p.window, cache_leftpad=begin)
+                torch.testing.assert_close(decoded, wanted, rtol=1e-12, atol=1e-12)
         else:
             assert torch.equal(mask, table)
             continue
         torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+    assert spans >= (4 if kind == "left" else 2 if kind == "right" and "window" not in name and name != "causal" else 0)
     assert structured >= (1 if kind is None and "window" not in name else 3) or (name, kind) == ("both ways", None)
 
 
