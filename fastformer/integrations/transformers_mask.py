@@ -4,8 +4,8 @@ transformers asks for the (B, 1, Sq, Sk) table of which query may look at which 
 numbers and one row per sequence: causal, a window, padding, the bounds of packed documents. attention's kernels take
 those as they are, so that what travels through the model here is a tensor of that shape without a table behind it
 (:class:`StructuredMask`). A model that does anything with it, slices it, adds to it, gets the table instead; so does a
-pattern that is not known for certain. None stands for "no mask, or causal with as many queries as keys", as it does for
-transformers' own "sdpa".
+pattern that is not known for certain. None stands for causal attention with as many queries as keys, or with one query,
+as it does for transformers' own "sdpa".
 """
 
 from __future__ import annotations
@@ -148,9 +148,8 @@ def attention_mask(
     pattern = place(pattern, q_length, kv_length, q_offset, kv_offset, attention_mask)
     if pattern is None:
         return table()
-    if pattern.causal and allow_is_causal_skip and same_alignment and pattern == Pattern(causal=True):
-        return None
-    if allow_is_bidirectional_skip and pattern == Pattern():
+    # Of attention in both directions there is no None: some layers would take it for causal.
+    if pattern == Pattern(causal=True) and allow_is_causal_skip and same_alignment:
         return None
     return StructuredMask(pattern, table, (batch_size, 1, q_length, kv_length), device)
 

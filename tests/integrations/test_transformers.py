@@ -224,7 +224,7 @@ def test_generate(name, strategy, calls):
     assert not calls
     model.set_attn_implementation(OURS)
     assert torch.equal(model.generate(**inputs, **options), theirs)
-    # The last token: T5 has a bias, Whisper no padding, Mistral's window has left it behind; a static cache has a table.
+    # T5 has a bias, Whisper no padding, Mistral's window has left it behind, and a static cache's mask is a table.
     other = name in ("T5", "Whisper") or (name == "Mistral" and strategy != "no cache") or "static" in strategy
     assert calls[-1][0] == ("attention" if other else "decode_attention")
 
