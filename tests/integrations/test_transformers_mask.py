@@ -67,10 +67,7 @@ def test_attention_sees_what_the_table_shows(name, kind):
         mask = attention_mask(**arguments, allow_is_bidirectional_skip="both" in name)
         q, k = torch.randn(2, 1, sq, 4, dtype=torch.float64), torch.randn(2, 1, sk, 4, dtype=torch.float64)
         wanted = F.attention(q, k, k, attn_mask=table)
-        if mask is None:
-            assert "both" not in name and sq in (1, sk)
-            ours = F.attention(q, k, k, causal=True)
-        elif isinstance(mask, StructuredMask):
+        if isinstance(mask, StructuredMask):
             structured += 1
             assert mask.shape == table.shape and torch.equal(mask & True, table)
             p = mask.pattern
@@ -164,21 +161,22 @@ def test_what_is_written_into_it_counts(name, inference):
 def test_where_a_table_is_asked_for_there_is_one():
     for q, kv, skip in itertools.product((1, 4), (4, 6), (False, True)):
         mask = attention_mask(2, q, kv, kv - q, 0, allow_is_causal_skip=skip)
-        if not skip:
-            assert type(mask) is torch.Tensor
-        elif q in (1, kv):
-            assert mask is None
-        else:
+        if skip:
             assert isinstance(mask, StructuredMask) and mask.pattern == Pattern(causal=True)
+        else:
+            assert type(mask) is torch.Tensor
 
 
-def test_what_is_seen_does_not_depend_on_the_layer():
-    """Cross attention of a layer that calls itself causal, with as many queries as keys."""
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_seen_does_not_depend_on_the_layer(causal):
+    """Some layers call themselves causal, or not, and are called with the other kind of mask."""
     layer = torch.nn.Module()
-    layer.is_causal = True
+    layer.is_causal = not causal
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
-    mask = attention_mask(1, 5, 5, mask_function=FUNCTIONS["both ways"], allow_is_bidirectional_skip=True)
-    torch.testing.assert_close(attention_forward(layer, q, k, k, mask)[0].transpose(1, 2), F.attention(q, k, k))
+    function = FUNCTIONS["causal" if causal else "both ways"]
+    mask = attention_mask(1, 5, 5, mask_function=function, allow_is_bidirectional_skip=not causal)
+    found = attention_forward(layer, q, k, k, mask)[0].transpose(1, 2)
+    torch.testing.assert_close(found, F.attention(q, k, k, causal=causal))
 
 
 def test_a_static_cache_counts_with_a_tensor():
