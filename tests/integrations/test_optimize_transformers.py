@@ -50,8 +50,13 @@ CALLS = {
     "llama": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
     "qwen2": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
     "gemma": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
-    "phi3": {"rms_norm": 5, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
-    "gpt_neox": {"layer_norm": 5, "rotary_embedding": 2, "attention": 2},
+    "phi3": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
+    "gpt_neox": {"layer_norm": 5, "feed_forward": 2, "rotary_embedding": 2, "attention": 2},
+    "roberta": {"transformer_embedding": 0, "embedding": 3, "add_layer_norm": 4, "feed_forward": 2, "attention": 2},
+    "distilbert": {"add_layer_norm": 4, "feed_forward": 2, "attention": 2},
+    "bart": {"add_layer_norm": 5, "feed_forward": 2, "attention": 3},
+    "mbart": {"add_layer_norm": 3, "feed_forward": 2, "attention": 3},
+    "whisper": {"add_layer_norm": 3, "feed_forward": 2, "attention": 3},
     "vit": {"add_layer_norm": 2, "layer_norm": 3, "feed_forward": 2, "attention": 2},
     "clip": {"add_layer_norm": 2, "layer_norm": 4, "feed_forward": 2, "attention": 2},
 }
@@ -249,7 +254,7 @@ def test_state_and_saved_files_are_as_before(tmp_path):
     torch.testing.assert_close(found["output"], wanted["output"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "llama", "bart"])
 def test_generates_the_same(family):
     theirs, ours = make(family), make(family)
     optimize(ours)
@@ -258,6 +263,21 @@ def test_generates_the_same(family):
     batch["input_ids"], batch["attention_mask"] = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
     texts = [m.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (theirs, ours)]
     assert torch.equal(*texts)
+
+
+def test_roberta_gathers_once_where_nothing_is_learned(monkeypatch):
+    """The kernel has no padding row for positions, whose gradient would have to stay zero."""
+    theirs, ours = make("roberta"), make("roberta")
+    optimize(ours)
+    calls, original = [], functional.transformer_embedding
+    monkeypatch.setattr(functional, "transformer_embedding", lambda *a, **k: calls.append(1) or original(*a, **k))
+    batch = batch_of("roberta")
+    batch["input_ids"][1, 6:] = 1  # padding, whose position is the table's padding row
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-4, atol=1e-4)
+    assert calls == [1]
+    run(ours, batch)
+    assert calls == [1] and not ours.roberta.embeddings.position_embeddings.weight.grad[1].any()
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -283,7 +303,7 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "llama", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "llama", "vit", "phi3", "bart", "whisper"])
 def test_dropout_drops_while_training_only(family):
     model = make(family, dropout=0.3).train()
     optimize(model)
