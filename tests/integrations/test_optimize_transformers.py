@@ -3,7 +3,10 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from fastformer import functional
 from fastformer.integrations.optimize import optimize
 from tests.integrations.families import FAMILIES, batch_of, exact_of, make, run
 from tests.nn.comparison import assert_as_accurate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,6 +240,29 @@ def test_copies_stay_optimized(family):
         assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
         assert all(torch.equal(value, wanted[name]) for name, value in run(twin, batch).items())
         assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+def test_unpickled_in_another_process(tmp_path):
+    model, batch = make("gpt2"), batch_of("gpt2")
+    optimize(model)
+    with torch.no_grad():
+        torch.save((model, batch, model(**batch).logits), tmp_path / "model.pt")
+    script = """
+import sys, torch
+model, batch, wanted = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    torch.testing.assert_close(model(**batch).logits, wanted)
+assert model.config._attn_implementation == "fastformer"
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True, cwd=ROOT)
+
+
+def test_attention_chosen_since_is_kept():
+    model = make("llama")
+    optimize(model)
+    model.set_attn_implementation("eager")
+    fastformer.restore(model)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_state_and_saved_files_are_as_before(tmp_path):
