@@ -52,7 +52,8 @@ def inputs_for(
             raise ValueError(
                 f"attention_mask: shape {tuple(attention_mask.shape)} is not encoder_outputs' {tuple(hidden.shape[:2])}"
             )
-        return Inputs(len(hidden), None, attention_mask, has_encoder)
+        mask = None if attention_mask is None else (attention_mask != 0).long()
+        return Inputs(len(hidden), None, mask, has_encoder)
     if input_ids is None:
         input_ids = first_token(model, config.bos_token_id)
     input_ids = check_ids("input_ids", input_ids, model.device)
@@ -162,5 +163,7 @@ def length_limit(room: float, length: int, max_new_tokens: int | None, max_lengt
 
 
 def positions_of(model: Any) -> float:
-    """How many positions the model has; infinity where its positions are relative."""
+    """How many positions the model has; infinity where its positions are relative, rotary ones among them."""
+    if getattr(model.config, "rope_parameters", None):
+        return math.inf
     return getattr(model.config, "max_position_embeddings", None) or math.inf
