@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _checks
 from ._attention import Options, acc_dtype, run, run_packed, run_plain
-from ._doors import through_operator
+from ._doors import needs_grad, through_operator
 
 MAX_HEAD_DIM = 256
 
@@ -199,10 +199,16 @@ def distance_bias(relative: RelativeBias, heads: int, longest: int, q: Tensor) -
     check_buckets("relative_bias: num_buckets", bidirectional, num_buckets, max_distance)
     _checks.same_device("relative_bias", table, "q", q)
     most = max(1, min(max_distance, longest))
+    dtype = acc_dtype(q.dtype)
+    if not (through_operator(table) or needs_grad(table)):
+        # In steps of powers of two: a text that grows token by token would otherwise ask for other buckets at each.
+        most = min(max_distance, 1 << (most - 1).bit_length())
+        bucket = _buckets(bool(bidirectional), num_buckets, max_distance, most, table.device)
+        return table.to(dtype).t().index_select(1, bucket)
     # What is cached must be a real tensor, not one of a tracer's.
     selector = _bucket_selector.__wrapped__ if through_operator() else _bucket_selector
     select = selector(bool(bidirectional), num_buckets, max_distance, most, table.device)
-    table = table.to(acc_dtype(q.dtype))
+    table = table.to(dtype)
     # A product with zeros and ones, not an index: its gradient is then a sum in a fixed order on every device.
     return (table.t()[:, :, None] * select.to(table.dtype)).sum(1)
 
@@ -241,8 +247,15 @@ def _bucket_selector(
     bidirectional: bool, num_buckets: int, max_distance: int, most: int, device: torch.device
 ) -> Tensor:
     """(num_buckets, 2 most + 1) bool: which bucket each distance from -most to most falls into."""
-    bucket = relative_position_bucket(torch.arange(-most, most + 1), bidirectional, num_buckets, max_distance)
-    return (torch.arange(num_buckets)[:, None] == bucket).to(device)
+    bucket = _buckets.__wrapped__(bidirectional, num_buckets, max_distance, most, torch.device("cpu"))
+    return (torch.arange(num_buckets, device="cpu")[:, None] == bucket).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _buckets(bidirectional: bool, num_buckets: int, max_distance: int, most: int, device: torch.device) -> Tensor:
+    """(2 most + 1) int64: the bucket of each distance from -most to most."""
+    distance = torch.arange(-most, most + 1, device="cpu")
+    return relative_position_bucket(distance, bidirectional, num_buckets, max_distance).to(device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -253,6 +253,22 @@ def test_relative_bias_takes_memory_for_one_row_only():
     assert used < 12 * 3000**2 * 4 / 4
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_bias_without_a_gradient_is_the_same(bidirectional):
+    """It is read by index then. A text that grows token by token asks for few sets of buckets."""
+    from fastformer.functional.attention import _buckets
+
+    k, table = normal(1, 2, 140, 4), normal(12, 2).requires_grad_()
+    _buckets.cache_clear()
+    for length in (*range(1, 12), 60, 99, 100, 101, 140):
+        given = {"relative_bias": (table, bidirectional, 12, 100), "causal": True}
+        q, keys = k[:, :, -1:], k[:, :, :length]
+        with torch.no_grad():
+            ours = F.attention(q, keys, keys, **given)
+        assert torch.equal(ours, F.attention(q, keys, keys, **given))
+    assert _buckets.cache_info().misses <= 8
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 1, 65), (1, 4, 37, 65), (2, 1, 37, 65), (1, 1, 1, 65)])
 def test_gradient_of_a_shared_bias_repeats_bit_for_bit(shape):
     q, k = normal(2, 4, 37, 16).requires_grad_(), normal(2, 4, 65, 16, seed=1)
