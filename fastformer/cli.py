@@ -35,6 +35,18 @@ class GenerateConfig:
     """Below 1 is bolder about likely tokens, above 1 about unlikely ones; 0 always takes the likeliest."""
     top_k: int = 40
     """Draw among the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Of those, among the likeliest whose probabilities add up to this."""
+    min_p: float = 0.0
+    """Of those, among tokens at least this many times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes what was written before less likely."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of so many tokens twice; 0 for off."""
+    num_beams: int = 1
+    """Beam search with so many hypotheses: use temperature 0. The text comes at the end."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the writing."""
     seed: int | None = None
     """The same seed writes the same text; without one it is new each time."""
     device: str = "auto"
@@ -86,6 +98,12 @@ def generate(arguments: Sequence[str]) -> int:
         top_k=config.top_k,
         seed=config.seed,
         emit=say,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        num_beams=config.num_beams,
+        stop_strings=list(config.stop) or None,
     )
     speed = f"{written.tokens / written.seconds:,.0f} tokens/s on {device}"
     print(flush=True)

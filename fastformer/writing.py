@@ -6,14 +6,16 @@ When the context is full, its later half is kept as the new prompt and writing g
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .data import IncrementalDecoder, Tokenizer
-from .models.gpt2 import GPT2LMHeadModel
+from .data import Tokenizer
+from .generation import TextStreamer
+from .models.pretrained import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -25,31 +27,31 @@ class Written:
     seconds: float
 
 
-class _Pieces:
-    """A streamer: hands text to ``emit`` as tokens come in."""
+class _Pieces(TextStreamer):
+    """One text from several generations, each of which goes on where the one before ended."""
 
-    def __init__(self, tokenizer: Tokenizer, emit: Callable[[str], None]) -> None:
-        self._decoder = IncrementalDecoder(tokenizer)
-        self._emit = emit
-        self._is_prompt = True
+    def __init__(self, tokenizer: Tokenizer, emit: Callable[[str], None], stop_strings: str | Sequence[str]) -> None:
+        super().__init__(tokenizer, emit, stop_strings=stop_strings)
         self.ids: list[int] = []
 
     def put(self, value: Tensor) -> None:
-        if self._is_prompt:  # the first call of each generation repeats its prompt
+        is_prompt = self._is_prompt
+        if is_prompt and self.ids:  # what was written already
             self._is_prompt = False
             return
-        self.ids.extend(value.tolist())
-        self._emit(self._decoder.push(value.tolist()))
+        if not is_prompt:
+            self.ids.extend(value.tolist())
+        super().put(value)
 
     def end(self) -> None:
         self._is_prompt = True
 
     def flush(self) -> None:
-        self._emit(self._decoder.flush())
+        super().end()
 
 
 def write(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -58,16 +60,18 @@ def write(
     top_k: int | None = None,
     seed: int | None = None,
     emit: Callable[[str], None] = lambda piece: None,
+    **options: Any,
 ) -> Written:
     """Continues ``prompt``.
 
     Args:
         prompt: at least one token of text, unless the tokenizer has an end-of-text token to begin from.
-        max_new_tokens: tokens to write; fewer if the model ends the text.
+        max_new_tokens: tokens to write; fewer if the model, or a stop string, ends the text.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: draw among the likeliest k only; None or 0 for all.
         seed: of the draws; None draws other text at every call.
-        emit: called with each new piece of text.
+        emit: called with each new piece of text; with ``num_beams`` once for each filled context, else as it is made.
+        options: more of :func:`fastformer.generation.generate`: ``top_p``, ``repetition_penalty``, ``num_beams`` …
 
     Raises:
         ValueError: an empty prompt, a character the tokenizer does not know, or a setting out of range, named.
@@ -84,7 +88,8 @@ def write(
     device = next(model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    context = model.config.n_positions
+    context = model.config.max_position_embeddings
+    streams = (options.get("num_beams") or 1) == 1
     collected: list[str] = []
 
     def keep(piece: str) -> None:
@@ -92,7 +97,7 @@ def write(
             collected.append(piece)
             emit(piece)
 
-    pieces = _Pieces(tokenizer, keep)
+    pieces = _Pieces(tokenizer, keep, options.get("stop_strings") or ())
     begin = time.perf_counter()
     while len(pieces.ids) < max_new_tokens:
         window = (ids + pieces.ids)[-context:]
@@ -101,16 +106,22 @@ def write(
         before, room = len(pieces.ids), min(max_new_tokens - len(pieces.ids), context - len(window))
         if room < 1:
             raise ValueError(f"the model's context of {context} tokens leaves no room to write")
-        model.generate(
+        out = model.generate(
             torch.tensor([window], device=device),
             max_new_tokens=room,
             do_sample=temperature > 0,
             temperature=temperature or 1.0,
             top_k=top_k or None,
             generator=generator,
-            streamer=pieces,
+            streamer=pieces if streams else None,
+            tokenizer=tokenizer,
+            **options,
         )
-        if len(pieces.ids) - before < room:
-            break  # the model ended the text
+        if not streams:
+            for part in (out[0, : len(window)], out[0, len(window) :]):
+                pieces.put(part)
+            pieces.end()
+        if pieces.stopped or len(pieces.ids) - before < room:
+            break
     pieces.flush()
     return Written("".join(collected), len(pieces.ids), time.perf_counter() - begin)

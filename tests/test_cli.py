@@ -98,6 +98,16 @@ def test_generate_writes_what_the_seed_says(run, capsys):
         cli.main([*command, "--temperature", "0", "--seed", seed])
         greedy.append(capsys.readouterr().out)
     assert greedy[0] == greedy[1]
+    # Beams write as much, at once; a stop string ends the text, and is no part of it.
+    beams = [*command, "--temperature", "0", "--num-beams", "3", "--no-repeat-ngram-size", "4"]
+    assert cli.main(beams) == 0
+    written = capsys.readouterr().out
+    assert len(written) == 48
+    fourgrams = [written[7 + i : 11 + i] for i in range(5)]
+    assert len(set(fourgrams)) == len(fourgrams)
+    stop = greedy[0][20:22]
+    assert cli.main([*command, "--temperature", "0", "--stop", stop, "zzz"]) == 0
+    assert capsys.readouterr().out == greedy[0][: greedy[0].index(stop, 7)] + "\n"
 
 
 def test_resume_goes_on_and_an_existing_run_is_safe(run, text, tmp_path, capsys):

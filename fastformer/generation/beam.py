@@ -40,7 +40,7 @@ class BeamSearch:
         noise: draws the candidates without replacement instead of taking the best; None does not.
         fill_token: fills texts that ended before the longest.
         keep_scores, keep_logits: collect those of every step.
-        check_every: how often to ask whether all is found: on a GPU the answer costs a synchronisation.
+        check_every: steps from one question whether all is found to the next.
     """
 
     num_beams: int
@@ -71,6 +71,7 @@ class BeamSearch:
         is_done = torch.zeros(batch, beams, dtype=torch.bool, device=device)
         hopeful = torch.ones(batch, 1, dtype=torch.bool, device=device)  # a better hypothesis may still come
         finished = torch.zeros((), dtype=torch.bool, device=device)
+        steps = torch.zeros((), dtype=torch.int64, device=device)  # those before it was finished
         scores: list[Tensor] = []
         logits: list[Tensor] = []
         last = tokens[:, length - 1]
@@ -111,6 +112,7 @@ class BeamSearch:
             origins[:, : new - 1] = origins[rows, : new - 1]
             origins[:, new - 1] = rows
 
+            steps += ~finished
             hopeful = hopeful & self._may_improve(running, done_scores, is_done, new, limit - length)
             finished = finished | ~hopeful.any() | ends.all() | (is_done.all() & (self.early_stopping is True))
             if (new - 1) % self.check_every == 0 and bool(finished):
@@ -121,11 +123,12 @@ class BeamSearch:
         keep = slice(None, self.num_return_sequences)
         found, found_origins = done_tokens[:, keep].flatten(0, 1), done_origins[:, keep].flatten(0, 1)
         longest = int((found_origins >= 0).sum(1).max()) if limit > length else 0
+        needed = int(steps) if self.check_every > 1 else None
         return GenerateOutput(
             sequences=found[:, : length + longest],
             sequences_scores=done_scores[:, keep].flatten() if self.keep_scores else None,
-            scores=tuple(scores) if self.keep_scores else None,
-            logits=tuple(logits) if self.keep_logits else None,
+            scores=tuple(scores[:needed]) if self.keep_scores else None,
+            logits=tuple(logits[:needed]) if self.keep_logits else None,
             beam_indices=found_origins[:, :longest],
         )
 

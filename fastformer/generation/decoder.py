@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.cache import EncoderDecoderCache, KVCache
 from ..models.outputs import BaseModelOutput
@@ -64,7 +64,7 @@ def decoder_for(
         return RecomputingDecoder(model, max_length, encoded)
     if cache is None and encoded is None:
         own = getattr(model, "decoder", None)
-        decoder = own(batch_size, max_length) if own is not None else None
+        decoder = own(batch_size, max_length) if own is not None and not isinstance(own, nn.Module) else None
         if decoder is not None:
             return decoder
     return CachedDecoder(model, max_length, cache, encoded)

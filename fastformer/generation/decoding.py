@@ -1,8 +1,7 @@
-"""The generation loop: prompt in, tokens out, one decoder step per token.
+"""``generate``: options and prompts are checked and completed, a decoder is chosen, and a search runs on it.
 
-Everything that does not change from token to token (checks, masks, buffers, the choice of decoder) happens before the
-loop. On a GPU the question whether all sequences have ended is asked every few tokens only, since the answer costs a
-synchronisation; surplus columns are cut off at the end.
+Everything that does not change from token to token (checks, masks, the choice of decoder and of processors) happens
+here, before the loops of :class:`TokenByToken` and :class:`BeamSearch`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,29 +20,20 @@ from .beam import BeamSearch
 from .decoder import decoder_for, encode
 from .outputs import GenerateOutput
 from .processors import Processor, Warp, processors_for
-from .sampling import Noise, Sampler, SeededNoise, generator_noise, prompt_keys
+from .sampling import Sampler, SeededNoise, generator_noise, prompt_keys
 from .stopping import Criterion, Stopping, check_stop_strings
+from .token_by_token import Streamer, TokenByToken
 
+# How often to ask whether all texts have ended: on a GPU the answer costs a synchronisation.
 STEPS_BETWEEN_CHECKS = {"cpu": 1}
 STEPS_BETWEEN_CHECKS_ELSEWHERE = 16
-
-
-class Streamer(Protocol):
-    """Receives tokens as they are made: :class:`fastformer.generation.TextStreamer`, or those of ``transformers``."""
-
-    def put(self, value: Tensor) -> None:
-        """First the prompts ``(B, S)``, then each step's tokens ``(B)``, on the CPU."""
-        ...
-
-    def end(self) -> None:
-        """No more tokens follow."""
-        ...
 
 
 def generate(
     model: Any,
     input_ids: Tensor | None = None,
     *,
+    inputs: Tensor | None = None,
     attention_mask: Tensor | None = None,
     decoder_input_ids: Tensor | None = None,
     decoder_attention_mask: Tensor | None = None,
@@ -71,7 +61,7 @@ def generate(
         model: a causal language model such as :class:`fastformer.models.GPT2LMHeadModel`, or an encoder-decoder model
             (``config.is_encoder_decoder``) such as T5.
         input_ids: prompts ``(B, S)`` int64, shorter ones padded on the left (on either side for an encoder); default
-            one beginning-of-text token.
+            one beginning-of-text token. ``inputs`` is another name for it.
         attention_mask: ``(B, S)``, 0 at padding. Default: all 1, or 0 where ``input_ids`` is the padding token, if that
             is not also an end token.
         decoder_input_ids, decoder_attention_mask: what the decoder begins from ``(B, S)``, with the start token put
@@ -100,15 +90,19 @@ def generate(
         TypeError: an argument that does not exist, or of the wrong type; named.
         ValueError: an argument that does not fit, or more positions than the model has; named.
     """
+    if inputs is not None:
+        if input_ids is not None:
+            raise ValueError("inputs: is input_ids; give one of them")
+        input_ids = inputs
     config = _options(model, generation_config, options)
     _check(config, streamer, generator, seed)
     ends = given.check_tokens("eos_token_id", config.eos_token_id)
     strings = check_stop_strings(config.stop_strings, tokenizer)
-    inputs = given.inputs_for(model, input_ids, attention_mask, encoder_outputs, config, ends)
-    prompts, mask, name = inputs.ids, inputs.attention_mask, "attention_mask"
-    if inputs.has_encoder:
+    read = given.inputs_for(model, input_ids, attention_mask, encoder_outputs, config, ends)
+    prompts, mask, name = read.ids, read.attention_mask, "attention_mask"
+    if read.has_encoder:
         start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
-        prompts, mask = given.decoder_prompts(model, inputs.batch, start, decoder_input_ids, decoder_attention_mask)
+        prompts, mask = given.decoder_prompts(model, read.batch, start, decoder_input_ids, decoder_attention_mask)
         name = "decoder_attention_mask"
     elif decoder_input_ids is not None or encoder_outputs is not None:
         raise ValueError(f"decoder_input_ids, encoder_outputs: {type(model).__name__} has no encoder")
@@ -128,7 +122,7 @@ def generate(
         if seed is None:
             noise = generator_noise(generator)
         else:
-            keys = prompt_keys(seed, given.contents((inputs.ids, inputs.attention_mask), (prompts, mask)), repeats)
+            keys = prompt_keys(seed, given.contents((read.ids, read.attention_mask), (prompts, mask)), repeats)
             noise = SeededNoise(torch.tensor(keys, device=device))
     every_row = None if mask is None else mask.repeat_interleave(repeats, 0)
     processors = processors_for(config, length, ends, every_row, logits_processor)
@@ -137,16 +131,18 @@ def generate(
     keep_scores, keep_logits = (as_output and bool(keep) for keep in (config.output_scores, config.output_logits))
     pad_token = config.pad_token_id if config.pad_token_id is not None else ends[0] if ends else 0
     check_every = STEPS_BETWEEN_CHECKS.get(device.type, STEPS_BETWEEN_CHECKS_ELSEWHERE)
+    if stopping.looks_back:  # at every step, on the CPU
+        check_every = 1
 
     # Tensors made in inference mode are of no use to autograd later, nor is a cache.
     leaves = as_output or past_key_values is not None
     with torch.no_grad() if leaves else torch.inference_mode(), _evaluating(model):
-        encoded = encode(model, inputs.ids, inputs.attention_mask, encoder_outputs) if inputs.has_encoder else None
+        encoded = encode(model, read.ids, read.attention_mask, encoder_outputs) if read.has_encoder else None
         decoder = decoder_for(
             model, len(prompts) * repeats, limit, config.use_cache is not False, past_key_values, encoded
         )
         if beams > 1:
-            search = BeamSearch(
+            search: BeamSearch | TokenByToken = BeamSearch(
                 num_beams=beams,
                 num_return_sequences=config.num_return_sequences or 1,
                 length_penalty=DEFAULTS["length_penalty"] if config.length_penalty is None else config.length_penalty,
@@ -160,96 +156,31 @@ def generate(
                 keep_logits=keep_logits,
                 check_every=check_every,
             )
-            output = search(decoder, prompts, mask, limit)
         else:
-            output = _follow(
-                *(decoder, prompts, mask, limit, repeats, processors, sampler, noise, stopping),
-                *(pad_token, streamer, keep_scores, keep_logits, check_every),
+            search = TokenByToken(
+                repeats=repeats,
+                processors=processors,
+                sampler=sampler,
+                stopping=stopping,
+                noise=noise,
+                fill_token=pad_token,
+                streamer=streamer,
+                keep_scores=keep_scores,
+                keep_logits=keep_logits,
+                check_every=check_every,
             )
+        output = search(decoder, prompts, mask, limit)
     if not as_output:
         return output.sequences.clone()
     output.past_key_values = getattr(decoder, "past_key_values", None)
     return output
 
 
-def _follow(
-    decoder: Any,
-    prompts: Tensor,
-    mask: Tensor | None,
-    limit: int,
-    repeats: int,
-    processors: Sequence[Processor],
-    sampler: Sampler | None,
-    noise: Noise | None,
-    stopping: Stopping,
-    pad_token: int,
-    streamer: Streamer | None,
-    keep_scores: bool,
-    keep_logits: bool,
-    check_every: int,
-) -> GenerateOutput:
-    """One token after the other, the likeliest or a drawn one."""
-    length = prompts.shape[1]
-    rows = prompts.repeat_interleave(repeats, 0) if repeats > 1 else prompts
-    tokens = rows.new_full((len(rows), limit), pad_token)
-    tokens[:, :length] = rows
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    if stopping.looks_back:
-        check_every = 1
-    kept_scores: list[Tensor] = []
-    kept_logits: list[Tensor] = []
-    token = rows[:, -1]
-    if streamer is not None:
-        streamer.put(rows.cpu())
-    for position in range(length, limit):
-        if position == length:
-            scores = decoder.prefill(prompts, mask, repeats)
-        else:
-            scores = decoder.step(token)
-        if keep_logits:
-            kept_logits.append(scores.float())
-        if processors:
-            scores = scores.float()
-            for processor in processors:
-                scores = processor(tokens[:, :position], scores)
-        if sampler is None:
-            token = scores.argmax(1)
-            if keep_scores:
-                kept_scores.append(scores.float())
-        else:
-            shortlist = sampler(scores)
-            token = shortlist.draw(noise)
-            if keep_scores:
-                kept_scores.append(shortlist.scores(scores.shape[1]))
-        if stopping:
-            token = torch.where(ended, pad_token, token)
-        tokens[:, position] = token
-        if streamer is not None:
-            streamer.put(token.cpu())
-        if stopping.looks_back:
-            ended |= stopping(tokens[:, : position + 1], tuple(kept_scores) if keep_scores else None)
-        elif stopping:
-            ended |= stopping.is_end(token)
-        if stopping and (position - length) % check_every == 0 and bool(ended.all()):
-            limit = position + 1
-            break
-    if streamer is not None:
-        streamer.end()
-    tokens = tokens[:, :limit]
-    if check_every > 1:
-        tokens = tokens[:, : length + stopping.length(tokens[:, length:])]
-    new = tokens.shape[1] - length
-    return GenerateOutput(
-        sequences=tokens,
-        scores=tuple(kept_scores[:new]) if keep_scores else None,
-        logits=tuple(kept_logits[:new]) if keep_logits else None,
-    )
-
-
 def _options(model: Any, passed: Any, options: dict[str, Any]) -> GenerationConfig:
     """What holds for this call: its arguments over ``passed`` over the model's configuration over the defaults."""
     # A model whose generation_config nobody has touched follows its configuration, which may still change.
     own = getattr(model, "_generation_config", None) or GenerationConfig.from_model_config(model.config)
+    passed = None if passed is None else GenerationConfig.of(passed)
     for config in (passed, own):
         unavailable = config.unavailable() if config is not None else {}
         if unavailable:
@@ -281,6 +212,8 @@ def _check(config: GenerationConfig, streamer: Any, generator: Any, seed: int | 
         raise ValueError("streamer: beam search changes its mind about tokens; use num_beams=1")
     if seed is not None and generator is not None:
         raise ValueError("seed: give either seed or generator, not both")
+    if seed is not None and not isinstance(seed, int):
+        raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
 
 
 def _sampler(config: GenerationConfig, ends: Sequence[int]) -> Sampler:

@@ -52,7 +52,8 @@ def inputs_for(
             raise ValueError(
                 f"attention_mask: shape {tuple(attention_mask.shape)} is not encoder_outputs' {tuple(hidden.shape[:2])}"
             )
-        return Inputs(len(hidden), None, attention_mask, has_encoder)
+        mask = None if attention_mask is None else (attention_mask != 0).long()
+        return Inputs(len(hidden), None, mask, has_encoder)
     if input_ids is None:
         input_ids = first_token(model, config.bos_token_id)
     input_ids = check_ids("input_ids", input_ids, model.device)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..data.tokenizers import BPETokenizer, IncrementalDecoder, Tokenizer
@@ -29,7 +28,7 @@ def decode(tokenizer: Any, ids: Iterable[int], skip_special_tokens: bool = True)
 
 
 def to_text(
-    sequences: Tensor | Sequence[Sequence[int]],
+    sequences: Tensor | Sequence[Sequence[int]] | Sequence[int],
     tokenizer: Any,
     *,
     skip_prompt: Tensor | int = 0,
@@ -40,7 +39,7 @@ def to_text(
     """The texts of what ``generate`` returned.
 
     Args:
-        sequences: ``(B, S)`` token ids, or one text's ``(S)``.
+        sequences: ``(B, S)`` token ids, or one text's ``(S)``; lists may differ in length.
         tokenizer: of ``transformers``, ``tokenizers``, or :mod:`fastformer.data`.
         skip_prompt: the prompts given to ``generate``, or their length: so many columns are left out. In an
             encoder-decoder model there is no prompt in the result.
@@ -51,8 +50,9 @@ def to_text(
     Returns:
         One string per row.
     """
-    rows = torch.as_tensor(sequences)
-    rows = (rows[None] if rows.dim() == 1 else rows).tolist()
+    rows = sequences.tolist() if isinstance(sequences, Tensor) else list(sequences)
+    if rows and not isinstance(rows[0], Sequence):
+        rows = [rows]
     start = skip_prompt.shape[-1] if isinstance(skip_prompt, Tensor) else int(skip_prompt)
     if start < 0:
         raise ValueError(f"skip_prompt: {start} is negative")
@@ -81,7 +81,7 @@ class TextStreamer:
         tokenizer: of ``transformers``, ``tokenizers``, or :mod:`fastformer.data`.
         emit: called with each new piece of text; default prints it.
         skip_prompt: leave the prompt out.
-        stop_strings: nothing from the first of them on is handed on.
+        stop_strings: nothing from the first of them on is handed on; ``stopped`` is then True.
 
     Raises:
         ValueError: more than one text at a time.
@@ -102,7 +102,7 @@ class TextStreamer:
         self._start()
 
     def _start(self) -> None:
-        self._is_prompt, self._stopped, self._held = True, False, ""
+        self._is_prompt, self.stopped, self._held = True, False, ""
 
     def put(self, value: Tensor) -> None:
         """The prompt ``(1, S)`` first, then each token ``(1)``."""
@@ -119,18 +119,18 @@ class TextStreamer:
     def end(self) -> None:
         """Hands on what was held back, and is ready for another text."""
         self._pass(self._decoder.flush())
-        if not self._stopped:
+        if not self.stopped:
             self._show(self._held)
         self._start()
 
     def _pass(self, piece: str) -> None:
         """Hands on all but what may be the beginning of a stop string."""
-        if self._stopped:
+        if self.stopped:
             return
         text = self._held + piece
         found = [at for at in map(text.find, self._strings) if at >= 0]
         if found:
-            self._stopped, self._held = True, ""
+            self.stopped, self._held = True, ""
             self._show(text[: min(found)])
             return
         keep = max((_overlap(text, s) for s in self._strings), default=0)

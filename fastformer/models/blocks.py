@@ -27,7 +27,7 @@ from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .conv1d import Conv1D
 
 LINEAR = (torch_nn.Linear, nn.Linear, Conv1D)
-__all__ = ["LINEAR", "activate", "add_norm", "added", "attend", "feed_forward"]
+__all__ = ["LINEAR", "activate", "add_norm", "added", "attend", "feed_forward", "gated", "gated_feed_forward"]
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -51,14 +51,17 @@ UNAVAILABLE: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "guidance_scale": (1, 1.0),
+    "max_time": (),
     "num_beam_groups": (1,),
     "penalty_alpha": (0.0,),
     "remove_invalid_values": (False,),
     "renormalize_logits": (False,),
     "sequence_bias": (),
     "suppress_tokens": (),
+    "token_healing": (False,),
     "top_h": (),
     "typical_p": (1.0,),
+    "watermarking_config": (),
 }
 
 
@@ -128,6 +131,15 @@ class GenerationConfig:
         """From the contents of a generation_config.json; unknown entries are kept and written back."""
         known = {name: value for name, value in values.items() if name in OPTIONS}
         return cls(**known, extra={name: value for name, value in values.items() if name not in OPTIONS})
+
+    @classmethod
+    def of(cls, value: Any) -> GenerationConfig:
+        """``value``, or the same options if it is a configuration of ``transformers``."""
+        if isinstance(value, cls):
+            return value
+        if not hasattr(value, "to_dict"):
+            raise TypeError(f"generation_config: expected a GenerationConfig, got {type(value).__name__}")
+        return cls.from_dict({name: entry for name, entry in value.to_dict().items() if entry is not None})
 
     @classmethod
     def from_model_config(cls, config: Any) -> GenerationConfig:

@@ -133,9 +133,7 @@ class PreTrainedModel(torch.nn.Module):
 
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
-        if not isinstance(value, GenerationConfig):  # that of transformers
-            value = GenerationConfig.from_dict({k: v for k, v in value.to_dict().items() if v is not None})
-        self._generation_config = value
+        self._generation_config = GenerationConfig.of(value)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of parameters; tied ones count once."""

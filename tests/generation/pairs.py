@@ -3,7 +3,14 @@
 import torch
 import transformers
 
-from fastformer.models import GPT2Config, GPT2LMHeadModel
+from fastformer.models import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -36,3 +43,27 @@ def prompts(lengths=(9, 5, 9, 2), side="left", pad=PAD, vocab=VOCAB):
 def some_end_tokens(count=25):
     """So many end tokens that texts do end."""
     return list(range(5, 5 + count))
+
+
+def llama_models(seed=0, **changes):
+    torch.manual_seed(seed)
+    fields = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    fields |= {"bos_token_id": 1, "eos_token_id": END, "initializer_range": 0.4}
+    config = transformers.LlamaConfig(**{**fields, **changes})
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    ours = LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict())).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def t5_models(seed=0, **changes):
+    torch.manual_seed(seed)
+    fields = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}
+    fields |= {"num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+    fields |= {"pad_token_id": 0, "eos_token_id": END, "decoder_start_token_id": 0, "initializer_factor": 3.0}
+    config = transformers.T5Config(**{**fields, **changes})
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    ours = T5ForConditionalGeneration(T5Config.from_dict(config.to_dict())).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs

@@ -147,11 +147,14 @@ def test_surplus_steps_on_a_device_checked_rarely_change_nothing(monkeypatch):
     ours, _ = PAIRS[1]
     ids, mask = prompts((9, 5))
     arguments = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 40, "eos_token_id": some_end_tokens()}
-    arguments |= {"num_return_sequences": 3, "early_stopping": True}
-    wanted = ours.generate(ids, **arguments)
-    assert wanted.shape[1] < 30
-    monkeypatch.setattr(decoding, "STEPS_BETWEEN_CHECKS", {})
-    assert torch.equal(ours.generate(ids, **arguments), wanted)
+    arguments |= {"num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
+    for early_stopping in (True, False):
+        with monkeypatch.context() as patch:
+            wanted = ours.generate(ids, early_stopping=early_stopping, **arguments)
+            assert wanted.sequences.shape[1] < 40
+            patch.setattr(decoding, "STEPS_BETWEEN_CHECKS", {})
+            found = ours.generate(ids, early_stopping=early_stopping, **arguments)
+            assert torch.equal(found.sequences, wanted.sequences) and len(found.scores) == len(wanted.scores)
 
 
 def test_reordering_in_place_moves_only_what_differs():

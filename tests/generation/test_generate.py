@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastformer.generation import generate, sample
-from tests.generation.pairs import PAD, VOCAB, models, prompts
+from fastformer.generation import GenerateOutput, KVCache, generate, sample
+from tests.generation.pairs import END, PAD, VOCAB, models, prompts, some_end_tokens
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -35,6 +38,30 @@ def test_sampling_with_the_cache_is_sampling_without(arguments):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints")  # theirs
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_greedy_options_together(data):
+    def draw(*values):
+        return data.draw(st.sampled_from(values))
+
+    ours, theirs = models(draw(0, 1, 2))
+    ids, mask = prompts(draw((9,), (6, 6), (9, 5, 2)))
+    arguments = {
+        "attention_mask": mask,
+        "max_new_tokens": draw(1, 4, 25),
+        "min_new_tokens": draw(None, 3),
+        "min_length": draw(None, 15),
+        "repetition_penalty": draw(0.8, 1.0, 1.4),
+        "no_repeat_ngram_size": draw(0, 1, 2, 4),
+        "eos_token_id": draw(END, [END, 20, 33], some_end_tokens(), None),
+        "pad_token_id": PAD,
+    }
+    arguments = {name: value for name, value in arguments.items() if value is not None or name == "eos_token_id"}
+    wanted = theirs.generate(ids, do_sample=False, **arguments)
+    assert torch.equal(ours.generate(ids, use_cache=draw(True, False), **arguments), wanted)
+
+
 def test_each_padded_prompt_gives_its_own_text():
     ours, _ = models()
     lengths = (9, 5, 9, 2)
@@ -43,6 +70,62 @@ def test_each_padded_prompt_gives_its_own_text():
     for row, length in enumerate(lengths):
         alone = ours.generate(ids[row : row + 1, -length:], max_new_tokens=30, eos_token_id=[])
         assert torch.equal(together[row, -30:], alone[0, -30:])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 0, "top_p": 0.9}, {"top_k": 0}, {"min_p": 0.02}], ids=str)
+def test_a_seed_gives_a_prompt_its_own_text_in_any_batch(options):
+    ours, _ = models()
+    lengths = (9, 5, 9, 2)
+    ids, mask = prompts(lengths)
+    options = {"do_sample": True, "seed": 5, "max_new_tokens": 20, "eos_token_id": [], "temperature": 1.4, **options}
+    together = ours.generate(ids, attention_mask=mask, num_return_sequences=2, **options)
+    for row, length in enumerate(lengths):
+        alone = ours.generate(ids[row : row + 1, -length:], num_return_sequences=2, **options)
+        assert torch.equal(together[2 * row : 2 * row + 2, -20:], alone[:, -20:])
+    order = torch.tensor([3, 1, 0])
+    again = ours.generate(ids[order], attention_mask=mask[order], **options)
+    assert torch.equal(again[:, -20:], together[::2, -20:][order])
+    # A prompt that comes twice is continued twice, as num_return_sequences would.
+    twice = ours.generate(ids[[1, 0, 1], -5:], **options)
+    assert torch.equal(twice[[0, 2], -20:], together[2:4, -20:])
+    assert len({tuple(row) for row in together[:, -20:].tolist()}) == 8
+
+
+def test_without_a_seed_torchs_generator_decides():
+    ours, _ = models()
+    ids, _ = prompts((9,))
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(ours.generate(ids, do_sample=True, eos_token_id=[]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_processors_and_criteria_of_the_caller():
+    """Those of transformers, in its place: after the options' own, before temperature."""
+    ours, theirs = models()
+    ids, mask = prompts((9, 5))
+    processors = [transformers.SuppressTokensLogitsProcessor([11, 12, 13, 40]), lambda tokens, scores: scores.flip(1)]
+    criteria = [lambda tokens, scores: tokens[:, -1] % 5 == 0]
+    theirs_criteria = transformers.StoppingCriteriaList([FifthToken()])
+    for beams in (1, 3):
+        arguments = {"attention_mask": mask, "num_beams": beams, "repetition_penalty": 1.2, "max_new_tokens": 20}
+        arguments |= {"pad_token_id": PAD, "logits_processor": processors}
+        wanted = theirs.generate(ids, do_sample=False, stopping_criteria=theirs_criteria, **arguments)
+        assert wanted.shape[1] < 29 or beams > 1
+        assert torch.equal(ours.generate(ids, stopping_criteria=criteria, **arguments), wanted)
+        assert torch.equal(ours.generate(ids, stopping_criteria=theirs_criteria, **arguments), wanted)
+    seen = []
+    ours.generate(
+        ids[:1], max_new_tokens=3, do_sample=True, temperature=0.1, return_dict_in_generate=True, output_scores=True,
+        stopping_criteria=[lambda tokens, scores: bool(seen.append((tokens.shape, len(scores))))],
+    )  # fmt: skip
+    assert seen == [((1, 10), 1), ((1, 11), 2), ((1, 12), 3)]
+
+
+class FifthToken(transformers.StoppingCriteria):
+    def __call__(self, input_ids, scores, **_):
+        return input_ids[:, -1] % 5 == 0
 
 
 def test_end_tokens_and_padding():
@@ -97,6 +180,61 @@ def test_several_continuations():
     assert out.shape == (6, 24)
     assert torch.equal(out[:, :4], ids.repeat_interleave(3, 0))
     assert len({tuple(row.tolist()) for row in out}) == 6
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_scores_and_logits_of_every_step(sampled):
+    ours, theirs = models()
+    ids, mask = prompts((9, 5))
+    arguments = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": PAD, "eos_token_id": some_end_tokens(50)}
+    arguments |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    arguments |= {"repetition_penalty": 1.3, "min_new_tokens": 4, "no_repeat_ngram_size": 2}
+    if sampled:  # top_k of 1: only one token can be drawn
+        arguments |= {"do_sample": True, "temperature": 0.7, "top_k": 1}
+    found = ours.generate(ids, **arguments)
+    wanted = theirs.generate(ids, **{"do_sample": False, **arguments})
+    assert isinstance(found, GenerateOutput) and torch.equal(found.sequences, wanted.sequences)
+    assert found.sequences.shape[1] < 21
+    for name in ("scores", "logits"):
+        assert len(found[name]) == len(wanted[name]) == found.sequences.shape[1] - 9
+        torch.testing.assert_close(torch.stack(found[name]), torch.stack(wanted[name]), rtol=1e-4, atol=1e-4)
+    assert found.beam_indices is None and "beam_indices" not in found.keys() and found[0] is found.sequences
+    assert not found.sequences.is_inference() and not found.scores[0].is_inference()
+    plain = ours.generate(ids, **{**arguments, "return_dict_in_generate": False})
+    assert torch.equal(plain, found.sequences), "the flags for more output change nothing without a dictionary"
+    assert ours.generate(ids, return_dict_in_generate=True, max_new_tokens=2).scores is None
+
+
+def test_going_on_from_a_cache():
+    ours, theirs = models()
+    ids, mask = prompts((9, 5))
+    arguments = {"eos_token_id": [], "pad_token_id": PAD}
+    first = ours.generate(ids, attention_mask=mask, max_new_tokens=8, return_dict_in_generate=True, **arguments)
+    more = torch.cat((first.sequences, torch.full((2, 3), 17)), 1)
+    mask = torch.cat((mask, torch.ones(2, 11, dtype=torch.long)), 1)
+    wanted = theirs.generate(more, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=PAD,
+                             eos_token_id=None)  # fmt: skip
+    assert first.past_key_values.get_seq_length() == 16
+    calls = []
+    handle = ours.transformer.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
+    given = {"attention_mask": mask, "past_key_values": first.past_key_values, **arguments}
+    assert torch.equal(ours.generate(more, max_new_tokens=9, **given), wanted)
+    assert calls == [4, *[1] * 8], "the last token of the first call and the new ones"
+    handle.remove()
+    cache = KVCache(3)
+    assert torch.equal(ours.generate(ids, past_key_values=cache, max_new_tokens=2, **arguments)[:, :9], ids)
+    assert cache.get_seq_length() == 10
+    with pytest.raises(ValueError, match=r"^past_key_values: holds 10 tokens"):
+        ours.generate(ids, past_key_values=cache)
+
+
+def test_several_continuations_compute_their_prompt_once():
+    ours, _ = models()
+    ids, mask = prompts((9, 5))
+    rows = []
+    ours.transformer.h[0].register_forward_hook(lambda module, args, out: rows.append(args[0].shape[:2]))
+    ours.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=3, max_new_tokens=3, eos_token_id=[])
+    assert rows == [(2, 9), (6, 1), (6, 1)]
 
 
 def test_streamer_receives_what_is_returned():
@@ -181,6 +319,17 @@ def test_sample_frequencies():
         ({"seed": 1, "generator": torch.Generator()}, "seed"),
         ({"num_return_sequences": 0}, "num_return_sequences"),
         ({"do_sample": False, "num_return_sequences": 2}, "num_return_sequences"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 1.5}, "num_beams"),
+        ({"num_beams": 2, "streamer": object()}, "streamer"),
+        ({"early_stopping": "always"}, "early_stopping"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
+        ({"eos_token_id": [-1]}, "eos_token_id"),
+        ({"decoder_input_ids": torch.zeros(1, 2, dtype=torch.long)}, "decoder_input_ids"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"max_new_tokens": 60}, "max_new_tokens"),  # 9 + 60 > 64 positions
         ({"max_length": 8, "max_new_tokens": None}, "max_length"),
@@ -208,3 +357,13 @@ def test_sample_says_when_there_is_nothing_to_draw_from():
         sample(torch.zeros(4))
     with pytest.raises(TypeError, match="input_ids"):
         models()[0].generate(torch.zeros(1, 3))
+    with pytest.raises(TypeError, match="seed"):
+        models()[0].generate(do_sample=True, seed="0")
+
+
+def test_inputs_is_input_ids():
+    ours, _ = models()
+    ids, _ = prompts((9,))
+    assert torch.equal(ours.generate(inputs=ids), ours.generate(ids))
+    with pytest.raises(ValueError, match="inputs"):
+        ours.generate(ids, inputs=ids)
