@@ -2,8 +2,8 @@
 layer and token.
 
 Whether layers may be read or have to be called, and where their weights lie, is found out once and not for every token.
-The cache is one tensor for all layers: its new column and its filled part are each taken from it once per token. The
-query and key heads of a layer lie side by side and are turned together.
+The cache is one tensor for all layers, whose new column is taken from it once per token; attention reads it as it lies,
+each key head once for its query heads. The query and key heads of a layer lie side by side and are turned together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import nn as torch_nn
 
 from .. import functional, nn
+from ..backends.attention_options import DecodeOptions
 from ..backends.cpu import unavailable
 from ..backends.registry import overridden
 from ..functional._joined import joined
@@ -97,13 +98,11 @@ class FusedDecoder:
         model = self.model
         self.length = self._prompt_length = input_ids.shape[1]
         self._cache = cache = KVCache(model.config.num_hidden_layers, self.max_length)
-        self._padding = self._positions = positions = None
+        self._start = self._positions = positions = None  # the first index of the cache that is no padding
         if attention_mask is not None:
             positions = (attention_mask.cumsum(1) - 1).clamp_(min=0)
             self._positions = (positions[:, -1:] + 1).repeat_interleave(repeats, 0)
-            padding = torch.zeros(len(input_ids), self.max_length, dtype=torch.bool)
-            padding[:, : self.length] = attention_mask == 0
-            self._padding = padding.repeat_interleave(repeats, 0)
+            self._start = (attention_mask == 0).sum(1).to(torch.int32).repeat_interleave(repeats, 0)
         logits = model(input_ids, attention_mask, positions, cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         cache.repeat(repeats)
         self._stack()
@@ -118,23 +117,21 @@ class FusedDecoder:
         head_dim, inner, width, eps = config.head_dim, config.intermediate_size, (config.hidden_size,), body.norm.eps
         turned, heads = query_heads + key_heads, query_heads + 2 * key_heads
         activation = body.layers[0].mlp.activation
-        options = {"scale": body.layers[0].self_attn.scale}
-        if self._padding is not None:
-            options["key_padding_mask"] = self._padding[:, : self.length + 1]
+        seen = torch.full((batch,), self.length + 1, dtype=torch.int32)
+        options = DecodeOptions(body.layers[0].self_attn.scale, cache_leftpad=self._start)
 
         x = body.embed_tokens(token_ids)
         cos, sin = (t.flatten(0, 1) for t in body.rotary_emb(x[:, None], self._positions, self.length))
         next_row = 1 if len(cos) > 1 else 0  # of cos and sin, for the next sequence
         columns = self._stacked[:, :, :, :, self.length].unbind(0)
-        filled = self._stacked[:, :, :, :, : self.length + 1].unbind(0)
         product = x.new_empty(batch, inner)
         normed = functional.rms_norm(x, width, body.layers[0].input_layernorm.weight, eps)
-        for layer, column, seen in zip(self.layers, columns, filled, strict=True):
+        for layer, column, keys, values in zip(self.layers, columns, self._cache.keys, self._cache.values, strict=True):
             qkv = functional.linear(normed, layer.qkv, layer.qkv_bias).view(batch, heads, 1, head_dim)
             kernels.rotary.forward(qkv[:, :turned], None, cos, sin, None, 0, next_row, False, False, True)
             column.copy_(qkv[:, query_heads:].view(batch, 2, key_heads, head_dim).transpose(0, 1))
-            out = functional.attention(qkv[:, :query_heads], *seen.unbind(0), **options).reshape(batch, -1)
-            delta = functional.linear(out, layer.out, layer.out_bias)
+            out, _ = kernels.decode_attention.forward(qkv[:, :query_heads], keys, values, seen, options)
+            delta = functional.linear(out.reshape(batch, -1), layer.out, layer.out_bias)
             normed, x = functional.add_rms_norm(delta, x, width, layer.middle_norm, eps)
             gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, 1)
             kernels.activation.forward(gate, None, up, None, activation, out=product)
@@ -176,10 +173,11 @@ class FusedDecoder:
 class _Kernels(NamedTuple):
     rotary: ModuleType
     activation: ModuleType
+    decode_attention: ModuleType
 
 
 def _kernels() -> _Kernels:
     # Here, so that a machine without the kernels can import this.
-    from ..backends.cpu import activation, rotary
+    from ..backends.cpu import activation, decode_attention, rotary
 
-    return _Kernels(rotary, activation)
+    return _Kernels(rotary, activation, decode_attention)
