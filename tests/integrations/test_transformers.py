@@ -395,6 +395,16 @@ def test_wide_heads_run_sdpa(calls):
     assert not calls
 
 
+def test_a_trace_keeps_what_it_can_keep(calls):
+    """torch.jit.trace would record our kernels' results as constants."""
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    call = lambda q, k: transformers_attention.attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False)[0]  # noqa: E731
+    with fastformer.strict(False), pytest.warns(UserWarning, match=r"torch\.jit\.trace"):
+        traced = torch.jit.trace(call, (q, k), check_trace=False)
+    assert not calls
+    torch.testing.assert_close(traced(2 * q, k + 1), call(2 * q, k + 1))
+
+
 def test_what_cannot_be_done_is_said():
     layer = torch.nn.Module()
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
