@@ -1,6 +1,6 @@
 """Matmuls, a b and start + a b: PyTorch's own, except for half precision on a CPU.
 
-Without instructions for it PyTorch multiplies bfloat16 and float16 element by element, ten to a hundred times slower
+Without instructions for it PyTorch multiplies bfloat16 and float16 element by element, five to a hundred times slower
 than float32. There pieces of both operands are converted to float32, multiplied by the float32 matmul, added up in
 float32 and rounded at the end, once. Converting a piece reads and writes each element once for the hundreds of products
 it takes part in, a few percent beside them. The pieces of a thread are 24 MiB at most, kept from call to call, since

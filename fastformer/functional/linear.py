@@ -14,16 +14,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as TF
 
 from ..backends import matmul, registry
 from . import _checks
 from ._doors import PLAIN, needs_grad, operator, register, register_autograd, through_operator, transforming
 from ._small import eager_cpu
-
-_KINDS = (*PLAIN, FakeTensor, FunctionalTensor)  # the last two stand for tensors while a graph is traced
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,7 +67,7 @@ def refusal(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     for t in (input, weight) if bias is None else (input, weight, bias):
         if t.dtype not in matmul.FEW_ROWS or t.dtype != dtype or t.device.type != "cpu":
             return "PyTorch's matmul is the vendor library's"
-        if type(t) not in _KINDS or t.layout != torch.strided or t.is_nested:
+        if not _ordinary(t) or t.layout != torch.strided or t.is_nested:
             return "a tensor of a kind of its own"
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return "no matmul of these shapes"
@@ -82,6 +78,14 @@ def refusal(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     if through_operator(input, weight, bias) or needs_grad(input, weight, bias):
         return "PyTorch's matmul is the vendor library's"
     return None if matmul.few(input.shape[:-1].numel(), dtype) else "more than a few rows"
+
+
+def _ordinary(t: Tensor) -> bool:
+    """Whether t is a plain tensor or stands for one while a graph is traced."""
+    kind = type(t)
+    return kind in PLAIN or (
+        kind.__name__ in ("FakeTensor", "FunctionalTensor") and kind.__module__.startswith("torch._subclasses.")
+    )
 
 
 def _ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
