@@ -17,6 +17,7 @@ KERNELS = (
     "softmax",
     "activation",
     "cross_entropy",
+    "linear",
     "linear_cross_entropy",
     "embedding",
     "rotary",
@@ -24,4 +25,4 @@ KERNELS = (
     "decode_attention",
     "feed_forward",
 )
-JOBS = ("encoder_layer", "training_step", "generation", "overhead")
+JOBS = ("encoder_layer", "training_step", "generation", "t5", "llama", "overhead")

@@ -106,6 +106,9 @@ GOALS: tuple[Goal, ...] = (
         Goal(op, "the faster of eager and compile", peers=("eager", "compile"), speedup=0.95, where={"variant": SWEEP})
         for op in (*ROWS, "activation")
     ),
+    # Never slower than PyTorch, whatever the CPU has instructions for; a few rows read the weight at the bandwidth.
+    Goal("linear", "eager", speedup=0.95),
+    Goal("linear", limit=0.85, where={"shape": lambda shape: shape[0] == 1, "dtype": lambda dtype: dtype != "float32"}),
     Goal("linear_cross_entropy", "eager", speedup=1.25, where={"cols": 50257, "dtype": "float32", "backward": True}),
     Goal("linear_cross_entropy", "eager", speedup=3.0, where={"cols": 50257, "dtype": "bfloat16", "backward": True}),
     Goal("linear_cross_entropy", "eager", speedup=1.0, where={"backward": False}),
@@ -131,7 +134,12 @@ GOALS: tuple[Goal, ...] = (
     Goal("training_step", "eager", speedup=1.2, where=THE_DEMO),
     Goal("training_step", "transformers", speedup=2.0, where=GPT2_BF16),
     Goal("training_step", "compile", speedup=1.3, where=GPT2_BF16),
+    *(
+        Goal("t5", "transformers", peers=("eager", "transformers"), speedup=n, where={"dtype": dtype})
+        for dtype, n in (("float32", 1.3), ("bfloat16", 2.0))
+    ),
     Goal("generation", "eager", speedup=3.0),
+    Goal("llama", "eager", speedup=1.0),
     # Python between the call and the kernel.
     Goal("overhead", "bare", extra_us=3.0, where={"variant": "inference"}),
     Goal("overhead", "bare", extra_us=8.0, where={"variant": "with gradient"}),

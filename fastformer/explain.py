@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import linear_activation, registry
+from .backends import linear_activation, matmul, registry
 from .backends.attention_options import Options
+from .functional.linear import refusal as linear_refusal
 
 
 def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
     """Which backend would run ``fastformer.functional.<op>(*args, **kwargs)``, and why not the others. ("embedding" is
     also ``transformer_embedding``, "rotary" ``rotary_embedding``; of "feed_forward" and "gated_feed_forward" it says
-    what runs between the matmuls, and whose the first matmul is.)
+    what runs between the matmuls, and whose the first matmul is; of "linear", whose the matmul is.)
 
     Args:
         op: an operation's name, such as "attention".
@@ -25,6 +26,8 @@ def explain(op: str, *args: object, **kwargs: object) -> registry.Explanation:
 
     >>> print(fastformer.explain("layer_norm", torch.zeros(8, 64), (64,)))
     """
+    if op == "linear":
+        return _linear(*args, **kwargs)  # type: ignore[arg-type]
     if op in _BLOCKS:
         return _feed_forward(op, *args, **kwargs)  # type: ignore[arg-type]
     if op not in registry.OPS:
@@ -76,6 +79,18 @@ def _feed_forward(
         elif reason != reasons[name]:
             reasons[name] += f"; the library's matmul: {reason or 'its own has to be asked for by name'}"
     return registry.Explanation(op, backend, reasons)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> registry.Explanation:
+    """PyTorch's matmul, or of half precision on a CPU, which of two ways goes instead."""
+    reason = linear_refusal(input, weight, bias)
+    if reason is not None:
+        return registry.Explanation("linear", "torch", {"cpu": reason, "torch": "chosen"})
+    if matmul.few(input.shape[:-1].numel(), input.dtype):
+        way = "a few rows, the weight is read once"
+    else:
+        way = f"float32 matmuls of converted pieces: this CPU has no instructions for {str(input.dtype)[6:]}"
+    return registry.Explanation("linear", "cpu", {"cpu": f"chosen: {way}", "torch": "can run this call"})
 
 
 def _features(op: str, tensors: list[Tensor], kwargs: dict[str, Any]) -> tuple[str, ...]:

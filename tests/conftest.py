@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fastformer.backends import chunks, registry
+from fastformer.backends import chunks, matmul, registry
 
 registry.TORCH_UP_TO.clear()  # tests/functional/test_small.py tests what PyTorch is left
 chunks.SMALL_LOGITS = 0  # and small tables of logits in one piece
+matmul.SMALL = 0
 torch.manual_seed(0)  # for the numbers drawn while test files are imported
 
 

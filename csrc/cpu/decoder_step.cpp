@@ -3,7 +3,7 @@
 // Floor: every weight read once, so bytes of the model over bandwidth. One parallel region spans the whole step; the
 // phases of a layer (attention projection, attention, output projection, and the two of the feed-forward) are separated
 // by barriers, and each thread owns a range of output columns. Norms are small enough to be repeated by every thread.
-// A single sequence streams the weights' rows through eight at a time; a batch uses the register tiles of tile.h.
+// The products are those of linear.h, in columns but for the logits.
 #include <sched.h>
 
 #include <atomic>
@@ -11,7 +11,7 @@
 
 #include "activation.h"
 #include "layer_norm.h"
-#include "tile.h"
+#include "linear.h"
 
 FF_DECLARE_IMPL(decoder_step)
 FF_DECLARE_IMPL(decoder_step_workspace)
@@ -27,46 +27,10 @@ static int step_threads(const Args* a) {
   return num_threads(weights);
 }
 
-// y[c] (+)= sum_k x[k] w[k][c] for c in [begin, end).
-static void gemv(const float* x, const float* w, int64_t ldw, int64_t K, float* y, int64_t begin, int64_t end) {
-  constexpr int W = kW;
-  int64_t k = 0;
-  for (; k + 8 <= K; k += 8) {
-    const float* row = w + k * ldw;
-    int64_t c = begin;
-    for (; c + W <= end; c += W) {
-      f32v s0 = load(y + c), s1{};
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        s0 += x[k + i] * load(row + i * ldw + c);
-        s1 += x[k + 4 + i] * load(row + (4 + i) * ldw + c);
-      }
-      store(y + c, s0 + s1);
-    }
-    for (; c < end; c++)
-      for (int i = 0; i < 8; i++) y[c] += x[k + i] * row[i * ldw + c];
-  }
-  for (; k < K; k++)
-    for (int64_t c = begin; c < end; c++) y[c] += x[k] * w[k * ldw + c];
-}
-
-template <int R>
-static void gemm_strip(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t K, float* y, int64_t ldy,
-                       int64_t begin, int64_t end) {
-  constexpr int NR = tile_shape<float>::kNR;
-  int64_t c = begin;
-  for (; c + NR <= end; c += NR) tile<float, R, false>(K, x, ldx, w + c, y + c, ldy, true, ldw);
-  for (int r = 0; c < end && r < R; r++) gemv(x + r * ldx, w, ldw, K, y + r * ldy, c, end);
-}
-
 // y (batch, N) += x (batch, K) w (K, N), columns [begin, end).
 static void project(int64_t batch, const float* x, const float* w, int64_t K, int64_t N, float* y, int64_t begin,
                     int64_t end) {
-  if (batch == 1) return gemv(x, w, N, K, y, begin, end);
-  int64_t b = 0;
-  for (; b + 4 <= batch; b += 4) gemm_strip<4>(x + b * K, K, w, N, K, y + b * N, N, begin, end);
-  if (batch - b >= 2) gemm_strip<2>(x + b * K, K, w, N, K, y + b * N, N, begin, end), b += 2;
-  if (b < batch) gemv(x + b * K, w, N, K, y + b * N, begin, end);
+  add_columns(batch, K, x, K, w, N, y, N, begin, end);
 }
 
 static void norm(const Args* a, const float* x, const void* weight, const void* bias, float* out) {
@@ -94,13 +58,9 @@ static void gelu_in_place(float* y, int64_t n, bool tanh) {
 }
 
 static float dot(const float* x, const float* y, int64_t n) {
-  f32v s0{}, s1{};
-  int64_t i = 0;
-  for (; i + 2 * kW <= n; i += 2 * kW) s0 += load(x + i) * load(y + i), s1 += load(x + i + kW) * load(y + i + kW);
-  for (; i + kW <= n; i += kW) s0 += load(x + i) * load(y + i);
-  float s = hsum(s0 + s1);
-  for (; i < n; i++) s += x[i] * y[i];
-  return s;
+  float product;
+  dot_tile<1, 1>(n, x, 0, y, 0, 0, [&](int, int, float sum) FF_LAMBDA { product = sum; });
+  return product;
 }
 
 // One head of one sequence: append k and v to the cache, then attend from q over [start, length].
@@ -123,7 +83,7 @@ static void attend(const Args* a, const ff_decoder_layer& layer, float scale, in
   }
   float* o = out + b * E + h * D;
   std::fill(o, o + D, 0.f);
-  gemv(scores + start, v + start * D, D, a->length + 1 - start, o, 0, D);
+  add_columns(1, a->length + 1 - start, scores + start, 0, v + start * D, D, o, 0, 0, D);
   for (int64_t c = 0; c < D; c++) o[c] /= sum;
 }
 
@@ -173,9 +133,8 @@ int decoder_step(const Args* a, void*) {
     }
     norm(a, x, a->ln_f_weight, a->ln_f_bias, normed);
     range(V, begin, end);
-    for (int64_t v = begin; v < end; v++)
-      for (int64_t b = 0; b < B; b++)
-        ((float*)a->logits)[b * V + v] = dot(normed + b * E, (const float*)a->head_weight + v * E, E);
+    dot_rows(B, E, normed, E, (const float*)a->head_weight, E, begin, end,
+             [&](int64_t b, int64_t v, float sum) FF_LAMBDA { ((float*)a->logits)[b * V + v] = sum; });
   };
   if (threads == 1) {
     run(0, 1, [] {});

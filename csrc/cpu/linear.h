@@ -3,8 +3,9 @@
 //
 // W lies either way. In rows, (N, K), every result is a dot product of two rows in memory; several of W's rows and up to
 // four of x's take part at a time. In columns, (K, N), eight of its rows are added to all results at once. bfloat16 is
-// taken in pairs of vectors (vec.h), which have the even elements in one and the odd ones in the other: pack_rows_of puts
-// x in this order for the first form, results of the second come in it.
+// taken in pairs of vectors (vec.h), which have the even elements in one and the odd ones in the other: pack_row puts
+// x in this order for the first form, results of the second come in it. A row's results do not depend on how many there
+// are beside it: all are added up in the same order.
 #pragma once
 #include "cpu.h"
 
@@ -37,58 +38,59 @@ template <class T> void pack_row(const T* from, int64_t n, float* to) {
 
 // ---- W in rows -------------------------------------------------------------------------------------------------------
 
-// put(r, n, x[r] . w[n]) for R rows of x, packed, and C rows of w.
+// put(r, n, x[r] . w[n]) for R rows of x, packed, and C rows of w. So many short streams at once are more than the
+// processor foresees: it is told the rows `ahead` of these.
 template <int R, int C, class T, class Put>
-FF_INLINE void dot_tile(int64_t K, const float* x, int64_t ldx, const T* w, int64_t ldw, Put put) {
-  constexpr int H = R == 1 ? 2 : 1;  // enough sums that none waits for the one before
-  f32v acc[C][R][H] = {};
+FF_INLINE void dot_tile(int64_t K, const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t ahead, Put put) {
+  f32v acc[C][R] = {};
   int64_t k = 0;
   for (; k + kPair <= K; k += kPair) {
     f32v xs[R][2];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) xs[r][0] = load(x + r * ldx + k), xs[r][1] = load(x + r * ldx + k + kW);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
       const auto v = load_pair(w + c * ldw + k);
+      __builtin_prefetch(w + (c + ahead) * ldw + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) acc[c][r][0] += xs[r][0] * v.first, acc[c][r][H - 1] += xs[r][1] * v.second;
+      for (int r = 0; r < R; r++) acc[c][r] += xs[r][0] * v.first, acc[c][r] += xs[r][1] * v.second;
     }
   }
   for (; k < K; k += kW) {
     const int n = int(std::min<int64_t>(kW, K - k));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
       const T* p = w + c * ldw + k;
       const f32v v = n == kW ? load(p) : load_partial(p, n);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         const float* q = x + r * ldx + k;
-        acc[c][r][0] += (n == kW ? load(q) : load_partial(q, n)) * v;
+        acc[c][r] += (n == kW ? load(q) : load_partial(q, n)) * v;
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < C; c++)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) put(r, c, hsum(H == 1 ? acc[c][r][0] : acc[c][r][0] + acc[c][r][H - 1]));
+    for (int r = 0; r < R; r++) put(r, c, hsum(acc[c][r]));
 }
 
 // put(r, n, x[r] . w[n]) for every row r and n in [begin, end).
 template <class T, class Put>
 void dot_rows(int64_t rows, int64_t K, const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t begin, int64_t end,
               Put put) {
-  constexpr int C = 4;
+  constexpr int C = 8;
   int64_t n = begin;
   for (; n + C <= end; n += C)
     for_row_groups(rows, [&](auto count, int64_t r) {
-      constexpr int R = decltype(count)::value, S = R <= 2 ? C : C / 2;  // 8 sums
+      constexpr int R = decltype(count)::value, S = R == 3 ? 2 : C / R;  // some 8 sums: none waits for the one before
       for (int c = 0; c < C; c += S)
-        dot_tile<R, S>(K, x + r * ldx, ldx, w + (n + c) * ldw, ldw,
+        dot_tile<R, S>(K, x + r * ldx, ldx, w + (n + c) * ldw, ldw, C,
                        [&](int i, int j, float sum) FF_LAMBDA { put(r + i, n + c + j, sum); });
     });
   for (; n < end; n++)
     for_row_groups(rows, [&](auto count, int64_t r) {
-      dot_tile<decltype(count)::value, 1>(K, x + r * ldx, ldx, w + n * ldw, ldw,
+      dot_tile<decltype(count)::value, 1>(K, x + r * ldx, ldx, w + n * ldw, ldw, 0,
                                           [&](int i, int, float sum) FF_LAMBDA { put(r + i, n, sum); });
     });
 }

@@ -359,18 +359,17 @@ PYBIND11_MODULE(FF_MODULE, m) {
     decode_attention(ff::decode_attention_args(tensors, options));
   });
 
-  // a (M, K) times b (K, N), one of whose strides is 1, plus start (M, N) or (N) or None, into out (M, N).
-  m.def("linear", [](py::handle a_, py::handle b_, py::handle start_, py::handle out_) {
-    const ff::Tensor a(a_), b(b_), start(start_), out(out_);
-    ff_linear_args args{};
-    args.dtype = ff_dtype(a.dtype), args.rows = a.shape[0], args.in_features = a.shape[1];
-    args.out_features = b.shape[1], args.weight_stride[0] = b.stride[1], args.weight_stride[1] = b.stride[0];
-    args.x_stride = a.stride[0], args.out_stride = out.stride[0];
-    args.start_stride = start.ndim == 2 ? start.stride[0] : 0;
-    args.x = a.data, args.weight = b.data, args.start = start.data, args.out = out.data;
-    const Scratch scratch(ff_cpu_linear_workspace(&args));
-    args.workspace = scratch.data;
-    run(ff_cpu_linear, args);
+  // x (*, K) times weight (N, K) plus start (N), (1, N) or (M, N) or None, into out (*, N), which may be start; false if
+  // their shapes, dtypes or strides are not what the kernel takes, and nothing was done.
+  m.def("linear", [](py::handle x, py::handle weight, py::handle start, py::handle out) {
+    return ff::plain::attempt([&] {
+      ff_linear_args a;
+      if (!ff::linear_args(x, weight, start, out, a)) return false;
+      const Scratch scratch(ff_cpu_linear_workspace(&a));
+      a.workspace = scratch.data;
+      run(ff_cpu_linear, a);
+      return true;
+    });
   });
 
   m.def("decoder_step_workspace", [](int64_t batch, int64_t num_layers, int64_t hidden_size, int64_t num_heads,

@@ -123,4 +123,27 @@ inline ff_linear_activation_args linear_activation_args(const Tensor& data, cons
   return a;
 }
 
+// False if the kernel does not take such tensors.
+inline bool linear_args(const Tensor& x, const Tensor& weight, const Tensor& start, const Tensor& out, ff_linear_args& a) {
+  auto rows_lie_in_memory = [](const Tensor& t) { return t.ndim == 2 ? t.stride[1] == 1 || t.cols == 1 : t.contiguous; };
+  if (weight.ndim != 2 || x.ndim == 0 || x.cols != weight.shape[1] || out.cols != weight.shape[0]) return false;
+  if (x.dtype < 0 || x.dtype == FF_FLOAT64 || x.dtype != weight.dtype || x.dtype != out.dtype) return false;
+  if (x.rows() != out.rows() || !rows_lie_in_memory(x) || !rows_lie_in_memory(out)) return false;
+  if (weight.stride[0] != 1 && weight.stride[1] != 1) return false;
+  if (start.data) {
+    const bool one = start.ndim == 1 || (start.ndim == 2 && start.shape[0] == 1);
+    const bool fits = one || (start.ndim == 2 && start.shape[0] == out.rows());
+    if (!fits || start.dtype != x.dtype || start.cols != out.cols) return false;
+    if (start.stride[start.ndim - 1] != 1 && start.cols != 1) return false;
+    a.start_stride = one ? 0 : start.stride[0];
+  } else {
+    a.start_stride = 0;
+  }
+  a.dtype = ff_dtype(x.dtype), a.rows = x.rows(), a.in_features = x.cols, a.out_features = out.cols;
+  a.x_stride = x.row_stride(), a.out_stride = out.row_stride();
+  a.weight_stride[0] = weight.stride[0], a.weight_stride[1] = weight.stride[1];
+  a.x = x.data, a.weight = weight.data, a.start = start.data, a.out = out.data;
+  return true;
+}
+
 }  // namespace ff

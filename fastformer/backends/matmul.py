@@ -1,26 +1,40 @@
-"""Matmuls, a b and start + a b: PyTorch's own, except for half precision on a CPU without instructions for it.
+"""Matmuls, a b and start + a b: PyTorch's own, except for half precision on a CPU.
 
-There PyTorch multiplies bfloat16 and float16 element by element, ten to a hundred times slower than float32. Here
-pieces of both operands are converted to float32, multiplied by the float32 matmul, added up in float32 and rounded at
-the end, once. Converting a piece reads and writes each element once for the hundreds of products it takes part in, a
-few percent beside them. The pieces of a thread are 24 MiB at most, kept from call to call, since fresh memory would
-cost as much again to touch for the first time.
+Without instructions for it PyTorch multiplies bfloat16 and float16 element by element, ten to a hundred times slower
+than float32. There pieces of both operands are converted to float32, multiplied by the float32 matmul, added up in
+float32 and rounded at the end, once. Converting a piece reads and writes each element once for the hundreds of products
+it takes part in, a few percent beside them. The pieces of a thread are 24 MiB at most, kept from call to call, since
+fresh memory would cost as much again to touch for the first time.
+
+Where a has a few rows only, as when tokens are generated, reading b is all the work on any CPU, and csrc/cpu/linear.cpp
+converts it in registers.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import registry
 from .memory import empty, empty_if_large, on_huge_pages
 
 PIECE = 2 << 20
 """Elements of a converted piece at most."""
 DEPTH = 2048
 """Of the products that are added up, so many are converted at a time."""
+
+
+SMALL = 1 << 14
+"""So few multiplications PyTorch has done, one by one, before this way has begun."""
+FEW_ROWS = {torch.bfloat16: 8, torch.float16: 8}
+"""Up to so many rows of a the kernel that reads b once multiplies, on any CPU."""
+FEW_ROWS_CONVERTED = 16
+"""The same where b would have to be converted."""
 
 
 def _without_instructions() -> frozenset[torch.dtype]:
@@ -33,25 +47,45 @@ def _without_instructions() -> frozenset[torch.dtype]:
 
 
 CONVERTED: frozenset[torch.dtype] = _without_instructions()
-"""The dtypes whose products take this way on a CPU. Tests set it."""
+"""The dtypes whose products go through float32 on a CPU. Tests set it."""
 
 
 def converts(t: Tensor) -> bool:
-    """Whether products of ``t`` take the way through float32."""
+    """Whether products of ``t`` go through float32."""
     return t.dtype in CONVERTED and t.device.type == "cpu"
+
+
+def few(rows: int, dtype: torch.dtype) -> bool:
+    """Whether CPU tensors of ``dtype`` have so few rows that the kernel for them is the faster one, and it is there."""
+    most = FEW_ROWS_CONVERTED if dtype in CONVERTED else FEW_ROWS.get(dtype, 0)
+    return rows <= most and _kernel() is not None
+
+
+def of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x ``(*, K)`` times weight^T plus bias by the kernel of few rows; None if these are more, or not for it."""
+    if not few(x.shape[:-1].numel(), x.dtype) or weight.dim() != 2:
+        return None
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    kernel = _kernel()
+    return out if kernel is not None and kernel.product(x, weight, bias, out) else None
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    return None if registry.refusal("cpu", "linear", "cpu", torch.bfloat16, ()) else registry.load("cpu", "linear")
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a ``(M, K)`` times b ``(K, N)``, of any strides, into ``out`` if it is given."""
-    if converts(a):
-        return _product(a, b, out, None)
+    if a.dtype in FEW_ROWS and a.device.type == "cpu":
+        return _half(a, b, out, None)
     return torch.mm(a, b, out=empty_if_large(a, a.shape[0], b.shape[1]) if out is None else out)
 
 
 def addmm(start: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """start, which broadcasts to ``(M, N)``, plus a ``(M, K)`` times b ``(K, N)``; ``out`` may be ``start``."""
-    if converts(a):
-        return _product(a, b, out, start)
+    if a.dtype in FEW_ROWS and a.device.type == "cpu":
+        return _half(a, b, out, start)
     return torch.addmm(start, a, b, out=empty_if_large(a, a.shape[0], b.shape[1]) if out is None else out)
 
 
@@ -62,6 +96,17 @@ def weight_grad(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
     strides; GPT-2 passes transposed views.
     """
     return mm(dy.t(), x) if w.is_contiguous() else mm(x.t(), dy).t()
+
+
+def _half(a: Tensor, b: Tensor, out: Tensor | None, start: Tensor | None) -> Tensor:
+    if out is None:
+        out = empty(a, a.shape[0], b.shape[1])
+    kernel = _kernel() if few(len(a), a.dtype) else None
+    if kernel is not None and kernel.product(a, b.t(), start, out):
+        return out
+    if a.dtype in CONVERTED and a.numel() * b.shape[1] > SMALL:
+        return _product(a, b, out, start)
+    return torch.mm(a, b, out=out) if start is None else torch.addmm(start, a, b, out=out)
 
 
 # ---- through float32 -------------------------------------------------------------------------------------------------
@@ -102,10 +147,8 @@ class _Operand:
         return self.wide
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None, start: Tensor | None) -> Tensor:
+def _product(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None) -> Tensor:
     (height, depth), width = a.shape, b.shape[1]
-    if out is None:
-        out = empty(a, height, width)
     start = None if start is None else start.expand(height, width)
     if _transposed(out):  # the result's pieces are then written in rows
         _product(b.t(), a.t(), out.t(), None if start is None else start.t())

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _library = torch.library.Library("fastformer", "DEF")
 operators: list[str] = []
 
@@ -27,7 +27,7 @@ def through_operator(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return True
     for t in tensors:  # a loop, not any(): this runs on every eager call
-        if t is not None and type(t) not in _PLAIN:
+        if t is not None and type(t) not in PLAIN:
             return True
     return False
 

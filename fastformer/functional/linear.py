@@ -1,25 +1,29 @@
 """A linear layer, input weight^T + bias, as ``torch.nn.functional.linear``.
 
 Almost everywhere this *is* PyTorch's function: its matmul is the vendor library's. It differs for bfloat16 and float16
-on a CPU without instructions for them, where PyTorch multiplies element by element; there the product is float32's, of
-operands converted in pieces, rounded once at the end (backends/matmul.py), and so are the products of both gradients,
+on a CPU (backends/matmul.py). Without instructions for them PyTorch multiplies element by element; there the product is
+float32's, of operands converted in pieces, rounded once at the end, and so are the products of both gradients,
 
     dinput = dout weight,   dweight = dout^T input,   dbias = sum(dout)
 
-each of which is a linear layer again, so derivatives of any order take this way.
+each of which is a linear layer again, so derivatives of any order take this way. And a few rows, without a gradient,
+are a kernel that reads the weight once.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as TF
 
 from ..backends import matmul, registry
 from . import _checks
-from ._doors import needs_grad, operator, register, register_autograd, through_operator, transforming
+from ._doors import PLAIN, needs_grad, operator, register, register_autograd, through_operator, transforming
+from ._small import eager_cpu
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_KINDS = (*PLAIN, FakeTensor, FunctionalTensor)  # the last two stand for tensors while a graph is traced
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,9 +41,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError, ValueError: arguments that do not fit, naming the argument.
     """
     try:
-        # Half precision, or what autocast makes of float32; anything else pays for two questions.
-        if weight.dtype in matmul.CONVERTED or torch.is_autocast_enabled("cpu"):
-            operands = _converted(input, weight, bias)
+        # Half precision, or what autocast makes of float32; anything else pays for the question alone.
+        if weight.dtype in matmul.FEW_ROWS or (matmul.CONVERTED and torch.is_autocast_enabled("cpu")):
+            if eager_cpu(input) and (out := _of_few_rows(input, weight, bias)) is not None:
+                return out
+            operands = _ours(input, weight, bias)
             if operands is not None:
                 return _linear(*operands)
         return TF.linear(input, weight, bias)
@@ -48,21 +54,43 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise
 
 
-def _converted(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """The arguments, as autocast casts them, if their product takes the way through float32; else None."""
-    if not torch.compiler.is_compiling() and registry.overridden() not in (None, "cpu"):
+def _of_few_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The kernel's result where no gradient is recorded, with no more questions than that takes, or None."""
+    if through_operator(weight, bias) or needs_grad(input, weight, bias) or not weight.is_cpu or input.dim() == 0:
         return None
+    if torch.is_autocast_enabled("cpu") or (bias is not None and not bias.is_cpu):
+        return None
+    return matmul.of_few_rows(input, weight, bias)
+
+
+def refusal(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why a call of these arguments, as autocast leaves them, is PyTorch's, or None."""
+    if not torch.compiler.is_compiling() and registry.overridden() not in (None, "cpu"):
+        return f"{registry.overridden()!r} is asked for"
+    dtype = input.dtype
+    for t in (input, weight) if bias is None else (input, weight, bias):
+        if t.dtype not in matmul.FEW_ROWS or t.dtype != dtype or t.device.type != "cpu":
+            return "PyTorch's matmul is the vendor library's"
+        if type(t) not in _KINDS or t.layout != torch.strided or t.is_nested:
+            return "a tensor of a kind of its own"
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        return "no matmul of these shapes"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return "a bias that broadcasts"
+    if dtype in matmul.CONVERTED:
+        return None
+    if through_operator(input, weight, bias) or needs_grad(input, weight, bias):
+        return "PyTorch's matmul is the vendor library's"
+    return None if matmul.few(input.shape[:-1].numel(), dtype) else "more than a few rows"
+
+
+def _ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The arguments, as autocast casts them, unless the call is PyTorch's."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    for t in (input, weight) if bias is None else (input, weight, bias):
-        if not matmul.converts(t) or t.dtype != input.dtype or t.layout != torch.strided or t.is_nested:
-            return None
-    fits = weight.dim() == 2 and input.dim() > 0 and input.shape[-1] == weight.shape[1]
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        return None  # for PyTorch to refuse, or to do its own way
-    return input, weight, bias
+    return (input, weight, bias) if refusal(input, weight, bias) is None else None
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,7 +111,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, t in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(t, Tensor) and not (name == "bias" and t is None):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-    if input.is_nested or type(weight) not in _PLAIN:
+    if input.is_nested or type(weight) not in PLAIN:
         return
     if weight.dim() not in (1, 2):
         raise ValueError(f"weight: shape {tuple(weight.shape)} is not (out_features, in_features)")

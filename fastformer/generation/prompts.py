@@ -163,5 +163,7 @@ def length_limit(room: float, length: int, max_new_tokens: int | None, max_lengt
 
 
 def positions_of(model: Any) -> float:
-    """How many positions the model has; infinity where its positions are relative."""
+    """How many positions the model has; infinity where its positions are relative, rotary ones among them."""
+    if getattr(model.config, "rope_parameters", None):
+        return math.inf
     return getattr(model.config, "max_position_embeddings", None) or math.inf

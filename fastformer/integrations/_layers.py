@@ -1,4 +1,5 @@
-"""The layers of transformers as fused forwards, each for every class whose ``forward`` has the fingerprint it names.
+"""Norms and feed-forward blocks of transformers as fused forwards, each for every class whose ``forward`` has the
+fingerprint it names; BERT's layers are in _layers_bert.py, whole layers in _layers_blocks.py.
 
 A class here stands before the original one in the bases of the class that :func:`fastformer.optimize` makes of the two.
 It has no state: parameters, submodules and their names are the original's. Where a submodule may not be read
@@ -7,21 +8,18 @@ It has no state: parameters, submodules and their names are the original's. Wher
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from .. import functional, nn
+from .. import functional
 from ..nn.norm import add_norm as nn_add_norm
 from ..nn.norm import add_residual
-from ..nn.submodules import is_plain, pending_dropout
+from ..nn.submodules import is_plain
 from ._parts import (
     Activation,
     Conv1D,
     Fused,
-    activation_name,
     feed_forward,
     fits,
     gated_feed_forward,
@@ -51,7 +49,14 @@ def add_output(module: torch.nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     return residual + module(x)
 
 
-def _unless_activation(module: torch.nn.Module, attribute: str) -> str | None:
+def add_dropped_output(module: torch.nn.Module, drop: torch.nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """``residual + drop(module(x))``."""
+    if is_plain(drop, torch.nn.Dropout) and not (drop.training and drop.p):
+        return add_output(module, x, residual)
+    return residual + drop(module(x))
+
+
+def unless_activation(module: torch.nn.Module, attribute: str) -> str | None:
     activation = getattr(module, attribute)
     if provable_activation(activation) is None:
         name = getattr(activation, "__name__", type(activation).__name__)
@@ -139,7 +144,7 @@ class CLIPMLP(FeedForward):
 
     @staticmethod
     def unless(module: torch.nn.Module) -> str | None:
-        return _unless_activation(module, "activation_fn")
+        return unless_activation(module, "activation_fn")
 
 
 class GPT2MLP(FeedForward):
@@ -160,7 +165,7 @@ class GPT2MLP(FeedForward):
 
     @staticmethod
     def unless(module: torch.nn.Module) -> str | None:
-        return _unless_activation(module, "act")
+        return unless_activation(module, "act")
 
 
 class LlamaMLP(FeedForward):
@@ -178,7 +183,7 @@ class LlamaMLP(FeedForward):
 
     @staticmethod
     def unless(module: torch.nn.Module) -> str | None:
-        return _unless_activation(module, "act_fn")
+        return unless_activation(module, "act_fn")
 
 
 class Phi3MLP(FeedForward):
@@ -197,7 +202,38 @@ class Phi3MLP(FeedForward):
 
     @staticmethod
     def unless(module: torch.nn.Module) -> str | None:
-        return _unless_activation(module, "activation_fn")
+        return unless_activation(module, "activation_fn")
+
+
+class GPTNeoXMLP(FeedForward):
+    """``dense_4h_to_h(act(dense_h_to_4h(x)))``."""
+
+    proof = {"forward": ("20a9043c95d19dcd",)}
+
+    def block(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        return feed_forward(x, self.dense_h_to_4h, self.act, self.dense_4h_to_h, residual)
+
+    @staticmethod
+    def unless(module: torch.nn.Module) -> str | None:
+        return unless_activation(module, "act")
+
+
+class Wav2Vec2FeedForward(FeedForward):
+    """``output_dropout(output_dense(intermediate_dropout(intermediate_act_fn(intermediate_dense(x)))))``."""
+
+    proof = {"forward": ("5a95ad6f7f6cbe43",)}
+
+    def block(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        inner = self.intermediate_dropout
+        if residual is not None or not is_plain(inner, torch.nn.Dropout):
+            return None
+        drop = inner.p if inner.training else 0.0
+        out = feed_forward(x, self.intermediate_dense, self.intermediate_act_fn, self.output_dense, None, drop)
+        return None if out is None else self.output_dropout(out)
+
+    @staticmethod
+    def unless(module: torch.nn.Module) -> str | None:
+        return unless_activation(module, "intermediate_act_fn")
 
 
 class T5DenseActDense(FeedForward):
@@ -213,7 +249,7 @@ class T5DenseActDense(FeedForward):
 
     @staticmethod
     def unless(module: torch.nn.Module) -> str | None:
-        return _unless_activation(module, "act")
+        return unless_activation(module, "act")
 
 
 class T5DenseGatedActDense(T5DenseActDense):
@@ -237,231 +273,7 @@ class T5LayerFF(Fused):
     operations = "feed_forward with residual"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not is_plain(self.dropout, torch.nn.Dropout) or (self.dropout.p and self.dropout.training):
-            return super().forward(hidden_states)
-        return add_output(self.DenseReluDense, self.layer_norm(hidden_states), hidden_states)
-
-
-# ---- BERT ------------------------------------------------------------------------------------------------------------
-
-
-class _BertDense(Fused):
-    """``activation(dense(x))``: bias and activation in one pass."""
-
-    operations = "bias_activation"
-    activation: ClassVar[str]
-
-    def activated(self, x: Tensor) -> Tensor | None:
-        name, weights = activation_name(getattr(self, self.activation)), linear_weights(self.dense)
-        if name is None or weights is None or not fits(x, *weights):
-            return None
-        hidden, bias = functional.linear(x, weights[0]), weights[1]
-        return functional.bias_activation(hidden, None if bias is None else bias.to(hidden.dtype), name)
-
-
-class BertIntermediate(_BertDense):
-    proof = {"forward": ("5ab127057c1c3922",)}
-    activation = "intermediate_act_fn"
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        found = self.activated(hidden_states)
-        return super().forward(hidden_states) if found is None else found
-
-    @staticmethod
-    def unless(module: torch.nn.Module) -> str | None:
-        return _unless_activation(module, "intermediate_act_fn")
-
-
-class BertPredictionHeadTransform(_BertDense):
-    proof = {"forward": ("421b95c1827f0329",)}
-    activation = "transform_act_fn"
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        found = self.activated(hidden_states)
-        return super().forward(hidden_states) if found is None else self.LayerNorm(found)
-
-    @staticmethod
-    def unless(module: torch.nn.Module) -> str | None:
-        return _unless_activation(module, "transform_act_fn")
-
-
-class BertOutput(Fused):
-    """``LayerNorm(dropout(dense(x)) + residual)``, all but the matmul in one pass."""
-
-    proof = {"forward": ("501706bcbb6ba9e8",)}  # BertOutput, BertSelfOutput
-    operations = "add_layer_norm"
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.finish(self.dense(hidden_states), input_tensor)
-
-    def finish(self, out: Tensor, residual: Tensor) -> Tensor:
-        out, dropout_p = pending_dropout(self.dropout, out)
-        return add_norm(self.LayerNorm, out, residual, dropout_p)[0]
-
-
-class BertLayer(Fused):
-    """``output(intermediate(x), x)``: the feed-forward block as one operation, then :class:`BertOutput`'s pass."""
-
-    proof = {"feed_forward_chunk": ("39ce868f45b8e008",)}
-    operations = "feed_forward, add_layer_norm"
-
-    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        first, second = self.intermediate, self.output
-        if isinstance(first, BertIntermediate) and isinstance(second, BertOutput) and untouched(first, second):
-            out = feed_forward(attention_output, first.dense, first.intermediate_act_fn, second.dense)
-            if out is not None:
-                return second.finish(out, attention_output)
-        return super().feed_forward_chunk(attention_output)
-
-
-class BertEmbeddings(Fused):
-    """``dropout(LayerNorm(word + position + token_type))``: three tables, the norm and dropout in one pass."""
-
-    proof = {"forward": ("db5e734462ae7be0",)}
-    operations = "transformer_embedding"
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
-    ) -> Tensor:
-        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
-        norm, drop = self.LayerNorm, self.dropout
-        if (
-            input_ids is None
-            or inputs_embeds is not None
-            or not all(is_plain(table, torch.nn.Embedding, nn.Embedding) and _is_simple(table) for table in tables)
-            or any(table.padding_idx is not None for table in tables[1:])
-            or not (is_plain(norm, torch.nn.LayerNorm, nn.LayerNorm) and is_plain(drop, torch.nn.Dropout))
-            or not fits(tables[0].weight, tables[1].weight, tables[2].weight, norm.weight, norm.bias)
-        ):
-            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
-        if position_ids is None:
-            position_ids = self.position_ids[:, past_key_values_length : input_ids.shape[1] + past_key_values_length]
-        return functional.transformer_embedding(
-            input_ids,
-            *(table.weight for table in tables),
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            padding_idx=tables[0].padding_idx,
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            norm_eps=norm.eps,
-            dropout_p=drop.p,
-            training=drop.training,
-        )
-
-    @staticmethod
-    def unless(module: torch.nn.Module) -> str | None:
-        segments = getattr(module, "token_type_ids", None)
-        if segments is not None and not segments.is_meta and segments.any():
-            return "its buffer token_type_ids is not zero"
-        return None
-
-
-def _is_simple(table: torch.nn.Embedding) -> bool:
-    return table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
-
-
-# ---- layers ----------------------------------------------------------------------------------------------------------
-
-
-class LlamaDecoderLayer(Fused):
-    """Attention and feed-forward, each behind a norm: the first residual is added by the second norm's kernel, the
-    second one by the feed-forward's last matmul."""
-
-    proof = {"forward": ("5ef668e13df11f18",)}  # Llama, Mistral, Qwen, Gemma and many others
-    operations = "add_rms_norm, feed_forward with residual"
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        normed, summed = add_norm(self.post_attention_layernorm, attended, hidden_states)
-        return add_output(self.mlp, normed, summed)
-
-
-class GPT2Block(Fused):
-    """The same with layer norms; a layer with cross-attention runs the original code."""
-
-    proof = {"forward": ("85a4b1ba667dd8d4",)}
-    operations = "add_layer_norm, feed_forward with residual"
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        use_cache: bool | None = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        if encoder_hidden_states is not None:
-            return super().forward(
-                hidden_states,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        attended, _ = self.attn(
-            self.ln_1(hidden_states),
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        normed, summed = add_norm(self.ln_2, attended, hidden_states)
-        return add_output(self.mlp, normed, summed)
-
-
-class CLIPEncoderLayer(Fused):
-    """The same in CLIP's names."""
-
-    proof = {"forward": ("a5fa182ef73398e0",)}
-    operations = "add_layer_norm, feed_forward with residual"
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        normed = self.layer_norm1(hidden_states)
-        attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
-        normed, summed = add_norm(self.layer_norm2, attended, hidden_states)
-        return add_output(self.mlp, normed, summed)
-
-
-class ViTLayer(Fused):
-    """The same in ViT's, with dropout behind both sublayers."""
-
-    proof = {"forward": ("d688c30bce2c2f64",)}
-    operations = "add_layer_norm, feed_forward with residual"
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        attended, dropout_p = pending_dropout(self.dropout, attended)
-        normed, summed = add_norm(self.layernorm_after, attended, hidden_states, dropout_p)
-        if is_plain(self.dropout, torch.nn.Dropout) and not dropout_p:
-            return add_output(self.mlp, normed, summed)
-        return self.dropout(self.mlp(normed)) + summed
+        return add_dropped_output(self.DenseReluDense, self.dropout, self.layer_norm(hidden_states), hidden_states)
 
 
 LAYERS: tuple[type[Fused], ...] = (
@@ -472,18 +284,11 @@ LAYERS: tuple[type[Fused], ...] = (
     Conv1D,
     CLIPMLP,
     GPT2MLP,
+    GPTNeoXMLP,
+    Wav2Vec2FeedForward,
     LlamaMLP,
     Phi3MLP,
     T5DenseActDense,
     T5DenseGatedActDense,
     T5LayerFF,
-    BertIntermediate,
-    BertPredictionHeadTransform,
-    BertOutput,
-    BertLayer,
-    BertEmbeddings,
-    LlamaDecoderLayer,
-    GPT2Block,
-    CLIPEncoderLayer,
-    ViTLayer,
 )

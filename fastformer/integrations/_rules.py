@@ -1,7 +1,7 @@
 """Which class a module's class may become, and the proof.
 
     torch.nn     the class itself, or a subclass that changes nothing but its constructor: ours of the same name
-    any library  a class whose code has the fingerprint of a fused layer (_layers.py)
+    any library  a class whose code has the fingerprint of a fused layer (_layers*.py)
     transformers classes whose code is right but calls a function that has a fused kernel: the same code calls ours
 
 :data:`rules` is open: ``rules[MyNorm] = Rule(MyFusedNorm, "layer_norm")``, with a subclass that needs no other state.
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM
 from ..nn.submodules import is_plain
-from ._layers import LAYERS
+from . import _layers, _layers_bert, _layers_blocks
 from ._parts import DTYPES, Fused, activation_name, feed_forward, fits, provable_activation
 from ._proof import fingerprint, rebound
 
@@ -90,7 +90,7 @@ def _rebuild(cls: type) -> torch.nn.Module:
 
 @functools.cache
 def _proved(cls: type, forward: object) -> Rule | None:  # forward: a class whose method is replaced is another one
-    for layer in LAYERS:
+    for layer in (*_layers.LAYERS, *_layers_bert.LAYERS, *_layers_blocks.LAYERS):
         if all(fingerprint(getattr(cls, method, None)) in known for method, known in layer.proof.items()):
             return Rule(fused_class(cls, layer), layer.operations, layer.unless)
     return _with_rotary_embedding(cls) or _with_loss(cls)

@@ -58,8 +58,8 @@ def _attention(model: Any) -> Setting | str | None:
     if found != {"sdpa"}:
         names = ", ".join(sorted(f'"{name}"' for name in found))
         return (
-            f"its attn_implementation is {names}, which may return weights or was chosen for something else that"
-            f' "{NAME}" has not; model.set_attn_implementation("sdpa") first'
+            f"its attn_implementation is {names}, by choice or because it has no other; to set it to"
+            f' "{NAME}" see fastformer.integrations.transformers'
         )
     if not all(m._can_set_attn_implementation() for m in model.modules() if _is_pretrained(m)):
         return "it does not look at its attn_implementation"
@@ -80,17 +80,34 @@ def _configurations(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _set_attention(model: Any) -> None:
+class _Before:
+    """The attention that each configuration had. Unpickled elsewhere, it makes the new one's name known there."""
+
+    def __init__(self, configurations: list[Any]) -> None:
+        self.implementations = [(config, config._attn_implementation) for config in configurations]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register()
+
+
+def _register() -> None:
     from . import transformers as integration
 
     integration.register()
-    model.__dict__[_BEFORE] = [(config, config._attn_implementation) for config in _configurations(model)]
+
+
+def _set_attention(model: Any) -> None:
+    _register()
+    model.__dict__[_BEFORE] = _Before(_configurations(model))
     model.set_attn_implementation(NAME)
 
 
 def _restore_attention(module: torch.nn.Module) -> None:
-    for config, implementation in module.__dict__.pop(_BEFORE, ()):
-        config._attn_implementation_internal = implementation
+    before = module.__dict__.pop(_BEFORE, None)
+    for config, implementation in () if before is None else before.implementations:
+        if config._attn_implementation == NAME:  # and not another one that was chosen since
+            config._attn_implementation_internal = implementation
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------

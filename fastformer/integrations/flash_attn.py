@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # From this many rows of scores per key/value head on, attention's matrix products beat reading the cache as it lies.
-_MANY_ROWS = 64
+MANY_ROWS = 64
 
 
 def flash_attn_func(
@@ -303,7 +303,7 @@ def flash_attn_with_kvcache(
     }
     rows = q.shape[1] * q.shape[2] // max(k_cache.shape[2], 1)
     plain = block_table is None and cache_batch_idx is None and cache_leftpad is None and k_cache.shape[0] >= batch
-    if known is not None and plain and rows >= _MANY_ROWS:
+    if known is not None and plain and rows >= MANY_ROWS:
         out, lse = attention(q.transpose(1, 2), *(t[:batch, :, :known] for t in heads_first), **options)
     else:
         where = {"page_table": block_table, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}

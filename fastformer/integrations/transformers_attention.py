@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..backends import registry
-from ..functional import attention, attention_varlen
+from ..functional import attention, attention_varlen, decode_attention
+from ..functional._doors import needs_grad
 from ..functional.attention import MAX_HEAD_DIM
+from .flash_attn import MANY_ROWS
 from .transformers_mask import Pattern, StructuredMask
 
 # What only some implementations of transformers can do, and their models then take for granted.
@@ -96,6 +98,10 @@ def attention_forward(
     }
     if bounds is not None:
         out = _packed(query, key, value, bounds, options)
+    elif pattern.span is not None and position_bias is None and _is_decoding(query, key, value, dropout):
+        del options["dropout_p"]
+        begin, end = pattern.span
+        out = decode_attention(query, key, value, end, cache_leftpad=begin, **options)
     else:
         if pattern.keys is not None:
             key, value = key[:, :, : pattern.keys], value[:, :, : pattern.keys]
@@ -158,6 +164,12 @@ def _bounds(pattern: Pattern, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         return None
     bounds = (kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"])
     return *(t.to(torch.int32) for t in bounds), kwargs.get("max_length_q"), kwargs.get("max_length_k")
+
+
+def _is_decoding(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """So few queries that reading the keys as they lie beats matrix products, and nothing that decoding has not."""
+    rows = query.shape[2] * query.shape[1] // key.shape[1]
+    return rows < MANY_ROWS and not dropout and not needs_grad(query, key, value)
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[Any, ...], options: dict[str, Any]) -> Any:

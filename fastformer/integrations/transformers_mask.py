@@ -4,8 +4,8 @@ transformers asks for the (B, 1, Sq, Sk) table of which query may look at which 
 numbers and one row per sequence: causal, a window, padding, the bounds of packed documents. attention's kernels take
 those as they are, so that what travels through the model here is a tensor of that shape without a table behind it
 (:class:`StructuredMask`). A model that does anything with it, slices it, adds to it, gets the table instead; so does a
-pattern that is not known for certain. None stands for "no mask, or causal with as many queries as keys", as it does for
-transformers' own "sdpa".
+pattern that is not known for certain. It is there in the plainest case as well, where "sdpa" has None and relies on
+what each layer says of itself: not every layer does so rightly.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from transformers import masking_utils as masking
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
+from .flash_attn import MANY_ROWS
+
 
 class Pattern(NamedTuple):
     """What :func:`fastformer.functional.attention` is told in place of a table."""
@@ -34,6 +36,9 @@ class Pattern(NamedTuple):
     room that a static cache has left). None = all."""
     key_padding_mask: Tensor | None = None
     """``(B, keys)`` bool, True = ignored."""
+    span: tuple[Tensor, Tensor] | None = None
+    """The same as two ``(B)`` int32, the first key that counts and the first behind them, for so few queries that
+    :func:`fastformer.functional.decode_attention` is the faster one; None if the keys that count are not in a row."""
     cu_seqlens: Tensor | None = None
     """``(N + 1)`` int32: bounds of the documents in the B * S positions, none of which sees another."""
 
@@ -101,19 +106,21 @@ def attention_mask(
         q_offset, kv_offset: positions of the first query and the first key.
         mask_function: (b, h, q, k) -> whether the query at position q may look at the key at position k.
         attention_mask: ``(B, positions)`` bool, False = padding.
-        allow_is_causal_skip, allow_is_bidirectional_skip: whether None may be returned.
+        allow_is_causal_skip, allow_is_bidirectional_skip: whether the caller can do with less than a table.
         local_size, use_vmap, device, kwargs: as transformers passes them.
 
     Returns:
-        None, a :class:`StructuredMask`, or a bool table ``(B, 1, Sq, Sk)``, True = may look.
+        A :class:`StructuredMask`, or a bool table ``(B, 1, Sq, Sk)``, True = may look. While a compiler traces, the
+        table, or None as with "sdpa".
 
     Raises:
         ValueError: the model would not ask for the attention that this mask is for.
     """
-    if "config" in kwargs and (model := only_eager(type(kwargs["config"]))) is not None:
+    declared = declared_by(type(kwargs["config"])) if "config" in kwargs else "sdpa"
+    if declared == "eager":
         raise ValueError(
-            f'attn_implementation: {model} has no other attention than its own, "eager"; it would not ask "fastformer"'
-            " for more than a mask"
+            f"attn_implementation: models of a {type(kwargs['config']).__name__} have no other attention than their"
+            ' own, "eager"; they would ask "fastformer" for a mask only'
         )
     make = functools.partial(
         masking.sdpa_mask,
@@ -128,12 +135,13 @@ def attention_mask(
         use_vmap=use_vmap,
         device=device,
     )
-    # Of a static cache transformers' None means "causal, aligned at the first key"; here None is aligned at the last.
-    same_alignment = q_length == 1 or q_length == kv_length
     if is_tracing(attention_mask):
+        # None is then causal if the layer says so, which those of models with "sdpa" do rightly. With room in a static
+        # cache it would be aligned at the first key, here it is at the last.
+        none = declared == "sdpa" and (q_length == 1 or q_length == kv_length)
         return make(
-            allow_is_causal_skip=allow_is_causal_skip and same_alignment,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            allow_is_causal_skip=allow_is_causal_skip and none,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip and declared == "sdpa",
         )
     table = functools.partial(make, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     pattern = recognise(mask_function)
@@ -143,10 +151,6 @@ def attention_mask(
     pattern = place(pattern, q_length, kv_length, q_offset, kv_offset, attention_mask)
     if pattern is None:
         return table()
-    if pattern.causal and allow_is_causal_skip and same_alignment and pattern == Pattern(causal=True):
-        return None
-    if allow_is_bidirectional_skip and pattern == Pattern():
-        return None
     return StructuredMask(pattern, table, (batch_size, 1, q_length, kv_length), device)
 
 
@@ -176,31 +180,43 @@ def place(
         visible = torch.nn.functional.pad(visible, (0, keys - visible.shape[1]))
         if not visible.all():
             pattern = pattern._replace(key_padding_mask=~visible)
+            if q_length < MANY_ROWS:
+                pattern = pattern._replace(span=_span(visible, aligned=pattern.causal or pattern.window != (-1, -1)))
     return pattern
+
+
+def _span(visible: Tensor, aligned: bool) -> tuple[Tensor, Tensor] | None:
+    """Where the True of each row begin and end, if there is no False between them, and with ``aligned`` none behind."""
+    keys, count = visible.shape[1], visible.sum(1)
+    begin = visible.to(torch.int32).argmax(1)
+    last = keys - visible.flip(1).to(torch.int32).argmax(1)
+    if not ((last - begin == count) & ((last == keys) | (not aligned))).all():
+        return None
+    return begin.to(torch.int32), last.to(torch.int32)
 
 
 # ---- which models would ask for a mask and then not for attention ----------------------------------------------------
 
-_only_eager: dict[type, str | None] = {}
+_declared: dict[type, str] = {}
 
 
 @torch.compiler.assume_constant_result
-def only_eager(config: type) -> str | None:
-    """The name of the model class of a configuration class, if it does not go through transformers' attention interface
-    or declares no implementation beside its own.
+def declared_by(config: type) -> str:
+    """What the models of a configuration class declare beside their own attention: "sdpa", "other", or "eager": none.
 
-    Such a model would add the mask that it gets here to its scores, or go without causality where there is none.
-    transformers refuses it "sdpa" and the like by name, but not a name that it does not know.
+    A model with none, or one that does not go through transformers' attention interface, would add the mask that it
+    gets here to its scores, or go without causality where there is none. transformers refuses it "sdpa" and the like by
+    name, but not a name that it does not know.
     """
-    if config not in _only_eager:
+    if config not in _declared:
         models = [model for base in config.__mro__ for model in _models_of(base)]
-        fits = [
-            model._can_set_attn_implementation()
-            and (model._supports_sdpa or model._supports_flash_attn or model._supports_flex_attn)
-            for model in models
-        ]
-        _only_eager[config] = models[0].__name__ if models and not any(fits) else None
-    return _only_eager[config]
+        asking = [model for model in models if model._can_set_attn_implementation()]
+        if not models or any(model._supports_sdpa for model in asking):
+            _declared[config] = "sdpa"
+        else:
+            others = any(model._supports_flash_attn or model._supports_flex_attn for model in asking)
+            _declared[config] = "other" if others else "eager"
+    return _declared[config]
 
 
 def _models_of(config: type) -> list[type[PreTrainedModel]]:

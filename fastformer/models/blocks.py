@@ -27,7 +27,7 @@ from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .conv1d import Conv1D
 
 LINEAR = (torch_nn.Linear, nn.Linear, Conv1D)
-__all__ = ["LINEAR", "activate", "add_norm", "added", "attend", "feed_forward"]
+__all__ = ["LINEAR", "activate", "add_norm", "added", "attend", "feed_forward", "gated", "gated_feed_forward"]
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -108,6 +108,7 @@ def attend(
     causal: bool = False,
     scale: float,
     key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     bias: Tensor | None = None,
     relative_bias: RelativeBias | None = None,
     dropout_p: float = 0.0,
@@ -122,7 +123,7 @@ def attend(
         ``transformers``.
     """
     if not need_weights and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
-        options: dict[str, Any] = {"scale": scale, "bias": bias, "relative_bias": relative_bias}
+        options: dict[str, Any] = {"scale": scale, "bias": bias, "relative_bias": relative_bias, "attn_mask": attn_mask}
         causal = causal and q.shape[2] > 1  # one query sits at the end and sees everything
         out = functional.attention(
             q, k, v, causal=causal, key_padding_mask=key_padding_mask, dropout_p=dropout_p, **options
@@ -141,6 +142,8 @@ def attend(
         scores = scores + _distance_bias(relative_bias, queries, keys).to(scores.dtype)
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
     if causal:
         sees = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         scores = scores.masked_fill(~sees, float("-inf"))

@@ -47,3 +47,15 @@ def padding_mask(
     if attention_mask.device != device:
         raise ValueError(f"{name}: is on {attention_mask.device}, but the input is on {device}")
     return attention_mask == 0
+
+
+def packed_mask(position_ids: Tensor) -> Tensor | None:
+    """Which tokens of a row belong to one text, ``(B, 1, S, S)`` bool, for positions ``(B, S)``; None if all do.
+
+    A text begins where a position is not the one before it plus one.
+    """
+    begins = position_ids.diff(dim=1) != 1
+    if not torch.compiler.is_compiling() and not bool(begins.any()):
+        return None
+    text = torch.nn.functional.pad(begins.cumsum(1), (1, 0))
+    return text[:, None, :, None] == text[:, None, None, :]

@@ -12,9 +12,6 @@ value head for its whole group of query heads, never repeated in memory.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,145 +20,18 @@ from torch import nn as torch_nn
 
 from .. import functional, nn
 from ..nn._joined import JoinedLayers
-from ..nn.rotary_scaling import scaling_type, unknown_keys
 from .activations import FUSED_ACTIVATIONS
 from .blocks import add_norm, added, attend
 from .cache import KVCache
-from .inputs import check_embeds, check_indices, one_of, padding_mask
+from .inputs import check_embeds, check_indices, one_of, packed_mask, padding_mask
+from .llama_config import LlamaConfig
+from .llama_decoder import FusedDecoder, fused_decoder
 from .losses import causal_lm_loss
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from .pretrained import PreTrainedConfig, PreTrainedModel
+from .pretrained import PreTrainedModel
 
 MAX_POSITION = 1 << 24
 """From here on float32, in which angles are computed, skips whole numbers."""
-
-
-@dataclass
-class LlamaConfig(PreTrainedConfig):
-    """The fields, defaults and config.json of ``transformers.LlamaConfig``; other entries are kept in ``extra``.
-
-    ``rope_parameters`` has ``rope_theta``, ``rope_type`` ("default", "linear", "dynamic", "yarn", "llama3", "longrope"
-    or "proportional") and what that type needs; ``rope_theta`` and ``rope_scaling``, the names of older versions, are
-    taken too and go into it. ``num_key_value_heads=None`` is one per query head, ``head_dim=None`` is hidden_size /
-    num_attention_heads. ``pretraining_tp`` changes no result.
-    """
-
-    model_type: ClassVar[str] = "llama"
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    pretraining_tp: int | None = 1
-    tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
-    attention_bias: bool = False
-    attention_dropout: float | None = 0.0
-    mlp_bias: bool = False
-    head_dim: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict, repr=False)
-    rope_theta: InitVar[float | None] = None
-    rope_scaling: InitVar[dict[str, Any] | None] = None
-
-    def __post_init__(self, rope_theta: float | None, rope_scaling: dict[str, Any] | None) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "num_key_value_heads", "max_position_embeddings"):
-            self._positive(name)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads"
-                f" {self.num_attention_heads}"
-            )
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        self._positive("head_dim")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim: {self.head_dim} is odd; rotary positions turn pairs")
-        if not 0 <= (self.attention_dropout or 0) <= 1:
-            raise ValueError(f"attention_dropout: {self.attention_dropout} is not in [0, 1]")
-        if self.hidden_act not in FUSED_ACTIVATIONS:
-            raise ValueError(f"hidden_act: {self.hidden_act!r} is not one of {', '.join(sorted(FUSED_ACTIVATIONS))}")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id: {self.pad_token_id} is not in a vocabulary of {self.vocab_size}")
-        self._set_rope(_merged(self.rope_parameters, rope_scaling, rope_theta))
-
-    def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {value!r} is not a positive integer")
-
-    def _set_rope(self, parameters: dict[str, Any]) -> None:
-        parameters.setdefault("rope_theta", 10000.0)
-        kind = parameters.setdefault("rope_type", parameters.get("type", "default"))
-        if kind in ("llama3", "yarn", "longrope"):
-            parameters.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-            trained = self.extra.get("original_max_position_embeddings")
-            if trained is not None:
-                parameters["original_max_position_embeddings"] = trained
-        self.rope_parameters = parameters
-        if not isinstance(parameters["rope_theta"], int | float) or parameters["rope_theta"] <= 0:
-            raise ValueError(f"rope_parameters: rope_theta {parameters['rope_theta']!r} is not a positive number")
-        if kind not in ("default", "proportional") and parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"rope_parameters: {kind!r} with a partial_rotary_factor is not available in a Llama")
-        try:
-            scaling_type(self.rotary_scaling)
-        except ValueError as error:
-            raise ValueError(str(error).replace("scaling", "rope_parameters", 1)) from None
-        unused = set(parameters) - set(self.rotary_scaling)
-        if unused:
-            warnings.warn(
-                f"fastformer: rope_parameters of type {kind!r} have no use for {', '.join(sorted(unused))}",
-                stacklevel=4,
-            )
-
-    @property
-    def rotary_scaling(self) -> dict[str, Any]:
-        """What :class:`fastformer.nn.RotaryEmbedding` takes as ``scaling``."""
-        parameters = self.rope_parameters or {}
-        try:
-            unused = unknown_keys(parameters)
-        except KeyError:  # a type there is not, which scaling_type names
-            unused = []
-        return {k: v for k, v in parameters.items() if k not in unused}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
-        """A configuration from the contents of a config.json, of ``transformers`` 5 or older."""
-        values = dict(values)
-        theta, scaling = values.pop("rope_theta", None), values.pop("rope_scaling", None)
-        values["rope_parameters"] = _merged(values.get("rope_parameters"), scaling, theta)
-        return super().from_dict(values)
-
-
-# Defaults of arguments, not of attributes: transformers' configurations have none of these names either.
-del LlamaConfig.rope_theta, LlamaConfig.rope_scaling
-
-
-def _merged(parameters: Mapping[str, Any] | None, scaling: Mapping[str, Any] | None, theta: float | None) -> dict:
-    """``rope_parameters`` from themselves, else from the ``rope_scaling`` and ``rope_theta`` of older versions."""
-    for name, given in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if given is not None and not isinstance(given, Mapping):
-            raise ValueError(f"{name}: expected a mapping, got {type(given).__name__}")
-    merged = dict(scaling or parameters or {})
-    if theta is not None:
-        merged.setdefault("rope_theta", theta)
-    return merged
 
 
 class LlamaRotaryEmbedding(nn.RotaryEmbedding):
@@ -216,10 +86,12 @@ class LlamaAttention(JoinedLayers):
         sin: Tensor,
         cache: KVCache | None = None,
         key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """x ``(B, S, E)``, cos, sin ``(B | 1, S, D / 2)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored ->
-        ``(B, S, E)``, and with ``need_weights`` the attention weights ``(B, H, S, cached + S)``."""
+        """x ``(B, S, E)``, cos, sin ``(B | 1, S, D / 2)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored,
+        attn_mask ``(B | 1, 1, S, S)`` bool, True = may look -> ``(B, S, E)``, and with ``need_weights`` the attention
+        weights ``(B, H, S, cached + S)``."""
         shape = (*x.shape[:2], -1, self.head_dim)
         whole = self.joined_output(x)
         if whole is not None:
@@ -237,6 +109,7 @@ class LlamaAttention(JoinedLayers):
             causal=True,
             scale=self.scale,
             key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
             dropout_p=self.dropout_p if self.training else 0.0,
             need_weights=need_weights,
         )
@@ -266,12 +139,13 @@ class LlamaDecoderLayer(torch_nn.Module):
         sin: Tensor,
         cache: KVCache | None = None,
         key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """residual, delta ``(B, S, E)`` (delta None in the first layer) -> the same pair for the next layer, and the
         attention weights if they are wanted."""
         normed, residual = add_norm(self.input_layernorm, delta, residual, 0.0)
-        delta, weights = self.self_attn(normed, cos, sin, cache, key_padding_mask, need_weights)
+        delta, weights = self.self_attn(normed, cos, sin, cache, key_padding_mask, attn_mask, need_weights)
         normed, residual = add_norm(self.post_attention_layernorm, delta, residual, 0.0)
         return residual, self.mlp(normed), weights
 
@@ -338,7 +212,9 @@ class LlamaModel(LlamaPreTrainedModel):
             input_ids: ``(B, S)`` int64, in [0, vocab_size).
             attention_mask: ``(B, past + S)``, 0 where a token is padding (on either side), else 1. Outputs at padding
                 are finite and of no meaning.
-            position_ids: ``(B, S)`` or ``(1, S)``; default past .. past + S - 1, for padded batches too.
+            position_ids: ``(B, S)`` or ``(1, S)``; default past .. past + S - 1, for padded batches too. Where they do
+                not go up by one, a new text begins, which does not see those before it: if there is no attention_mask,
+                and no cache by ``use_cache=False`` or the configuration, as in ``transformers``.
             past_key_values: cache of the tokens before these; the new ones are added to it.
             inputs_embeds: ``(B, S, hidden_size)`` instead of input_ids.
             use_cache: return a cache. Default: the configuration's, while no gradients are recorded.
@@ -356,8 +232,11 @@ class LlamaModel(LlamaPreTrainedModel):
         key_padding_mask = padding_mask(attention_mask, batch, past + length, hidden.device)
         position_ids = _positions(position_ids, batch, length)
         cache = past_key_values
+        caches = self.config.use_cache if use_cache is None else use_cache
+        packs = position_ids is not None and attention_mask is None and cache is None and not caches
+        masks = (key_padding_mask, packed_mask(position_ids) if packs else None)
         if use_cache is None:
-            use_cache = self.config.use_cache and (cache is not None or not torch.is_grad_enabled())
+            use_cache = caches and (cache is not None or not torch.is_grad_enabled())
         if cache is None and use_cache:
             cache = KVCache(self.config.num_hidden_layers)
 
@@ -369,7 +248,7 @@ class LlamaModel(LlamaPreTrainedModel):
             if output_hidden_states:  # wants the sum that the next norm would form
                 hidden, delta = added(delta, hidden, 0.0), None
                 states.append(hidden)
-            hidden, delta, weights = layer(hidden, delta, cos, sin, cache, key_padding_mask, bool(output_attentions))
+            hidden, delta, weights = layer(hidden, delta, cos, sin, cache, *masks, bool(output_attentions))
             attentions.append(weights)
         hidden = add_norm(self.norm, delta, hidden, 0.0)[0]
         output = BaseModelOutputWithPast(
@@ -463,8 +342,6 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
         chosen = isinstance(logits_to_keep, Tensor)
         if labels is not None and (chosen or logits_to_keep):
             raise ValueError("logits_to_keep: the loss needs all logits; do not give labels as well")
-        if use_cache is None and labels is not None and past_key_values is None:
-            use_cache = False
         output = self.model(
             input_ids,
             attention_mask,
@@ -487,3 +364,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
             attentions=output.attentions,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def decoder(self, batch_size: int, max_length: int) -> FusedDecoder | None:
+        """The fused decoder that ``generate`` uses, or None where only the layers themselves will do."""
+        return fused_decoder(self, max_length)

@@ -7,14 +7,14 @@ Pre-norm, with RMS norms, and nothing has a bias:
 The scores are q k^T, unscaled; in self-attention a learned number per head and range of distances is added to them,
 inside the kernel, so it needs no memory. T5 1.1 has wo(act(wi_0(y)) * wi_1(y)) (Shazeer 2020, arXiv:2002.05202).
 
-Layers hand on (residual stream, not yet added output) instead of their sum: addition, dropout and the next norm are
-then one kernel, across layer and block boundaries too. In a float16 model the stream, and what is added to it, is
-float32: trained T5s have sums beyond the largest float16.
+Layers hand on the residual stream and what is still to be added to it: addition, dropout and the next norm are then one
+kernel, across layer and block boundaries too. In a float16 model the stream, and what is added to it, is float32:
+trained T5s have sums beyond the largest float16.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ from torch.nn import functional as F
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM, RelativeBias
 from ..nn._joined import LINEAR, JoinedLayers
-from ..nn._plain import is_plain
-from . import blocks
-from .blocks import activate, attend, feed_forward, gated, gated_feed_forward
+from ..nn.submodules import is_plain, pending_dropout
+from .blocks import activate, add_norm, attend, feed_forward, gated, gated_feed_forward
 from .cache import EncoderDecoderCache
 
 if TYPE_CHECKING:
@@ -66,15 +65,21 @@ class T5LayerNorm(nn.RMSNorm):
         return functional.rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
 
 
-def add_norm(norm: torch_nn.Module, delta: Tensor | None, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """(norm(residual + dropout(delta)), residual + dropout(delta))."""
-    if delta is None or not is_plain(norm, T5LayerNorm):
-        return blocks.add_norm(norm, delta, residual, dropout_p)
-    dtype = residual.dtype
-    out, summed = functional.add_rms_norm(
-        delta.to(dtype), residual, norm.normalized_shape, norm.weight.to(dtype), norm.eps, dropout_p=dropout_p
-    )
-    return out.to(norm.weight.dtype), summed
+class Stream(NamedTuple):
+    """The residual stream between two layers: ``residual + dropout(delta)``, not yet added up."""
+
+    residual: Tensor
+    delta: Tensor | None = None
+    dropout_p: float = 0.0
+
+    def normed(self, norm: torch_nn.Module) -> tuple[Tensor, Tensor]:
+        """The sum normalised, and the sum."""
+        residual, delta, dropout_p = self
+        if delta is None or not is_plain(norm, T5LayerNorm):
+            return add_norm(norm, delta, residual, dropout_p)
+        dtype, shape, weight = residual.dtype, norm.normalized_shape, norm.weight.to(residual.dtype)
+        out, summed = functional.add_rms_norm(delta.to(dtype), residual, shape, weight, norm.eps, dropout_p=dropout_p)
+        return out.to(norm.weight.dtype), summed
 
 
 # ---- the layers ------------------------------------------------------------------------------------------------------
@@ -93,7 +98,7 @@ class T5Attention(JoinedLayers):
         self.joined_layers = ("k", "v") if is_cross else ("q", "k", "v")
         self.layer_idx = layer_idx
         self.num_heads, self.head_dim = config.num_heads, config.d_kv
-        self.dropout_p = config.dropout_rate
+        self.dropout = config.dropout_rate
         self.causal = config.is_decoder and not is_cross
         inner = self.num_heads * self.head_dim
         self.q = nn.Linear(config.d_model, inner, bias=False)
@@ -129,7 +134,7 @@ class T5Attention(JoinedLayers):
             need_weights: return the weights ``(B, H, S, keys)``.
         """
         options: dict[str, Any] = {"causal": self.causal, "scale": 1.0, "key_padding_mask": key_padding_mask}
-        options["dropout_p"] = self.dropout_p if self.training else 0.0
+        options["dropout_p"] = self.dropout if self.training else 0.0
         tabled = position is None or isinstance(position, RelativeBias)
         options["relative_bias"] = position if tabled else None
         packed = tabled and states is None and cache is None and not need_weights and self.head_dim <= MAX_HEAD_DIM
@@ -171,57 +176,53 @@ class T5Attention(JoinedLayers):
 
 
 class _T5Sublayer(torch_nn.Module):
-    """A norm before something. Takes the residual stream and a sublayer's output that is still to be added to it."""
+    """A norm before ``layer`` and dropout behind it."""
 
-    def __init__(self, config: T5Config) -> None:
+    def __init__(self, config: T5Config, name: str, layer: torch_nn.Module) -> None:
         super().__init__()
-        self.dropout_p = config.dropout_rate
+        self.add_module(name, layer)
         self.layer_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-
-    def _normed(self, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_norm(self.layer_norm, delta, residual, self.dropout_p if self.training else 0.0)
+        self.dropout = torch_nn.Dropout(config.dropout_rate)
 
 
 class T5LayerSelfAttention(_T5Sublayer):
-    """Norm and self-attention."""
+    """Norm, self-attention, dropout."""
 
     def __init__(self, config: T5Config, has_relative_attention_bias: bool, layer_idx: int) -> None:
-        super().__init__(config)
-        self.SelfAttention = T5Attention(config, False, has_relative_attention_bias, layer_idx)
+        super().__init__(config, "SelfAttention", T5Attention(config, False, has_relative_attention_bias, layer_idx))
 
     def forward(
         self,
-        residual: Tensor,
-        delta: Tensor | None,
+        stream: Stream,
         cache: EncoderDecoderCache | None,
         key_padding_mask: Tensor | None,
         position: RelativeBias | Tensor,
         need_weights: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """residual, delta ``(B, S, E)`` -> the same pair for the next layer, and the weights if they are wanted."""
-        normed, residual = self._normed(residual, delta)
-        return residual, *self.SelfAttention(normed, None, cache, key_padding_mask, position, need_weights)
+    ) -> tuple[Stream, Tensor | None]:
+        """The stream ``(B, S, E)`` for the next layer, and the attention weights if they are wanted."""
+        normed, residual = stream.normed(self.layer_norm)
+        out, weights = self.SelfAttention(normed, None, cache, key_padding_mask, position, need_weights)
+        return Stream(residual, *pending_dropout(self.dropout, out)), weights
 
 
 class T5LayerCrossAttention(_T5Sublayer):
-    """Norm and attention to the encoder's output."""
+    """Norm, attention to the encoder's output, dropout."""
 
     def __init__(self, config: T5Config, layer_idx: int) -> None:
-        super().__init__(config)
-        self.EncDecAttention = T5Attention(config, True, layer_idx=layer_idx)
+        super().__init__(config, "EncDecAttention", T5Attention(config, True, layer_idx=layer_idx))
 
     def forward(
         self,
-        residual: Tensor,
-        delta: Tensor | None,
+        stream: Stream,
         states: Tensor,
         cache: EncoderDecoderCache | None,
         key_padding_mask: Tensor | None,
         need_weights: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """residual, delta ``(B, S, E)``, states ``(B, T, E)`` -> as in self-attention."""
-        normed, residual = self._normed(residual, delta)
-        return residual, *self.EncDecAttention(normed, states, cache, key_padding_mask, None, need_weights)
+    ) -> tuple[Stream, Tensor | None]:
+        """The same for states ``(B, T, E)``."""
+        normed, residual = stream.normed(self.layer_norm)
+        out, weights = self.EncDecAttention(normed, states, cache, key_padding_mask, None, need_weights)
+        return Stream(residual, *pending_dropout(self.dropout, out)), weights
 
 
 class T5DenseReluDense(JoinedLayers):
@@ -231,40 +232,40 @@ class T5DenseReluDense(JoinedLayers):
         super().__init__()
         assert config.dense_act_fn is not None  # filled in
         self.activation, self.gated = config.dense_act_fn, bool(config.is_gated_act)
-        self.dropout_p = config.dropout_rate
         self.joined_layers = ("wi_0", "wi_1") if self.gated else ("wi",)
         for name in self.joined_layers:
             self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = torch_nn.Dropout(config.dropout_rate)
         self.join()
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``(B, S, E)`` -> ``(B, S, E)``, float32 for float16."""
-        p = self.dropout_p if self.training else 0.0
-        if x.dtype == torch.float16:
-            return self._in_float32(x, p)
+        if x.dtype == torch.float16 or not is_plain(self.dropout, torch_nn.Dropout):
+            return self._in_parts(x)
+        p = self.dropout.p if self.dropout.training else 0.0
         if self.gated:
             return gated_feed_forward(x, self.wi_0, self.wi_1, self.wo, self.activation, p)
         return feed_forward(x, self.wi, self.wo, self.activation, p)
 
-    def _in_float32(self, x: Tensor, p: float) -> Tensor:
-        # What the first layers compute from normalised rows fits into float16, products of it and sums of those do not.
-        hidden = [_saturated(getattr(self, name)(x)).float() for name in self.joined_layers]
+    def _in_parts(self, x: Tensor) -> Tensor:
+        hidden = [_saturated(getattr(self, name)(x)) for name in self.joined_layers]
+        # What is computed from normalised rows fits into float16, products of it and sums of those do not.
+        hidden = [h.float() if h.dtype == torch.float16 else h for h in hidden]
         activated = gated(*hidden, self.activation) if self.gated else activate(*hidden, self.activation)
-        return _onto_stream(self.wo, F.dropout(activated, p))
+        return _onto_stream(self.wo, self.dropout(activated))
 
 
 class T5LayerFF(_T5Sublayer):
-    """Norm and feed-forward."""
+    """Norm, feed-forward, dropout."""
 
     def __init__(self, config: T5Config) -> None:
-        super().__init__(config)
-        self.DenseReluDense = T5DenseReluDense(config)
+        super().__init__(config, "DenseReluDense", T5DenseReluDense(config))
 
-    def forward(self, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """residual, delta ``(B, S, E)`` -> the same pair for the next layer."""
-        normed, residual = self._normed(residual, delta)
-        return residual, self.DenseReluDense(normed)
+    def forward(self, stream: Stream) -> Stream:
+        """The stream ``(B, S, E)`` for the next layer."""
+        normed, residual = stream.normed(self.layer_norm)
+        return Stream(residual, *pending_dropout(self.dropout, self.DenseReluDense(normed)))
 
 
 class T5Block(torch_nn.Module):
@@ -279,23 +280,19 @@ class T5Block(torch_nn.Module):
 
     def forward(
         self,
-        residual: Tensor,
-        delta: Tensor | None,
+        stream: Stream,
         position: RelativeBias | Tensor,
         key_padding_mask: Tensor | None = None,
         states: Tensor | None = None,
         states_padding_mask: Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """residual, delta ``(B, S, E)`` (delta None in the first block) -> the same pair for the next block, the
-        weights of self-attention and those of cross-attention, None where not wanted."""
+    ) -> tuple[Stream, Tensor | None, Tensor | None]:
+        """The stream ``(B, S, E)`` for the next block, the weights of self-attention and those of cross-attention, None
+        where not wanted."""
         self_attention, *cross_attention, ff = self.layer
-        residual, delta, weights = self_attention(residual, delta, cache, key_padding_mask, position, need_weights)
+        stream, weights = self_attention(stream, cache, key_padding_mask, position, need_weights)
         cross = None
         if cross_attention and states is not None:
-            residual, delta, cross = cross_attention[0](
-                residual, delta, states, cache, states_padding_mask, need_weights
-            )
-        residual, delta = ff(residual, delta)
-        return residual, delta, weights, cross
+            stream, cross = cross_attention[0](stream, states, cache, states_padding_mask, need_weights)
+        return ff(stream), weights, cross

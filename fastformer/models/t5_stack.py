@@ -11,18 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch import nn as torch_nn
-from torch.nn import functional as F
 
 from .. import nn
 from ..functional.attention import RelativeBias, check_buckets
-from ..nn._plain import is_plain
+from ..nn.submodules import is_plain
 from .activations import check_activation
 from .blocks import added
 from .cache import EncoderDecoderCache
 from .inputs import check_embeds, check_indices, one_of, padding_mask
 from .outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from .pretrained import PreTrainedConfig, PreTrainedModel
-from .t5_layers import T5Block, T5LayerNorm, add_norm
+from .t5_layers import Stream, T5Block, T5LayerNorm
 
 
 @dataclass
@@ -158,6 +157,7 @@ class T5Stack(T5PreTrainedModel):
         self.embed_tokens.weight = shared.weight
         self.block = torch_nn.ModuleList(T5Block(self.config, i == 0, i) for i in range(self.config.num_layers))
         self.final_layer_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.dropout = torch_nn.Dropout(config.dropout_rate)
 
     def get_input_embeddings(self) -> torch_nn.Module:
         return self.embed_tokens
@@ -211,18 +211,16 @@ class T5Stack(T5PreTrainedModel):
             )
         position = self._position(length, past)
 
-        dropout_p = self.config.dropout_rate if self.training else 0.0
-        hidden, delta = F.dropout(hidden, dropout_p), None
+        stream = Stream(self.dropout(hidden))
         all_states: list[Tensor] = []
         attentions: list[Tensor | None] = []
         cross_attentions: list[Tensor | None] = []
         for block in self.block:
             if output_hidden_states:  # wants the sum that the next norm would form
-                hidden, delta = added(delta, hidden, dropout_p), None
-                all_states.append(hidden)
-            hidden, delta, weights, cross = block(
-                hidden,
-                delta,
+                stream = Stream(added(stream.delta, stream.residual, stream.dropout_p))
+                all_states.append(stream.residual)
+            stream, weights, cross = block(
+                stream,
                 position,
                 key_padding_mask,
                 states,
@@ -232,7 +230,7 @@ class T5Stack(T5PreTrainedModel):
             )
             attentions.append(weights)
             cross_attentions.append(cross)
-        hidden = F.dropout(add_norm(self.final_layer_norm, delta, hidden, dropout_p)[0], dropout_p)
+        hidden = self.dropout(stream.normed(self.final_layer_norm)[0])
         fields: dict[str, Any] = {
             "last_hidden_state": hidden,
             "hidden_states": (*all_states, hidden) if output_hidden_states else None,

@@ -60,6 +60,10 @@ class RotaryEmbedding(torch.nn.Module):
         self._tables: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
         self._frequencies: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, float]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables are made again where they are needed: a file or a copy on another device has no use for them.
+        return {**self.__dict__, "_tables": {}, "_frequencies": {}}
+
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base:g}, interleaved={self.interleaved}, scaling={self.scaling}"
 

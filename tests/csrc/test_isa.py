@@ -37,7 +37,7 @@ def kernels(request, monkeypatch):
         module.set_cpu_isa(isa)
     except NotImplementedError:
         pytest.skip(f"this CPU cannot run {isa}")
-    for op in (*registry.OPS, "_call"):
+    for op in (*registry.OPS, "linear", "_call"):
         backend = importlib.import_module(f"fastformer.backends.cpu.{op}")
         if hasattr(backend, "_C"):  # linear_cross_entropy's kernels are cross_entropy's
             monkeypatch.setattr(backend, "_C", module)
@@ -172,6 +172,30 @@ def test_rotary_of_every_size(dtype, interleaved, kernels):
         for mine, wanted in zip(*results, strict=True):
             # Products added in one rounding or in two, and a rounding to the dtype that may then fall the other way.
             torch.testing.assert_close(mine, wanted, rtol=0, atol=2 * torch.finfo(dtype).eps * x.abs().max().item())
+
+
+@pytest.mark.parametrize("start", ["none", "bias", "rows"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: str(d)[6:])
+def test_linear_of_a_few_rows_of_every_size(dtype, transposed, start, kernels):
+    from fastformer.backends.cpu import linear
+
+    g = torch.Generator().manual_seed(6)
+    # Groups of four rows and what is left of them; depths and widths as above; 1100: past a block of columns
+    for rows in (1, 2, 3, 4, 7):
+        for n in [*range(1, 36), 67, 130]:
+            for depth, width in ((n, 11), (9, n), (33, 1100))[: 3 if n == 67 else 2]:
+                a, b = (torch.randn(shape, generator=g).to(dtype) for shape in ((rows, depth), (depth, width)))
+                b = b if transposed else b.t().contiguous().t()
+                shapes = {"none": None, "bias": (width,), "rows": (rows, width)}
+                added = None if start == "none" else torch.randn(shapes[start], generator=g).to(dtype)
+                out = torch.full((rows, width + 3), 7.0, dtype=dtype)
+                assert linear.product(a, b.t(), added, out[:, :width])
+                assert (out[:, width:] == 7).all(), "nothing beside the result is written"
+                same, exact = a @ b, a.double() @ b.double()
+                if added is not None:
+                    same, exact = same + added, exact + added.double()
+                assert_close_to_fp64(f"{rows} x {depth} x {width}", out[:, :width], same, exact)
 
 
 @pytest.mark.parametrize("kernels", KERNELS + BF16_KERNELS, indirect=True, ids=lambda k: f"{k[0]} {k[1]}")

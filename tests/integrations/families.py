@@ -20,6 +20,9 @@ _T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0}
 _GPT2 = {"vocab_size": VOCAB, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 _BERT = {**_ENCODER, "vocab_size": VOCAB, "max_position_embeddings": 40}
+_SEQ2SEQ = {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 56}
+_SEQ2SEQ |= {"decoder_ffn_dim": 56, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 1}
+_SEQ2SEQ |= {"bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "max_position_embeddings": 40}
 
 # name -> model class, configuration, and types of module that are expected to be swapped
 FAMILIES = {
@@ -38,8 +41,33 @@ FAMILIES = {
     ),
     "qwen2": ("Qwen2ForCausalLM", {**_DECODER, **_TOKENS}, {"Qwen2DecoderLayer", "Qwen2Attention", "Qwen2MLP"}),
     "gemma": ("GemmaForCausalLM", {**_DECODER, **_TOKENS, "head_dim": 8}, {"GemmaRMSNorm", "GemmaAttention"}),
-    "phi3": ("Phi3ForCausalLM", {**_DECODER, **_TOKENS, "pad_token_id": 0}, {"Phi3MLP", "Phi3Attention"}),
-    "gpt_neox": ("GPTNeoXForCausalLM", {**_DECODER, **_TOKENS, "rotary_pct": 0.5}, {"GPTNeoXAttention"}),
+    "phi3": (
+        "Phi3ForCausalLM",
+        {**_DECODER, **_TOKENS, "pad_token_id": 0},
+        {"Phi3DecoderLayer", "Phi3MLP", "Phi3Attention"},
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        {**_DECODER, **_TOKENS, "rotary_pct": 0.5},
+        {"GPTNeoXAttention", "GPTNeoXMLP"},
+    ),
+    "roberta": (
+        "RobertaForMaskedLM",
+        {**_BERT, "pad_token_id": 1, "type_vocab_size": 2},
+        {"RobertaEmbeddings", "RobertaLayer", "RobertaOutput", "RobertaSelfOutput"},
+    ),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        {"vocab_size": VOCAB, "dim": 32, "hidden_dim": 56, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 40},
+        {"TransformerBlock", "FFN"},
+    ),
+    "bart": ("BartForConditionalGeneration", _SEQ2SEQ, {"BartEncoderLayer", "BartDecoderLayer"}),
+    "mbart": ("MBartForConditionalGeneration", _SEQ2SEQ, {"MBartEncoderLayer", "MBartDecoderLayer"}),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 40},
+        {"WhisperEncoderLayer", "WhisperDecoderLayer"},
+    ),
     "vit": ("ViTForImageClassification", {**_ENCODER, "image_size": 8, "patch_size": 2}, {"ViTLayer", "ViTMLP"}),
     "clip": (
         "CLIPVisionModel",
@@ -48,7 +76,8 @@ FAMILIES = {
     ),
 }
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
-_DROPOUTS += ("dropout_rate", "attention_dropout", "hidden_dropout")
+_DROPOUTS += ("dropout_rate", "attention_dropout", "hidden_dropout", "dropout")
+_DROPOUTS += ("activation_dropout",)
 
 
 def make(family: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> torch.nn.Module:
@@ -70,9 +99,11 @@ def batch_of(family: str, dtype: torch.dtype = torch.float32) -> dict[str, torch
     if family in ("vit", "clip"):
         return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator).to(dtype)}
     ids = torch.randint(3, VOCAB, (2, 9), generator=generator)
+    if family == "whisper":
+        return {"input_features": torch.randn(2, 8, 16, generator=generator).to(dtype), "decoder_input_ids": ids}
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    more = {"decoder_input_ids": ids[:, :5]} if family.startswith("t5") else {}
+    more = {"decoder_input_ids": ids[:, :5]} if family in ("t5", "t5 gated", "bart", "mbart") else {}
     return {"input_ids": ids, "attention_mask": mask, **more}
 
 

@@ -93,6 +93,49 @@ def test_outputs_and_gradients(name):
         torch.testing.assert_close(value, wanted[key], rtol=0, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
 
 
+def masks_of(name):
+    """Arguments beside the inputs: causality, padding, and a bias of numbers."""
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    causal = nn.Transformer.generate_square_subsequent_mask(7)
+    if name == "transformer":
+        target = nn.Transformer.generate_square_subsequent_mask(5)
+        return {"src_key_padding_mask": padding, "memory_key_padding_mask": padding, "tgt_mask": target}
+    return {"src_key_padding_mask": padding, "mask": causal, "is_causal": True}
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder, pre-norm", "transformer"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:Support for mismatched", "ignore:The PyTorch API of nested tensors")  # torch's own
+def test_masks(name, training):
+    """Real positions agree; what torch computes at padding is left open (zeros for inference, anything else before)."""
+    theirs = make(name).train(training)
+    ours = copy.deepcopy(theirs)
+    optimize(ours)
+    batch, masks = batch_of(name), masks_of(name)
+    real = slice(None) if name == "transformer" else ~masks["src_key_padding_mask"]
+    results = []
+    for model in (theirs, ours):
+        out = model(*batch, **masks)[real]
+        model.zero_grad()
+        out.square().sum().backward()
+        results.append((out, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    if not training:
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*batch, **masks)[real], theirs(*batch, **masks)[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_stay_optimized(name):
+    model = make(name)
+    optimize(model)
+    wanted = run(model, batch_of(name))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert all(torch.equal(value, wanted[key]) for key, value in run(twin, batch_of(name)).items())
+
+
 def test_losses():
     for loss, out in ((nn.CrossEntropyLoss(label_smoothing=0.1), 9), (getattr(nn, "LinearCrossEntropyLoss", None), 9)):
         if loss is None:

@@ -3,7 +3,10 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from fastformer import functional
 from fastformer.integrations.optimize import optimize
 from tests.integrations.families import FAMILIES, batch_of, exact_of, make, run
 from tests.nn.comparison import assert_as_accurate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,8 +55,13 @@ CALLS = {
     "llama": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
     "qwen2": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
     "gemma": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
-    "phi3": {"rms_norm": 5, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
-    "gpt_neox": {"layer_norm": 5, "rotary_embedding": 2, "attention": 2},
+    "phi3": {"add_rms_norm": 2, "rms_norm": 3, "rotary_embedding": 2, "gated_feed_forward": 2, "attention": 2},
+    "gpt_neox": {"layer_norm": 5, "feed_forward": 2, "rotary_embedding": 2, "attention": 2},
+    "roberta": {"transformer_embedding": 0, "embedding": 3, "add_layer_norm": 4, "feed_forward": 2, "attention": 2},
+    "distilbert": {"add_layer_norm": 4, "feed_forward": 2, "attention": 2},
+    "bart": {"add_layer_norm": 5, "feed_forward": 2, "attention": 3},
+    "mbart": {"add_layer_norm": 3, "feed_forward": 2, "attention": 3},
+    "whisper": {"add_layer_norm": 3, "feed_forward": 2, "attention": 3},
     "vit": {"add_layer_norm": 2, "layer_norm": 3, "feed_forward": 2, "attention": 2},
     "clip": {"add_layer_norm": 2, "layer_norm": 4, "feed_forward": 2, "attention": 2},
 }
@@ -232,6 +242,29 @@ def test_copies_stay_optimized(family):
         assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
+def test_unpickled_in_another_process(tmp_path):
+    model, batch = make("gpt2"), batch_of("gpt2")
+    optimize(model)
+    with torch.no_grad():
+        torch.save((model, batch, model(**batch).logits), tmp_path / "model.pt")
+    script = """
+import sys, torch
+model, batch, wanted = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    torch.testing.assert_close(model(**batch).logits, wanted)
+assert model.config._attn_implementation == "fastformer"
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True, cwd=ROOT)
+
+
+def test_attention_chosen_since_is_kept():
+    model = make("llama")
+    optimize(model)
+    model.set_attn_implementation("eager")
+    fastformer.restore(model)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_state_and_saved_files_are_as_before(tmp_path):
     model = make("t5")
     before = [(name, value.data_ptr()) for name, value in model.state_dict().items()]
@@ -249,7 +282,7 @@ def test_state_and_saved_files_are_as_before(tmp_path):
     torch.testing.assert_close(found["output"], wanted["output"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "llama", "bart"])
 def test_generates_the_same(family):
     theirs, ours = make(family), make(family)
     optimize(ours)
@@ -258,6 +291,21 @@ def test_generates_the_same(family):
     batch["input_ids"], batch["attention_mask"] = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
     texts = [m.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (theirs, ours)]
     assert torch.equal(*texts)
+
+
+def test_roberta_gathers_once_where_nothing_is_learned(monkeypatch):
+    """The kernel has no padding row for positions, whose gradient would have to stay zero."""
+    theirs, ours = make("roberta"), make("roberta")
+    optimize(ours)
+    calls, original = [], functional.transformer_embedding
+    monkeypatch.setattr(functional, "transformer_embedding", lambda *a, **k: calls.append(1) or original(*a, **k))
+    batch = batch_of("roberta")
+    batch["input_ids"][1, 6:] = 1  # padding, whose position is the table's padding row
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-4, atol=1e-4)
+    assert calls == [1]
+    run(ours, batch)
+    assert calls == [1] and not ours.roberta.embeddings.position_embeddings.weight.grad[1].any()
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -283,7 +331,7 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "llama", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "llama", "vit", "phi3", "bart", "whisper"])
 def test_dropout_drops_while_training_only(family):
     model = make(family, dropout=0.3).train()
     optimize(model)

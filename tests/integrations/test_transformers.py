@@ -40,9 +40,9 @@ def registered():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What attention's two functions were called with: (name, keyword arguments)."""
+    """What attention's functions were called with: (name, keyword arguments)."""
     made = []
-    for name in ("attention", "attention_varlen"):
+    for name in ("attention", "attention_varlen", "decode_attention"):
         function = getattr(transformers_attention, name)
         monkeypatch.setattr(
             transformers_attention, name, lambda *a, f=function, n=name, **k: made.append((n, k)) or f(*a, **k)
@@ -224,7 +224,9 @@ def test_generate(name, strategy, calls):
     assert not calls
     model.set_attn_implementation(OURS)
     assert torch.equal(model.generate(**inputs, **options), theirs)
-    assert calls
+    # T5 has a bias, Whisper no padding, Mistral's window has left it behind, and a static cache's mask is a table.
+    other = name in ("T5", "Whisper") or (name == "Mistral" and strategy != "no cache") or "static" in strategy
+    assert calls[-1][0] == ("attention" if other else "decode_attention")
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -413,19 +415,21 @@ def test_what_cannot_be_done_is_said():
         forward(layer, wide, wide, wide, None, s_aux=torch.zeros(2))
 
 
+BLOOM = {"hidden_size": 32, "n_layer": 1, "n_head": 4}
+
+
 @pytest.mark.parametrize(
-    "name, fields",
+    "name, fields, compiled",
     [
-        ("Bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}),  # adds the mask to its scores
-        ("CodeGen", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2}),
-        ("BigBirdPegasus", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}),  # its decoder alone would ask
+        ("Bloom", BLOOM, False),  # adds the mask to its scores
+        ("Bloom", BLOOM, True),
+        ("BigBirdPegasus", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, False),  # only its decoder asks
     ],
 )
-@pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_that_would_ask_for_a_mask_only(name, fields, compiled):
     cls = getattr(transformers, f"{name}ForCausalLM")
     model = cls._from_config(cls.config_class(vocab_size=VOCAB, **fields), attn_implementation=OURS)
-    with pytest.raises(ValueError, match=f"attn_implementation: {name}.* has no other attention than its own"):
+    with pytest.raises(ValueError, match=rf"attn_implementation: models of a {name}Config have no other attention"):
         (torch.compile(model, backend="eager") if compiled else model)(tokens())
 
 

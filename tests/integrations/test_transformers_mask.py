@@ -12,6 +12,7 @@ from transformers import masking_utils as masking
 
 import fastformer.functional as F
 from fastformer.integrations import transformers_mask
+from fastformer.integrations.transformers_attention import attention_forward
 from fastformer.integrations.transformers_mask import Pattern, StructuredMask, attention_mask, recognise
 
 FUNCTIONS = {
@@ -32,13 +33,17 @@ SHAPES = [
     (3, 6, 0, 0),  # an encoder's keys
     (4, 2, 0, 0),  # fewer keys than queries
 ]
-PADDING = [None, "some", "all of one sequence", "shorter than the keys"]
+PADDING = [None, "left", "right", "some", "all of one sequence", "shorter than the keys"]
 
 
 def visible_of(kind, sk, kv_offset):
     if kind is None:
         return None
     visible = torch.rand(2, sk + kv_offset, generator=torch.Generator().manual_seed(sk)) < 0.6
+    if kind in ("left", "right"):
+        visible = torch.ones_like(visible)
+        visible[0, :2] = visible[1, : kv_offset + 1] = False
+        return visible if kind == "left" else visible.flip(1)
     if kind == "all of one sequence":
         visible[1] = False
     return visible[:, :-1] if kind == "shorter than the keys" else visible
@@ -47,7 +52,7 @@ def visible_of(kind, sk, kv_offset):
 @pytest.mark.parametrize("kind", PADDING)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_attention_sees_what_the_table_shows(name, kind):
-    structured = 0
+    structured = spans = 0
     for sq, sk, q_offset, kv_offset in SHAPES:
         arguments = {
             "batch_size": 2,
@@ -62,21 +67,24 @@ def test_attention_sees_what_the_table_shows(name, kind):
         mask = attention_mask(**arguments, allow_is_bidirectional_skip="both" in name)
         q, k = torch.randn(2, 1, sq, 4, dtype=torch.float64), torch.randn(2, 1, sk, 4, dtype=torch.float64)
         wanted = F.attention(q, k, k, attn_mask=table)
-        if mask is None:
-            assert "both" in name or sq in (1, sk)
-            ours = F.attention(q, k, k, causal="both" not in name)
-        elif isinstance(mask, StructuredMask):
+        if isinstance(mask, StructuredMask):
             structured += 1
             assert mask.shape == table.shape and torch.equal(mask & True, table)
             p = mask.pattern
             key = k[:, :, : p.keys]
             padding = p.key_padding_mask
             ours = F.attention(q, key, key, causal=p.causal, window=p.window, key_padding_mask=padding)
+            if p.span is not None:
+                spans += 1
+                begin, end = p.span
+                decoded = F.decode_attention(q, k, k, end, causal=p.causal, window=p.window, cache_leftpad=begin)
+                torch.testing.assert_close(decoded, wanted, rtol=1e-12, atol=1e-12)
         else:
             assert torch.equal(mask, table)
             continue
         torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
-    assert structured >= (1 if kind is None and "window" not in name else 3) or (name, kind) == ("both ways", None)
+    assert spans >= (4 if kind == "left" else 2 if kind == "right" and "window" not in name and name != "causal" else 0)
+    assert structured >= (1 if name == "causal" else 3)
 
 
 def test_patterns_are_recognised_by_what_they_are():
@@ -153,12 +161,22 @@ def test_what_is_written_into_it_counts(name, inference):
 def test_where_a_table_is_asked_for_there_is_one():
     for q, kv, skip in itertools.product((1, 4), (4, 6), (False, True)):
         mask = attention_mask(2, q, kv, kv - q, 0, allow_is_causal_skip=skip)
-        if not skip:
-            assert type(mask) is torch.Tensor
-        elif q in (1, kv):
-            assert mask is None
-        else:
+        if skip:
             assert isinstance(mask, StructuredMask) and mask.pattern == Pattern(causal=True)
+        else:
+            assert type(mask) is torch.Tensor
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_seen_does_not_depend_on_the_layer(causal):
+    """Some layers call themselves causal, or not, and are called with the other kind of mask."""
+    layer = torch.nn.Module()
+    layer.is_causal = not causal
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    function = FUNCTIONS["causal" if causal else "both ways"]
+    mask = attention_mask(1, 5, 5, mask_function=function, allow_is_bidirectional_skip=not causal)
+    found = attention_forward(layer, q, k, k, mask)[0].transpose(1, 2)
+    torch.testing.assert_close(found, F.attention(q, k, k, causal=causal))
 
 
 def test_a_static_cache_counts_with_a_tensor():

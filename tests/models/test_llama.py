@@ -176,6 +176,30 @@ def test_other_ways_to_call():
     assert list(output) == ["loss", "logits"] and output[1] is output["logits"]
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_texts_do_not_see_each_other(implementation):
+    theirs = theirs_of(attn_implementation=implementation)
+    ours = ours_of(theirs)
+    tokens = ids()
+    lengths = [5, 1, 8, 3]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    options = {"position_ids": positions, "output_attentions": implementation == "eager"}
+    inputs = {"input_ids": tokens, **options}
+    mine = ours(**inputs, use_cache=False)
+    torch.testing.assert_close(mine.logits, theirs(**inputs, use_cache=False).logits)
+    start = 0
+    for n in lengths:  # each as if it were alone
+        torch.testing.assert_close(mine.logits[:, start : start + n], ours(tokens[:, start : start + n]).logits)
+        start += n
+    # By default transformers makes a cache, and then does not ask; a configuration without one does.
+    torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits)
+    ours.config.use_cache = theirs.config.use_cache = False
+    torch.testing.assert_close(ours(**inputs).logits, mine.logits)
+    with torch.no_grad():  # rows packed in different ways, one of them a single text
+        rows = torch.stack([positions[0], torch.arange(LENGTH), positions[0].flip(0)])
+        torch.testing.assert_close(ours(tokens, None, rows).logits, theirs(tokens, None, rows).logits)
+
+
 def test_num_items_in_batch_makes_accumulation_exact():
     ours = ours_of(theirs_of(torch.float64))
     tokens, labels = ids(4), labels_of(ids(4))
@@ -511,6 +535,11 @@ def test_compiles_to_one_graph(name):
     positions = torch.arange(LENGTH)[None]
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids(), position_ids=positions).logits, wanted.logits)
+        packed = torch.cat((torch.arange(5), torch.arange(LENGTH - 5)))[None]
+        for twin in (ours, compiled):
+            found = twin(ids(), position_ids=packed, use_cache=False).logits
+            torch.testing.assert_close(found[:, :5], wanted.logits[:, :5])
+            torch.testing.assert_close(found[:, 5:], ours(ids()[:, 5:]).logits)
 
 
 def test_compiles_before_it_ever_ran():
@@ -522,6 +551,14 @@ def test_compiles_before_it_ever_ran():
         first, second = compiled(ids()).logits, compiled(ids()).logits
     torch.testing.assert_close(first, ours_of(theirs_of(num_hidden_layers=1))(ids()).logits)
     assert torch.equal(first, second)
+
+
+def test_exports():
+    ours = ours_of(theirs_of(num_hidden_layers=1))
+    options = {"use_cache": False, "return_dict": False}
+    program = torch.export.export(ours, (ids(),), options)
+    assert not ours.model.rotary_emb._tables, "nothing of the tracer's stays"
+    torch.testing.assert_close(program.module()(ids(), **options)[0], ours(ids()).logits)
 
 
 def test_meta_device_and_dtype():

@@ -260,6 +260,20 @@ def test_dropout():
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
 
 
+def test_the_probability_of_a_dropout_can_be_changed():
+    """With 1 in place of the rate, what a layer adds is nothing."""
+    ours, theirs = ours_of(theirs_of()), theirs_of()
+    wanted = ours(**inputs()).logits
+    paths = [f"{stack}.block.{i}.layer.{j}" for stack, j in (("encoder", 1), ("decoder", 1)) for i in (0, 1)]
+    for model in (ours.train(), theirs.train()):
+        for path in paths:
+            model.get_submodule(path).dropout.p = 1.0
+        model.decoder.block[1].layer[2].DenseReluDense.dropout.p = 1.0
+    found = ours(**inputs()).logits
+    torch.testing.assert_close(found, theirs(**inputs()).logits, rtol=1e-4, atol=1e-4)
+    assert (found - wanted).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("proj", ["relu", "gated-gelu"])
 def test_dropout_is_where_transformers_has_it(proj):
     """Each sequence of a batch has masks of its own: over many equal ones, outputs have the same mean and spread."""
@@ -321,6 +335,31 @@ def test_compiles_to_one_graph():
         torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_each_text():
+    """torch.func.vmap over torch.func.grad, with a mask."""
+    ours, given = ours_of(theirs_of(dtype=torch.float64)), inputs()
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+
+    def loss(parameters, given):
+        return torch.func.functional_call(ours, parameters, (), {k: v[None] for k, v in given.items()}).loss
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, given)
+    for i in range(3):
+        for name, gradient in gradients(ours, **{k: v[i : i + 1] for k, v in given.items()})[1].items():
+            torch.testing.assert_close(each[name][i], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_exports_with_any_batch_size():
+    ours = ours_of(theirs_of(num_layers=1, feed_forward_proj="gated-gelu"))
+    given = {"input_ids": ids(), "attention_mask": mask("right"), "decoder_input_ids": ids(length=9, seed=2)}
+    shapes = {name: {0: torch.export.Dim("batch", min=2, max=8)} for name in given}
+    program = torch.export.export(ours, (), {**given, "use_cache": False}, dynamic_shapes={**shapes, "use_cache": None})
+    given = {name: t[:2] for name, t in given.items()} | {"use_cache": False}
+    mine, exported = ours(**given), program.module()(**given)
+    assert exported.keys() == mine.keys() == ("logits", "encoder_last_hidden_state")
+    torch.testing.assert_close(exported.logits, mine.logits, rtol=1e-4, atol=1e-4)
+
+
 # ---- what users do to models -----------------------------------------------------------------------------------------
 
 LAYERS = [
@@ -339,6 +378,9 @@ LAYERS = [
     "decoder.block.1.layer.1.EncDecAttention.o",
     "decoder.block.1.layer.1.layer_norm",
     "decoder.block.1.layer.2.DenseReluDense",
+    "decoder.block.1.layer.2.DenseReluDense.dropout",
+    "decoder.block.1.layer.0.dropout",
+    "decoder.dropout",
     "lm_head",
 ]
 
