@@ -137,18 +137,23 @@ def generator_noise(generator: torch.Generator | None) -> Noise:
     return lambda tokens, like: torch.empty_like(like).exponential_(generator=generator)
 
 
+def _signed(value: int) -> int:
+    """The last 64 bits of an integer, as an int64."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 class SeededNoise:
     """Numbers that are a function of (key of the row, step, token) and of nothing else.
 
     Neither the other rows of a batch, nor the filters that left this token in, nor the device change them. They are the
-    outputs of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") from state ``key``
-    at counter step * 2^32 + token.
+    highest bits of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") from state
+    ``key`` at counter step * 2^32 + token.
 
     Args:
         keys: ``(B)`` int64, one a row.
     """
 
-    GOLDEN, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+    GOLDEN, FIRST, SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
     def __init__(self, keys: Tensor) -> None:
         self.keys = keys[:, None]
@@ -157,13 +162,14 @@ class SeededNoise:
     def __call__(self, tokens: Tensor | None, like: Tensor) -> Tensor:
         if tokens is None:
             tokens = torch.arange(like.shape[1], device=like.device)
-        x = self.keys + (tokens + (self.step << 32)) * self.GOLDEN  # wraps, as it should
+        # Products wrap, as they should; >> repeats the sign, which the masks take away.
+        x = tokens * self.GOLDEN + (self.keys + _signed((self.step << 32) * self.GOLDEN))
         self.step += 1
-        x = (x ^ ((x >> 30) & ((1 << 34) - 1))).mul_(self.FIRST)
-        x = (x ^ ((x >> 27) & ((1 << 37) - 1))).mul_(self.SECOND)
-        x ^= (x >> 31) & ((1 << 33) - 1)
-        uniform = ((x >> 41) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)  # exact, and neither 0 nor 1
-        return uniform.neg_().log1p_().neg_()
+        x = x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(self.FIRST)
+        x = x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(self.SECOND)
+        # The last shift would change none of the 23 highest bits, which give a number in (0, 1) without rounding.
+        uniform = x.bitwise_right_shift_(41).float().add_(2.0**22 + 0.5).mul_(2.0**-23)
+        return uniform.log_().neg_()
 
 
 def prompt_keys(seed: int, rows: list[list[int]], repeats: int) -> list[int]:

@@ -127,3 +127,22 @@ def test_keys_tell_prompts_seeds_and_continuations_apart():
     assert prompt_keys(0, [[3]], 2) == keys[2:4]
     assert not set(prompt_keys(1, [[1, 2], [3]], 2)) & set(keys)
     assert all(-(1 << 63) <= key < 1 << 63 for key in keys)
+
+
+def test_seeded_numbers_are_splitmix64():
+    """Bit for bit its outputs, in integers that do not wrap by themselves."""
+
+    def splitmix(key, counter):
+        x = (key + counter * 0x9E3779B97F4A7C15) % (1 << 64)
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % (1 << 64)
+        return x ^ (x >> 31)
+
+    keys = [-(1 << 63), -5, 0, (1 << 63) - 1]
+    noise = SeededNoise(torch.tensor(keys))
+    for step in range(6):
+        found = noise(None, torch.empty(4, 300))
+        # The sign bit of their 23 bits counts the other way round.
+        bits = [[(splitmix(key, (step << 32) + token) >> 41) ^ (1 << 22) for token in range(300)] for key in keys]
+        uniform = (torch.tensor(bits, dtype=torch.float64) + 0.5) / (1 << 23)
+        torch.testing.assert_close(found.double(), -uniform.log(), rtol=1e-6, atol=1e-7)
