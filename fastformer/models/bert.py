@@ -22,9 +22,10 @@ from torch import nn as torch_nn
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM
 from ..nn._joined import JoinedLayers
+from ..nn.norm import add_norm
 from ..nn.submodules import is_plain, pending_dropout
 from .activations import check_activation
-from .blocks import activate, add_norm, attend, feed_forward
+from .blocks import activate, attend, feed_forward
 from .inputs import check_embeds, check_indices, one_of, padding_mask
 from .losses import PROBLEM_TYPES
 from .outputs import BaseModelOutput, BaseModelOutputWithPooling

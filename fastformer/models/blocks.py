@@ -1,10 +1,9 @@
 """The steps that the models' layers are made of, fused where the layers are plain ones.
 
-    add_norm         norm(residual + dropout(delta)), and that sum
     feed_forward     second(activation(first(x))), or down(activation(gate(x)) * up(x))
     attend           softmax(scale q k^T + biases + masks) v
 
-Each of the first two is one kernel or its matmuls with one pass between them. A layer that was replaced or has a hook
+The first is its matmuls with one pass between them, the second one kernel. A layer that was replaced or has a hook
 is called instead.
 """
 
@@ -20,14 +19,11 @@ from torch.nn import functional as F
 from .. import functional, nn
 from ..backends.registry import report_unfused
 from ..functional.attention import MAX_HEAD_DIM, RelativeBias, relative_position_bucket
-from ..nn.norm import add_norm
-from ..nn.norm import add_residual as added
 from ..nn.submodules import is_plain
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .conv1d import Conv1D
 
 LINEAR = (torch_nn.Linear, nn.Linear, Conv1D)
-__all__ = ["LINEAR", "activate", "add_norm", "added", "attend", "feed_forward", "gated", "gated_feed_forward"]
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -20,8 +20,9 @@ from torch import nn as torch_nn
 
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM
+from ..nn.norm import add_norm, add_residual
 from .activations import check_activation
-from .blocks import add_norm, added, attend, feed_forward
+from .blocks import attend, feed_forward
 from .cache import KVCache
 from .conv1d import Conv1D
 from .gpt2_decoder import FusedDecoder, fused_decoder
@@ -280,7 +281,7 @@ class GPT2Model(GPT2PreTrainedModel):
         attentions: list[Tensor | None] = []
         for block in self.h:
             if output_hidden_states:  # wants the sum that the next norm would form
-                hidden, delta = added(delta, hidden, dropout_p), None
+                hidden, delta = add_residual(delta, hidden, dropout_p), None
                 states.append(hidden)
             hidden, delta, weights = block(hidden, delta, cache, key_padding_mask, bool(output_attentions))
             attentions.append(weights)

@@ -20,8 +20,9 @@ from torch import nn as torch_nn
 
 from .. import functional, nn
 from ..nn._joined import JoinedLayers
+from ..nn.norm import add_norm, add_residual
 from .activations import FUSED_ACTIVATIONS
-from .blocks import add_norm, added, attend
+from .blocks import attend
 from .cache import KVCache
 from .inputs import check_embeds, check_indices, one_of, packed_mask, padding_mask
 from .llama_config import LlamaConfig
@@ -246,7 +247,7 @@ class LlamaModel(LlamaPreTrainedModel):
         attentions: list[Tensor | None] = []
         for layer in self.layers:
             if output_hidden_states:  # wants the sum that the next norm would form
-                hidden, delta = added(delta, hidden, 0.0), None
+                hidden, delta = add_residual(delta, hidden, 0.0), None
                 states.append(hidden)
             hidden, delta, weights = layer(hidden, delta, cos, sin, cache, *masks, bool(output_attentions))
             attentions.append(weights)

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM, RelativeBias
 from ..nn._joined import LINEAR, JoinedLayers
+from ..nn.norm import add_norm
 from ..nn.submodules import is_plain, pending_dropout
-from .blocks import activate, add_norm, attend, feed_forward, gated, gated_feed_forward
+from .blocks import activate, attend, feed_forward, gated, gated_feed_forward
 from .cache import EncoderDecoderCache
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from torch import nn as torch_nn
 
 from .. import nn
 from ..functional.attention import RelativeBias, check_buckets
+from ..nn.norm import add_residual
 from ..nn.submodules import is_plain
 from .activations import check_activation
-from .blocks import added
 from .cache import EncoderDecoderCache
 from .inputs import check_embeds, check_indices, one_of, padding_mask
 from .outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
@@ -217,7 +217,7 @@ class T5Stack(T5PreTrainedModel):
         cross_attentions: list[Tensor | None] = []
         for block in self.block:
             if output_hidden_states:  # wants the sum that the next norm would form
-                stream = Stream(added(stream.delta, stream.residual, stream.dropout_p))
+                stream = Stream(add_residual(stream.delta, stream.residual, stream.dropout_p))
                 all_states.append(stream.residual)
             stream, weights, cross = block(
                 stream,
