@@ -90,7 +90,7 @@ class Report:
 
 
 def optimize(
-    model: torch.nn.Module, *, check: Any = None, tolerance: float | None = None, verbose: bool = False
+    model: torch.nn.Module, *, check: Any = None, tolerance: float | None = None, verbose: bool = True
 ) -> Report:
     """Makes a model's layers run fastformer's kernels, in place, where that is proved to give the same numbers.
 
@@ -104,7 +104,7 @@ def optimize(
             runs on it in eval mode before and after, and all tensors it returns are compared.
         tolerance: largest difference accepted there, relative to the largest element of each tensor; by default one
             that suits the tensor's dtype.
-        verbose: print the report.
+        verbose: print the report; False keeps quiet.
 
     Returns:
         A :class:`Report`: what was swapped, and what was left and why. ``report.undo()`` takes this call back,

@@ -215,8 +215,10 @@ def test_idempotent_and_of_a_part():
 
 def test_the_report_reads_well(capsys):
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8))
-    report = optimize(model, verbose=True)
+    report = optimize(model)
     assert capsys.readouterr().out == f"{report}\n"
+    optimize(model, verbose=False)
+    assert capsys.readouterr().out == ""
     assert str(report).splitlines() == [
         "fastformer.optimize: Sequential, 2 swapped, 3 left",
         "  swapped",
