@@ -18,6 +18,9 @@ from fastformer.models.conv1d import Conv1D
 from tests.nn.comparison import assert_as_accurate
 from tests.numerics import assert_close_to_fp64
 
+# What torch imports to compile and to check operators says so, once a process.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
 HALF = [torch.bfloat16, torch.float16]
 
 

@@ -32,8 +32,12 @@ def test_outputs_and_gradients(family):
     batch = batch_of(family)
     wanted, peers, mine = (run(model, batch) for model in (exact, theirs, ours))
     assert mine.keys() == peers.keys() == wanted.keys()
+    largest = max(value.abs().max().item() for name, value in wanted.items() if name != "output")
     for name in wanted:
-        assert_as_accurate(name, mine[name], peers[name], wanted[name])
+        if wanted[name].abs().max() < 1e-9 * largest:  # of a key's bias, which cancels in the softmax: roundings alone
+            assert mine[name].abs().max() < 1e-6 * largest, name
+        else:
+            assert_as_accurate(name, mine[name], peers[name], wanted[name])
 
     double = exact_of(make(family))
     for module in double.modules():

@@ -395,6 +395,7 @@ def test_wide_heads_run_sdpa(calls):
     assert not calls
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_keeps_what_it_can_keep(calls):
     """torch.jit.trace would record our kernels' results as constants."""
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
