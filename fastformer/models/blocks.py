@@ -16,14 +16,17 @@ from torch import Tensor
 from torch import nn as torch_nn
 from torch.nn import functional as F
 
-from .. import functional, nn
+from .. import functional
 from ..backends.registry import report_unfused
-from ..functional.attention import MAX_HEAD_DIM, RelativeBias, relative_position_bucket
+from ..functional.attention import MAX_HEAD_DIM, RelativeBias
+from ..nn._joined import LINEAR as JOINABLE
+from ..nn.attention import added_mask, explicit_attention
+from ..nn.positions import bias_by_position
 from ..nn.submodules import is_plain
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .conv1d import Conv1D
 
-LINEAR = (torch_nn.Linear, nn.Linear, Conv1D)
+LINEAR = (*JOINABLE, Conv1D)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -131,24 +134,16 @@ def attend(
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
     queries, keys = q.shape[2], k.shape[2]
-    scores = q @ k.transpose(2, 3) * scale
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
+    added = [] if bias is None else [bias]
     if relative_bias is not None:
-        scores = scores + _distance_bias(relative_bias, queries, keys).to(scores.dtype)
+        added.append(bias_by_position(relative_bias, queries, keys, keys - queries))
     if key_padding_mask is not None:
-        scores = scores.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
+        added.append(added_mask(key_padding_mask[:, None, None, :], q.dtype))
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
+        added.append(added_mask(~attn_mask, q.dtype))
     if causal:
         sees = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        scores = scores.masked_fill(~sees, float("-inf"))
-    weights = F.dropout(functional.softmax(scores, -1), dropout_p)
-    return weights @ v, weights if need_weights else None
-
-
-def _distance_bias(relative: RelativeBias, queries: int, keys: int) -> Tensor:
-    """``(1, H, queries, keys)``, the last query at the last key."""
-    position = torch.arange(keys, device=relative.table.device)
-    distance = position[None, :] - position[keys - queries :, None]
-    return relative.table[relative_position_bucket(distance, *relative[1:])].permute(2, 0, 1)[None]
+        added.append(added_mask(~sees, q.dtype))
+    mask = sum(added[1:], added[0]).to(q.dtype) if added else None
+    out, weights = explicit_attention(q, k, v, mask, scale, dropout_p)
+    return out, weights if need_weights else None

@@ -125,7 +125,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 out = attended
             else:
                 mask = _merged_mask(key_padding_mask, attn_mask, self.num_heads, q.dtype)
-                out, weights = _explicit_attention(q, k, v, mask, dropout_p)
+                out, weights = explicit_attention(q, k, v, mask, 1 / math.sqrt(self.head_dim), dropout_p)
             out = out.transpose(1, 2)
         # Back in the query's layout before the projection, so that its result is contiguous.
         out = out.transpose(0, 1) if sequence_first else out if batched else out[0]
@@ -278,14 +278,23 @@ def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
 
 
-def _explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """q (N, H, L, D), k and v (N, H, S, D) -> out (N, H, L, D), weights (N, H, L, S), after dropout as in PyTorch."""
+    """Attention step by step, for its weights or for what no kernel covers.
+
+    Args:
+        q: ``(N, H, L, D)``.
+        k, v: ``(N, H, S, D)`` and Dv.
+        mask: added to the scores, broadcastable to ``(N, H, L, S)``.
+
+    Returns:
+        ``(N, H, L, Dv)`` and the weights ``(N, H, L, S)``, after dropout as in PyTorch.
+    """
     dtype = q.dtype
     if matmul.converts(q):
         q, k, v = q.float(), k.float(), v.float()
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
+    scores = (q * scale) @ k.transpose(2, 3)
     weights = functional.softmax(scores if mask is None else scores + mask, -1)
     if dropout_p > 0:
         weights = dropout(weights, dropout_p)

@@ -300,12 +300,18 @@ class RelativePositionBias(torch.nn.Module):
         """
         if query_length < 1 or key_length < 1:
             raise ValueError(f"query_length, key_length: {query_length} and {key_length} are not both positive")
-        # One row per distance, not per pair of positions; each query then reads a window of those rows.
-        first = 1 - query_length - query_offset
-        distance = torch.arange(first, key_length - query_offset, device=self.weight.device)
-        bucket = relative_position_bucket(distance, self.bidirectional, self.num_buckets, self.max_distance)
-        by_distance = functional.embedding(bucket, self.weight).t()
-        return by_distance.unfold(1, key_length, 1).flip(1)[None]
+        return bias_by_position(self.relative_bias, query_length, key_length, query_offset)
+
+
+def bias_by_position(
+    relative: functional.RelativeBias, query_length: int, key_length: int, query_offset: int
+) -> Tensor:
+    """``(1, H, query_length, key_length)``, what kernels add for ``relative``; see :class:`RelativePositionBias`."""
+    # One row per distance, not per pair of positions; each query then reads a window of those rows.
+    first = 1 - query_length - query_offset
+    distance = torch.arange(first, key_length - query_offset, device=relative.table.device)
+    by_distance = functional.embedding(relative_position_bucket(distance, *relative[1:]), relative.table).t()
+    return by_distance.unfold(1, key_length, 1).flip(1)[None]
 
 
 def _is_real(table: Tensor) -> bool:
