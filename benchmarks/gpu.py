@@ -11,8 +11,8 @@ card), ``check`` (every operation on every backend against float64) and ``tests`
 runs in a process of its own with its own time limit: one that crashes or hangs loses itself and nothing else.
 
 Needs Python 3.10, torch with CUDA, triton, nvcc, ninja, pybind11 and pytest-benchmark; no network. Writes
-benchmarks/results/<card>/<date>/: report.md, results.json, results.md, results.png, sections.json and log.txt; the same
-files go to $OUT if that is set.
+benchmarks/results/<card>/<date>/: report.md, results.json, results.md, results.png, charts/, sections.json and log.txt;
+the same files go to $OUT if that is set.
 
 Tiles are measured as they are; ``python -m fastformer.backends.triton.tune --op attention`` looks for better ones.
 """
@@ -36,7 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
 
-from benchmarks import JOBS, KERNELS, machine, report  # noqa: E402
+from benchmarks import JOBS, KERNELS, charts, machine, report  # noqa: E402
 
 PYTHON = sys.executable
 
@@ -290,6 +290,8 @@ def write(sections: list[Section], folder: Path, about: dict[str, str]) -> str:
         for output in OUTPUTS:
             if (folder / output).exists():
                 shutil.copy2(folder / output, os.environ["OUT"])
+        if (folder / charts.FOLDER).exists():
+            shutil.copytree(folder / charts.FOLDER, Path(os.environ["OUT"]) / charts.FOLDER, dirs_exist_ok=True)
     return summary
 
 
@@ -358,7 +360,8 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in OUTPUTS:
         (folder / leftover).unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    for leftover in (PARTS, charts.FOLDER):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
     (folder / PARTS).mkdir()
     try:
         sections = chosen(plan(folder, args.rehearse, architecture_of(capability)), args.section)

@@ -45,6 +45,7 @@ def test_rehearsal_exercises_every_section(tmp_path):
     assert {"triton", "cuda", "flash"} <= {row["provider"] for row in rows}, "a GPU's providers were tried, too"
     for name in gpu.OUTPUTS:
         assert (out / name).exists() and (copies / name).read_bytes() == (out / name).read_bytes()
+    assert {path.name for path in (copies / "charts").iterdir()} >= {"attention.png", "training_step.png"}
     assert "layer_norm" in done.stdout.rpartition("checked against float64")[2], "the summary comes last"
 
 

@@ -1,12 +1,14 @@
 """The benchmark runner with fake providers: turns, medians, compared results, goals, tables and the merged JSON."""
 
 import json
+import re
+import struct
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import goals, machine, report, runner
+from benchmarks import charts, goals, machine, report, runner
 from benchmarks.goals import GOALS, Goal
 from benchmarks.runner import Case, Cost, Problem, Timing, Unavailable, incomparable, timed
 
@@ -307,10 +309,47 @@ def test_tokens_per_second():
     assert [report._time(t) for t in (2.0, 0.0123, 4.56e-5, 3e-9)] == ["2 s", "12.3 ms", "45.6 µs", "3 ns"]
 
 
-def test_chart_is_a_png(tmp_path):
+def png_size(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    return struct.unpack(">II", data[16:24])
+
+
+def test_charts_are_readable_pictures_that_the_results_link(tmp_path):
     pytest.importorskip("matplotlib")
-    results_with({"ours": 1e-3, "eager": 2e-3, "compile": 3e-3}).save(tmp_path)
-    assert (tmp_path / report.CHART).read_bytes().startswith(b"\x89PNG")
+    results = results_with({"ours": 1e-3, "eager": 2e-3, "compile": 3e-3})
+    # Thirty cases of one operation, more than any has.
+    first, rows = results.rows[:], list(results.rows)
+    for n in range(1, 30):
+        rows += [{**row, "shape": f"{n}x1024"} for row in first]
+    rows += [{**row, "op": "rms_norm", "provider": row["provider"].replace("eager", "clone")} for row in first]
+    results.rows = rows
+    results.save(tmp_path)
+    assert not (tmp_path / charts.FOLDER / "rms_norm.png").exists(), "nothing to compare it with"
+    for path in (tmp_path / charts.SUMMARY, tmp_path / charts.FOLDER / "layer_norm.png"):
+        width, height = png_size(path)
+        assert 300 < width < 2000 and 100 < height < 2000
+    text = (tmp_path / report.MARKDOWN).read_text()
+    linked = re.findall(r"\]\((.*?)\)", text)
+    assert linked == ["results.png", "charts/layer_norm.png"]
+    assert all((tmp_path / address).exists() for address in linked)
+
+
+def test_a_run_draws_the_operations_it_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    results_with({"ours": 1e-3, "eager": 2e-3}).save(tmp_path)
+    chart = tmp_path / charts.FOLDER / "layer_norm.png"
+    chart.write_bytes(b"older")
+    stored = json.loads((tmp_path / report.JSON).read_text())
+    charts.draw(stored, tmp_path, {"softmax"})
+    assert chart.read_bytes() == b"older"
+    assert charts.main([str(tmp_path)]) == 0 and png_size(chart)
+    assert charts.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_committed_charts_are_of_readable_size():
+    pictures = sorted((machine.ROOT / "benchmarks" / "results").rglob("*.png"))
+    assert pictures and all(max(png_size(path)) < 2000 for path in pictures)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
