@@ -32,6 +32,7 @@ class Results:
         self.run: dict[str, Any] = {**about, "ceilings": dict(ceilings), "command": command, "notes": []}
         self.id = f"{about['date']} {about['commit']} {secrets.token_hex(3)}"
         self.rows: list[dict[str, Any]] = []
+        self.unfinished: list[dict[str, Any]] = []  # of a case of long calls that is still being measured
 
     @property
     def ceilings(self) -> Mapping[str, float]:
@@ -42,6 +43,7 @@ class Results:
     ) -> None:
         """The rows of one case, why some providers have none, and which computed something else."""
         self.rows += rows
+        self.unfinished = []
         for provider, reason in missing.items():
             self._note(op, case, provider, "failed" if reason.startswith("failed") else "not measured", reason)
         for provider, difference in wrong.items():
@@ -51,6 +53,8 @@ class Results:
         self._note(op, case, "", "skipped", reason)
 
     def fail(self, op: str, case: Case, error: BaseException) -> None:
+        self.rows += self.unfinished
+        self.unfinished = []
         self._note(op, case, "ours", "failed", f"{type(error).__name__}: {error}"[:500])
 
     def _note(self, op: str, case: Case, provider: str, kind: str, text: str) -> None:
@@ -67,7 +71,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JSON
         stored = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": []}
-        merged = merge(stored, {"runs": {self.id: self.run}, "rows": self.rows})
+        merged = merge(stored, {"runs": {self.id: self.run}, "rows": self.rows + self.unfinished})
         partial = path.with_suffix(".json.new")
         partial.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
         partial.replace(path)

@@ -2,7 +2,9 @@
 
 import json
 import re
+import signal
 import struct
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +75,78 @@ def test_short_calls_are_repeated_within_a_round(monkeypatch):
     assert timings["ours"].repeats == 200 and timings["eager"].repeats == 1
     assert ("ours", 200) in benchmark.timed
     assert timings["ours"].median == pytest.approx(1e-5), "the time of one call, not of the round"
+
+
+def test_calls_of_seconds_have_three_rounds_and_are_kept_after_each(monkeypatch):
+    monkeypatch.setattr(runner, "_estimate", lambda call, device: {"ours": 0.1, "eager": 7.0}[call.name])
+    ours, eager = FakeCall("ours", [3.0, 1.0, 2.0]), FakeCall("eager", [7.0, 9.0, 8.0])
+    kept = []
+    timings = runner.measure(
+        {"ours": ours, "eager": eager}, "cpu", FakeBenchmark(), seconds=60.0, quick=False, progress=kept.append
+    )
+    assert ours.calls == eager.calls == 3, "no untimed calls"
+    assert timings["eager"].median == 8.0 and timings["eager"].rounds == 3
+    assert [t["eager"].rounds for t in kept] == [1, 2] and [t["eager"].median for t in kept] == [7.0, 8.0]
+
+
+def test_a_call_too_long_for_its_rounds_is_left_out(monkeypatch):
+    monkeypatch.setattr(runner, "_estimate", lambda call, device: {"ours": 1.0, "eager": 150.0}[call.name])
+    missing = {}
+    timings = runner.measure(
+        {"ours": FakeCall("ours", [1.0] * 9), "eager": FakeCall("eager", [])},
+        "cpu",
+        FakeBenchmark(),
+        0.1,
+        False,
+        missing,
+    )
+    assert set(timings) == {"ours"} and missing == {"eager": "3 calls take more than 300 s"}
+    assert runner.measure({"eager": FakeCall("eager", [])}, "cpu", FakeBenchmark(), 0.1, False, missing) == {}
+
+
+def forever(case, problem):
+    while True:  # as a compiler that does not end, deaf to ordinary exceptions
+        try:
+            time.sleep(0.01)
+        except Exception:
+            continue
+
+
+def test_a_provider_that_does_not_end_costs_only_itself(monkeypatch):
+    monkeypatch.setattr(runner, "CAP_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    fine = timed(lambda case: lambda x: x)
+    ready = runner.prepare(fake_module(ours=fine, compile=forever, eager=fine), CASE, "cpu")
+    assert set(ready.calls) == {"ours", "eager"}
+    assert "did not end within" in ready.missing["compile"]
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_peers_that_would_take_minutes_are_not_tried(monkeypatch):
+    # 32 times the flops of a case in which eager takes 8 seconds.
+    monkeypatch.setattr(runner, "_estimate", lambda call, device: 8.0)
+    fine = timed(lambda case: lambda x: x)
+    module = fake_module(ours=fine, eager=fine, compile=forever)
+    module.smaller, module.cost = lambda case, device: Case((2, 2)), lambda case: Cost(flops=case.shape[0] * case.cols)
+    ready = runner.prepare(module, Case((8, 16)), "cpu")
+    reason = "a call would take about 4 minutes here, going by eager's at 2×2"
+    assert set(ready.calls) == {"ours"} and ready.missing == {"eager": reason, "compile": reason}
+    module.smaller = lambda case, device: None
+    module.PROVIDERS.pop("compile")
+    assert set(runner.prepare(module, Case((8, 16)), "cpu").calls) == {"ours", "eager"}
+
+
+def test_training_steps_of_half_precision_are_estimated_first(monkeypatch):
+    from benchmarks import training_step
+
+    monkeypatch.setattr(training_step, "FAST_BF16", False)
+    large, single = (training_step.gpt2_case(4, 512, dtype) for dtype in ("bfloat16", "float32"))
+    small = training_step.smaller(large, "cpu")
+    assert small.shape == (12, 768, 1, 32) and small.options == large.options
+    assert [training_step.smaller(c, "cpu") for c in (small, single)] == [None, None]
+    assert training_step.smaller(large, "cuda") is None
+    monkeypatch.setattr(training_step, "FAST_BF16", True)
+    assert training_step.smaller(large, "cpu") is None
 
 
 def test_spread_is_the_interquartile_range():
@@ -262,6 +336,16 @@ def test_saving_case_by_case_keeps_one_row_each(tmp_path):
     for _ in range(3):
         results.save(tmp_path, chart=False)
     assert len(json.loads((tmp_path / report.JSON).read_text())["rows"]) == 1
+
+
+def test_rounds_of_a_case_that_was_killed_are_on_disk(tmp_path):
+    results = results_with({"ours": 1e-3})
+    results.unfinished = [{**results.rows[0], "provider": "eager", "rounds": 1}]
+    results.save(tmp_path, chart=False)
+    stored = json.loads((tmp_path / report.JSON).read_text())
+    assert [(row["provider"], row["rounds"]) for row in stored["rows"]] == [("ours", 5), ("eager", 1)]
+    results.fail("layer_norm", CASE, RuntimeError("boom"))
+    assert [row["provider"] for row in results.rows] == ["ours", "eager"] and not results.unfinished
 
 
 def test_a_table_has_rows_of_one_run_only(tmp_path):
