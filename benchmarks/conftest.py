@@ -45,10 +45,10 @@ def _test(module: ModuleType, case: runner.Case, recorder: Recorder):
     def test_speed(benchmark) -> None:
         recorder.begin(op, case)
         try:
-            if recorder.late():
+            if recorder.left() <= 0:
                 results.skip(op, case, "no time left in this run")
                 pytest.skip("no time left in this run")
-            ready = runner.prepare(module, case, device)
+            ready = runner.prepare(module, case, device, limit=recorder.left())
             cost, how = module.cost(case), (recorder.seconds, recorder.quick)
             rows = lambda timings: runner.rows(op, case, timings, cost, results.ceilings, results.id)  # noqa: E731
 

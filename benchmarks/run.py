@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         args.quick,
         args.seconds,
         deadline=started + args.limit if args.limit else 0.0,
+        ops=len(args.ops),
         results=report.Results(about, ceilings, " ".join(["python benchmarks/run.py", *words])),
         folder=args.out or (None if args.quick else ROOT / "benchmarks" / "results" / str(about["machine"])),
         live=True,

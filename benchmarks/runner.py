@@ -250,30 +250,35 @@ class Prepared:
     wrong: dict[str, str]
 
 
-def prepare(module: ModuleType, case: Case, device: str, seed: int = 0) -> Prepared:
+def prepare(module: ModuleType, case: Case, device: str, seed: int = 0, limit: float = math.inf) -> Prepared:
     """Builds and warms up every provider, and compares its result with the eager one.
+
+    Args:
+        limit: seconds for all of it; the providers that have none left, or do not end within them, are left out.
 
     Raises:
         Exception: whatever our own provider raises; a peer that fails is left out, with its message.
     """
     torch.manual_seed(seed)
+    started = time.perf_counter()
     problem = module.setup(case, device)
     ready = Prepared({}, {}, {})
     hopeless = _hopeless(module, case, device)
     results: dict[str, tuple[Tensor, ...]] = {}
     for name, build in module.PROVIDERS.items():
-        if hopeless and name != "ours":
-            ready.missing[name] = hopeless
+        allowed = min(CAP_SECONDS, limit - (time.perf_counter() - started))
+        if allowed <= 0 or (hopeless and name != "ours"):
+            ready.missing[name] = hopeless or "no time left in this run"
             continue
         try:
-            with _at_most(CAP_SECONDS):
+            with _at_most(allowed):
                 call = build(case, problem)
                 result = call()
         except Unavailable as reason:
             ready.missing[name] = str(reason)
             continue
         except _TooLong:
-            ready.missing[name] = f"its first call, compiling included, did not end within {CAP_SECONDS:.0f} s"
+            ready.missing[name] = f"its first call, compiling included, did not end within {allowed:.0f} s"
             continue
         except Exception as error:
             if name == "ours":

@@ -46,7 +46,7 @@ CASES = {
         gpt2_case(4, 512, "bfloat16"),
         *([] if FAST_BF16 else [gpt2_case(1, 32, "bfloat16")]),
     ],
-    "cuda": [demo_case("cuda", compiled=True), gpt2_case(16, 1024, "bfloat16")],
+    "cuda": [gpt2_case(16, 1024, "bfloat16"), demo_case("cuda", compiled=True)],
     "quick": [Case((1, 16, 2, 8), "float32", True, "tiny", {"heads": 2, "vocab": 11})],
 }
 

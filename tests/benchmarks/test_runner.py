@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import charts, goals, machine, report, runner
 from benchmarks.goals import GOALS, Goal
+from benchmarks.recorder import Recorder
 from benchmarks.runner import Case, Cost, Problem, Timing, Unavailable, incomparable, timed
 
 CASE = Case((8, 16), "float32")
@@ -120,6 +121,32 @@ def test_a_provider_that_does_not_end_costs_only_itself(monkeypatch):
     assert set(ready.calls) == {"ours", "eager"}
     assert "did not end within" in ready.missing["compile"]
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_case_ends_with_its_operations_time():
+    fine = timed(lambda case: lambda x: x)
+    ready = runner.prepare(fake_module(ours=fine, compile=forever, eager=fine), CASE, "cpu", limit=0.3)
+    assert set(ready.calls) == {"ours"}
+    assert "did not end within" in ready.missing["compile"] and ready.missing["eager"] == "no time left in this run"
+
+
+def test_operations_share_the_time_until_the_deadline(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("benchmarks.recorder.time.perf_counter", lambda: clock.now)
+    results = report.Results(ABOUT, CEILINGS, "run.py")
+    recorder = Recorder(deadline=90.0, ops=3, results=results)
+    recorder.begin("softmax", CASE)
+    assert recorder.left() == 30
+    clock.now = 10.0
+    recorder.begin("softmax", CASE)
+    assert recorder.left() == 20, "one operation, one share"
+    recorder.begin("layer_norm", CASE)
+    assert recorder.left() == 40, "half of what is left"
+    clock.now = 60.0
+    assert recorder.left() < 0
+    recorder.begin("rms_norm", CASE)
+    assert recorder.left() == 30
+    assert Recorder(results=results).left() == float("inf")
 
 
 def test_peers_that_would_take_minutes_are_not_tried(monkeypatch):
