@@ -71,10 +71,10 @@ def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch):
             "child = subprocess.Popen(['sleep', '1000']); print(child.pid, flush=True); time.sleep(1000)",
         ),
         section("failure", "raise SystemExit(3)"),
-        section("fine", "print('done')", stage=1),
+        section("fine", "print('done')", seconds=560, stage=1),  # leaves 2 of the 60 seconds to the first stage
     ]
     started, stages = time.monotonic(), []
-    gpu.run_all(sections, started + 4, workers=2, after=lambda: stages.append(len(stages)))
+    gpu.run_all(sections, started + 60, workers=2, after=lambda: stages.append(len(stages)))
     crash, hang, failure, fine = sections
     assert crash.status == f"crashed: {signal.SIGSEGV.name}" and "before" in crash.log
     assert hang.status == "timed out after 2 s" and time.monotonic() - started < 30
