@@ -7,7 +7,7 @@ float32's, of operands converted in pieces, rounded once at the end, and so are 
     dinput = dout weight,   dweight = dout^T input,   dbias = sum(dout)
 
 each of which is a linear layer again, so derivatives of any order take this way. And a few rows, without a gradient,
-are a kernel that reads the weight once.
+are a kernel that reads the weight once. Under autocast a float32 weight takes this way where that is faster (_pays).
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     try:
         # Half precision, or what autocast makes of float32; anything else pays for the question alone.
-        if weight.dtype in matmul.FEW_ROWS or (matmul.CONVERTED and torch.is_autocast_enabled("cpu")):
+        if weight.dtype in matmul.FEW_ROWS or (
+            matmul.CONVERTED and torch.is_autocast_enabled("cpu") and _pays(input, weight)
+        ):
             if eager_cpu(input) and (out := _of_few_rows(input, weight, bias)) is not None:
                 return out
             operands = _ours(input, weight, bias)
@@ -95,6 +97,18 @@ def _ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     return (input, weight, bias) if refusal(input, weight, bias) is None else None
+
+
+# PyTorch keeps what autocast made of a weight for as long as autocast lasts; here it is made in every call.
+CAST_ROWS, CAST_PRODUCTS = 4, 1 << 19
+
+
+def _pays(input: Tensor, weight: Tensor) -> bool:
+    """Whether autocast's cast of a weight and the product through float32 take less time than PyTorch's product."""
+    if torch.compiler.is_compiling():  # no guards on sizes
+        return True
+    rows = input.shape[:-1].numel()
+    return rows >= CAST_ROWS and rows * weight.numel() >= CAST_PRODUCTS
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:

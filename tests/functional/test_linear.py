@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -207,7 +208,9 @@ def test_threads_have_pieces_of_their_own(converted):
 
 @pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_autocast(rows, dtype):
+def test_autocast(rows, dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["fastformer.functional.linear"], "CAST_ROWS", 1)
+    monkeypatch.setattr(sys.modules["fastformer.functional.linear"], "CAST_PRODUCTS", 0)
     tensors = [t.requires_grad_() for t in make((rows, 24), torch.float32)]
     with torch.autocast("cpu", dtype=dtype):
         out = F.linear(*tensors)
@@ -219,6 +222,22 @@ def test_autocast(rows, dtype):
         assert gradient.dtype == torch.float32 and torch.equal(gradient, wanted.float())
     with torch.autocast("cpu", dtype=dtype):
         assert F.linear(*(t.double() for t in tensors)).dtype == torch.float64, "as torch's autocast"
+
+
+@pytest.mark.parametrize(("rows", "pays"), [(3, False), (4, True), (64, True)])
+def test_autocast_of_a_float32_weight_where_that_is_faster(rows, pays, converted, monkeypatch):
+    """A few rows would pay for the cast of the whole weight, which PyTorch does once."""
+    seen = []
+    product = matmul.addmm
+    monkeypatch.setattr(matmul, "addmm", lambda *a, **k: seen.append(1) or product(*a, **k))
+    x, w, b = make((rows, 512), torch.float32, features=512)
+    tiny = make((32, 24), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        out, theirs = F.linear(x, w, b), TF.linear(x, w, b)
+        assert len(seen) == pays
+        assert torch.equal(F.linear(*tiny), TF.linear(*tiny)) and len(seen) == pays
+    exact = TF.linear(*(t.bfloat16().double() for t in (x, w, b)))
+    assert_close_to_fp64("out", out, theirs, exact)
 
 
 def test_float32_under_torch_settings_is_torchs():
