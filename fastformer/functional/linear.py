@@ -1,13 +1,13 @@
 """A linear layer, input weight^T + bias, as ``torch.nn.functional.linear``.
 
-Almost everywhere this *is* PyTorch's function: its matmul is the vendor library's. It differs for bfloat16 and float16
-on a CPU (backends/matmul.py). Without instructions for them PyTorch multiplies element by element; there the product is
+Almost everywhere this *is* PyTorch's function: its matmul is the vendor library's. It differs on a CPU
+(backends/matmul.py). A few rows of float32, bfloat16 or float16, without a gradient, are a kernel that reads the weight
+once. And without instructions for half precision PyTorch multiplies it element by element; there the product is
 float32's, of operands converted in pieces, rounded once at the end, and so are the products of both gradients,
 
     dinput = dout weight,   dweight = dout^T input,   dbias = sum(dout)
 
-each of which is a linear layer again, so derivatives of any order take this way. And a few rows, without a gradient,
-are a kernel that reads the weight once.
+each of which is a linear layer again, so derivatives of any order take this way.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError, ValueError: arguments that do not fit, naming the argument.
     """
     try:
-        # Half precision, or what autocast makes of float32; anything else pays for the question alone.
-        if weight.dtype in matmul.FEW_ROWS or (matmul.CONVERTED and torch.is_autocast_enabled("cpu")):
-            if eager_cpu(input) and (out := _of_few_rows(input, weight, bias)) is not None:
+        if weight.dtype in matmul.FEW_ROWS and eager_cpu(input):
+            if (out := _of_few_rows(input, weight, bias)) is not None:
                 return out
+        # Half precision, or what autocast makes of float32; anything else pays for the questions alone.
+        if weight.dtype in matmul.HALF or (matmul.CONVERTED and torch.is_autocast_enabled("cpu")):
             operands = _ours(input, weight, bias)
             if operands is not None:
                 return _linear(*operands)

@@ -138,7 +138,7 @@ def test_products_into_memory_that_is_given(dtype):
         assert_close_to_fp64("in place", total, torch.addmm(start, a, b), exact + start.double())
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 def test_a_row_alone_and_among_others(transposed, dtype):
     """A prompt gives the same text alone and in a batch: few rows have the same bits, however many they are."""
@@ -221,9 +221,44 @@ def test_autocast(rows, dtype):
         assert F.linear(*(t.double() for t in tensors)).dtype == torch.float64, "as torch's autocast"
 
 
-def test_float32_under_torch_settings_is_torchs():
+ROWS_OF_FLOAT32 = [
+    (1, 768),
+    (2, 24),
+    (3, 37),  # a group of three; no multiple of a vector
+    (2, 2, 100),
+    (5, 130),  # a group of four and one
+    (8, 65),  # the most
+    (9, 65),  # PyTorch's
+]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", ROWS_OF_FLOAT32, ids=str)
+def test_a_few_rows_of_float32(shape, transposed, bias, monkeypatch):
+    x, w, *b = make(shape, torch.float32, transposed, bias, features=131)
+    b = b[0] if bias else None
+    exact = TF.linear(x.double(), w.double(), None if b is None else b.double())
+    same = TF.linear(x, w, b)
+    few = x.shape[:-1].numel() <= 8
+    assert fastformer.explain("linear", x, w, b).backend == ("cpu" if few else "torch")
+    if few:  # so that nothing here can be PyTorch's
+        monkeypatch.setattr(TF, "linear", None)
+    assert_close_to_fp64("out", F.linear(x, w, b), same, exact)
+    apart = torch.stack([x, x], -2).flatten(-2)[..., : x.shape[-1]]  # rows that do not follow each other
+    assert not apart.is_contiguous() or x.shape[:-1].numel() == 1
+    monkeypatch.undo()
+    doubles = (apart.double(), w.double(), None if b is None else b.double())
+    assert_close_to_fp64("strided rows", F.linear(apart, w, b), TF.linear(apart, w, b), TF.linear(*doubles))
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=["input", "weight", "bias"])
+def test_float32_with_a_gradient_is_torchs(wanted):
     tensors = make((6, 24), torch.float32)
-    assert torch.equal(F.linear(*tensors), TF.linear(*tensors))
+    assert fastformer.explain("linear", *tensors).backend == "cpu"
+    tensors[wanted].requires_grad_()
+    out = F.linear(*tensors)
+    assert torch.equal(out, TF.linear(*tensors)) and "Addmm" in type(out.grad_fn).__name__
     assert fastformer.explain("linear", *tensors).backend == "torch"
 
 
