@@ -2,9 +2,9 @@
 
 Almost everywhere this *is* PyTorch's function: its matmul is the vendor library's. It differs on a CPU
 (backends/matmul.py). A few rows of half precision, or of float32 and a large weight, are a kernel that reads the weight
-once where no gradient is recorded. And without instructions for half precision PyTorch multiplies it element by element;
-there the product is float32's, of operands converted in pieces, rounded once at the end, and so are the products of both
-gradients,
+once where no gradient is recorded. And without instructions for half precision PyTorch multiplies element by element;
+there the product is float32's, of operands converted in pieces, rounded once at the end, and so are the products of
+both gradients,
 
     dinput = dout weight,   dweight = dout^T input,   dbias = sum(dout)
 
