@@ -35,7 +35,7 @@ HALF = frozenset({torch.bfloat16, torch.float16})
 FEW_ROWS = dict.fromkeys((torch.float32, *HALF), 8)
 """Up to so many rows of a the kernel that reads b once multiplies, on any CPU."""
 FEW_ROWS_FLOAT32_WEIGHT = 1 << 18
-"""Elements of a float32 weight from which on the kernel is faster than PyTorch's matmul, the way to it included."""
+"""Elements of a float32 weight from which on the kernel is asked: the way to it takes longer than smaller products."""
 FEW_ROWS_CONVERTED = 16
 """The same where b would have to be converted."""
 
