@@ -219,7 +219,7 @@ size_t attention_forward_workspace(const ff_attention_args* a) {
 // A few rows of scores per key/value head do not repay the packing of every key and value for the tile products. Backward
 // has to find the very sums it recomputes, so where it may follow, which asks for the lse, they are computed by tiles.
 static bool few_queries(const ff_attention_args* a) {
-  constexpr int64_t kFewRows = 4;  // up to which reading keys and values as they lie is faster
+  constexpr int64_t kFewRows = 8;  // up to which reading keys and values as they lie is faster
   return !a->lse && a->seqlen_q * (a->num_heads / a->num_kv_heads) <= kFewRows && !a->cu_seqlens_q && !a->top_left &&
          a->dropout_p == 0;
 }

@@ -55,8 +55,8 @@ PADDING = {
 SHAPES = {
     "one query": (1, 131, 40, 24),  # tails of every vector
     "two queries, several parts to merge": (2, 1100, 8, 16),
-    "three queries": (3, 50, 16, 16),  # too many for this way with grouped heads
-    "eight queries": (8, 70, 16, 16),
+    "three queries": (3, 50, 16, 16),
+    "eight queries": (8, 70, 16, 16),  # too many for this way where two heads share one of the keys
     "more queries than keys": (2, 1, 5, 3),
 }
 
