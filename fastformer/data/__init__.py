@@ -6,6 +6,7 @@ from .batches import (
     encode_documents,
     evaluation_batches,
     split_documents,
+    to_device,
 )
 from .corpora import Corpus, Document, load_corpus, python_reference, read_text, shakespeare
 from .tokenizers import (
@@ -34,5 +35,6 @@ __all__ = [
     "read_text",
     "shakespeare",
     "split_documents",
+    "to_device",
     "train_tokenizer",
 ]
