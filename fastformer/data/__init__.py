@@ -9,14 +9,8 @@ from .batches import (
     to_device,
 )
 from .corpora import Corpus, Document, load_corpus, python_reference, read_text, shakespeare
-from .tokenizers import (
-    BPETokenizer,
-    CharTokenizer,
-    IncrementalDecoder,
-    Tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from .subword import BPETokenizer, SubwordTokenizer, train_unigram, train_wordpiece
+from .tokenizers import CharTokenizer, IncrementalDecoder, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "BPETokenizer",
@@ -25,6 +19,7 @@ __all__ = [
     "Corpus",
     "Document",
     "IncrementalDecoder",
+    "SubwordTokenizer",
     "Tokenizer",
     "Windows",
     "encode_documents",
@@ -37,4 +32,6 @@ __all__ = [
     "split_documents",
     "to_device",
     "train_tokenizer",
+    "train_unigram",
+    "train_wordpiece",
 ]
