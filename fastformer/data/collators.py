@@ -9,7 +9,7 @@
     Classification   texts with a label, or with one per token
 
 A collator is called with a list of samples and a key for each, ``collator(samples, keys)``, and returns what a model
-is called with. What is drawn depends on the key alone (:mod:`.draws`), not on the batch a sample is in, so masks are new
+is called with. What is drawn depends on the key alone (:mod:`.draws`), not on the batch a sample is in: masks are new
 in every epoch and the same in a run that resumes. Without keys they are new at every call, from numpy's generator.
 A sample is a sequence of ids, or a mapping that has one as ``input_ids``.
 """
