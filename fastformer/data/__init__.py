@@ -2,6 +2,7 @@
 
 from .batches import (
     Batch,
+    EvaluationWindows,
     Windows,
     encode_documents,
     evaluation_batches,
@@ -24,6 +25,7 @@ __all__ = [
     "CharTokenizer",
     "Corpus",
     "Document",
+    "EvaluationWindows",
     "IncrementalDecoder",
     "Tokenizer",
     "Windows",
