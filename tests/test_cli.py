@@ -76,7 +76,7 @@ def test_the_module_is_the_command():
 
 def test_pretrain_leaves_a_run(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoint", "metrics.jsonl", "tensorboard", "loss.png"}
+    assert names == {"checkpoint", "checkpoint-3", "metrics.jsonl", "tensorboard", "loss.png"}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [r["step"] for r in read_metrics(run) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert load_state(run / "checkpoint")["config"]["optimizer"]["learning_rate"] == 1e-2

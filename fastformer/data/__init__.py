@@ -2,6 +2,7 @@
 
 from .batches import (
     Batch,
+    EvaluationWindows,
     Windows,
     encode_documents,
     evaluation_batches,
@@ -34,6 +35,7 @@ __all__ = [
     "Corpus",
     "Document",
     "EvaluationLoader",
+    "EvaluationWindows",
     "FixedLength",
     "IncrementalDecoder",
     "Loader",

@@ -36,7 +36,7 @@ from .inputs import (
     packed_texts,
     padding_mask,
 )
-from .losses import causal_lm_loss
+from .losses import causal_lm_loss, head_loss, next_tokens
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedConfig, PreTrainedModel
 
@@ -394,6 +394,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        skip_logits: bool = False,
         **packed: Unpack[PackedArguments],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits for the token after each position, and the loss if ``labels`` are given.
@@ -405,6 +406,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             logits_to_keep: compute logits for the last so many positions only; 0 = all.
             num_items_in_batch: divide the summed loss by this instead of the number of labels counted, so that the
                 gradients accumulated over several batches are those of one large batch.
+            skip_logits: with labels, return the loss without the logits, which are then never held as a whole.
             The rest: as in :meth:`GPT2Model.forward`.
 
         Returns:
@@ -429,9 +431,14 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             **packed,
         )
         hidden = output.last_hidden_state
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        logits, loss = None, None
+        if skip_logits and scored:
+            loss = head_loss(hidden, self.lm_head, next_tokens(labels, shift_labels), num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch)
         result = CausalLMOutputWithPast(
-            loss=causal_lm_loss(logits, labels, shift_labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,

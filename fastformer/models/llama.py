@@ -37,7 +37,7 @@ from .inputs import (
 )
 from .llama_config import LlamaConfig
 from .llama_decoder import FusedDecoder, fused_decoder
-from .losses import causal_lm_loss
+from .losses import causal_lm_loss, head_loss, next_tokens
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedModel
 
@@ -353,6 +353,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        skip_logits: bool = False,
         **packed: Unpack[PackedArguments],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits for the token after each position, and the loss if ``labels`` are given.
@@ -365,6 +366,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
                 0 = all.
             num_items_in_batch: divide the summed loss by this instead of the number of labels counted, so that the
                 gradients accumulated over several batches are those of one large batch.
+            skip_logits: with labels, return the loss without the logits, which are then never held as a whole.
             The rest: as in :meth:`LlamaModel.forward`.
 
         Returns:
@@ -389,9 +391,14 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
         hidden = output.last_hidden_state
         if chosen or logits_to_keep:
             hidden = hidden[:, logits_to_keep if chosen else slice(-logits_to_keep, None)]
-        logits = self.lm_head(hidden)
+        logits, loss = None, None
+        if skip_logits and scored:
+            loss = head_loss(hidden, self.lm_head, next_tokens(labels, shift_labels), num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden)
+            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch)
         result = CausalLMOutputWithPast(
-            loss=causal_lm_loss(logits, labels, shift_labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,

@@ -18,7 +18,7 @@ from ..data import (
     train_tokenizer,
 )
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
-from .checkpoint import find_checkpoint, load_state
+from .checkpoint import NEWEST, load_state, restore_checkpoint
 from .config import DataConfig, TrainConfig
 from .logs import read_metrics
 from .trainer import Result, Trainer
@@ -93,18 +93,18 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if config.run.resume:
-        checkpoint = find_checkpoint(out)
+        checkpoint = restore_checkpoint(out)
         state = load_state(checkpoint)
         data = prepare_data(config.data, load_tokenizer(checkpoint))
         model = GPT2LMHeadModel.from_pretrained(checkpoint)
     else:
-        if (out / "checkpoint").exists():
+        if any(out.glob(f"{NEWEST}*/config.json")):
             raise FileExistsError(
                 f"run.out: {out} holds a checkpoint already; continue it with --run.resume, or choose another --run.out"
             )
         data = prepare_data(config.data)
         model = build_model(config, data.tokenizer)
-    trainer = Trainer(model, data.train, data.validation, config, tokenizer=data.tokenizer, quiet=quiet)
+    trainer = Trainer.on_tokens(model, data.train, data.validation, config, tokenizer=data.tokenizer, quiet=quiet)
     if config.run.resume:
         trainer.load_state_dict(state)
     if not quiet:
@@ -117,7 +117,7 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
         print(
             f"{result.steps} steps, {count(result.tokens)} tokens in {result.seconds:.0f} s "
             f"({result.tokens_per_second:,.0f} tokens/s); validation loss {result.validation_loss:.3f}\n"
-            f"{trainer.checkpoint}: try `fastformer generate --model {out}`"
+            f"{out / NEWEST}: try `fastformer generate --model {out}`"
         )
     return result
 
@@ -134,7 +134,7 @@ def describe(data: PreparedData, trainer: Trainer) -> str:
         f"model  GPT-2, {count(parameters)} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
         f"{shape.n_embd} wide, context {config.data.block_size}, {data.tokenizer.vocab_size} tokens\n"
         f"run    {on_cpu if trainer.device.type == 'cpu' else trainer.device}, {str(trainer.dtype)[6:]}; "
-        f"{trainer.tokens_per_step:,} tokens a step, {config.run.max_steps} steps"
+        f"{config.tokens_per_step:,} tokens a step, {config.run.max_steps} steps"
         + (f" or {minutes:g} minutes" if minutes else "")
     )
 
