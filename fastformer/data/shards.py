@@ -96,7 +96,7 @@ def _encoded(documents: Iterable[str | Document], tokenizer: Tokenizer, special:
     texts = (document if isinstance(document, str) else document.text for document in documents)
     for batch in _batched(text for text in texts if text):
         for ids in many(batch, **options) if many else [tokenizer.encode(text, **options) for text in batch]:
-            yield ids if ids[-1:] == end else ids + end
+            yield ids if not end or list(ids[-1:]) == end else [*ids, *end]
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -228,7 +228,7 @@ def runs(mask):
 @pytest.mark.parametrize("length, density, mean_span", [(64, 0.15, 3.0), (40, 0.5, 2.0), (11, 0.3, 1.0)])
 def test_spans_are_distributed_as_published(length, density, mean_span):
     draws, generator = 2000, np.random.default_rng(9)
-    ours = np.stack([noise_mask(length, density, mean_span, keys(draws)[i : i + 1]) for i in range(draws)])
+    ours = noise_mask(length, density, mean_span, keys(draws))
     published = np.stack([published_noise_mask(length, density, mean_span, generator) for _ in range(draws)])
     assert set(ours.sum(1)) == set(published.sum(1)) and len(set(ours.sum(1))) == 1
     counts = [{len(runs(m)) for m in masks} for masks in (ours, published)]
@@ -242,8 +242,8 @@ def test_spans_are_distributed_as_published(length, density, mean_span):
 
 
 def test_short_samples_have_a_mask():
-    assert noise_mask(1, 0.15, 3.0, keys(1)).tolist() == [False] and noise_mask(0, 0.15, 3.0, keys(1)).size == 0
-    assert noise_mask(2, 0.15, 3.0, keys(1)).tolist() == [False, True]
+    assert noise_mask(1, 0.15, 3.0, keys(2)).tolist() == [[False]] * 2 and noise_mask(0, 0.15, 3.0, keys(1)).size == 0
+    assert noise_mask(2, 0.15, 3.0, keys(1)).tolist() == [[False, True]]
 
 
 def test_sentinels_stand_for_the_spans_and_the_target_restores_the_text():
@@ -264,7 +264,8 @@ def test_sentinels_stand_for_the_spans_and_the_target_restores_the_text():
         for token in inputs:
             restored += spans.pop(token) if token in sentinels else [token]
         assert restored == sample.tolist() and not spans
-    assert torch.equal(batch["labels"], SpanCorruption(sentinels)(samples, keys(3))["labels"])
+    again = SpanCorruption(sentinels)([*samples, samples[1]], keys(4))  # beside another of the same length
+    assert torch.equal(batch["labels"], again["labels"][:3]) and not torch.equal(again["labels"][1], again["labels"][3])
     assert not torch.equal(batch["labels"], SpanCorruption(sentinels)(samples, keys(3, epoch=1))["labels"])
 
 
