@@ -181,7 +181,6 @@ def test_verdicts(goal, ours, times, share, met, measured):
 
 def test_a_goal_without_its_peer_is_not_judged():
     assert Goal("softmax", "compile", speedup=1.0).judge(1.0, {"eager": 1.0}, None) is None
-
     assert Goal("softmax", limit=0.9).judge(1.0, {}, None) is None
     assert goals.verdicts("layer_norm", "cpu", CASE, {"eager": 1.0}, None) == [], "and none without our own time"
 
