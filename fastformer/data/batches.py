@@ -25,11 +25,12 @@ Batch = dict[str, Any]
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """``batch`` with its tensors on ``device``; from pinned memory the copy to a GPU does not wait."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+    """``batch`` with its tensors on ``device``; from pinned memory the copy to a GPU does not wait.
+
+    What is one tensor under two names stays one.
+    """
+    moved = {id(v): v.to(device, non_blocking=True) for v in batch.values() if isinstance(v, Tensor)}
+    return {name: moved.get(id(value), value) for name, value in batch.items()}
 
 
 def split_documents(

@@ -58,6 +58,7 @@ class CharTokenizer:
     """
 
     eos_token_id = None
+    pad_token_id = None
 
     def __init__(self, characters: Sequence[str], unknown: str | None = None) -> None:
         self.characters = tuple(characters)
