@@ -229,7 +229,7 @@ def test_any_loader_objective_and_model(tmp_path):
     model = BertForMaskedLM(BertConfig(vocab_size=8, max_position_embeddings=8, **shape))
     result = Trainer(model, MaskedText(), config, objective=masked_lm, quiet=True).fit()
     values = losses(tmp_path)
-    assert sum(values[-5:]) < 0.7 * sum(values[:5])
+    assert sum(values[-5:]) < 0.85 * sum(values[:5])
     # Tokens are those that are not padding, of all batches.
     texts = MaskedText()
     assert result.tokens == sum(int(texts.next_batch()["attention_mask"].sum()) for _ in range(120))
