@@ -124,15 +124,22 @@ def restore_checkpoint(run: str | Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: as in :func:`find_checkpoint`.
     """
+    found = find_checkpoint(run)
     newest = Path(run).expanduser() / NEWEST
-    found = find_checkpoint(newest if newest.is_dir() or _older(newest) else run)
-    if found != newest:
-        for path in (newest, *_older(newest)):
-            if path == found:
-                break
-            shutil.rmtree(path, ignore_errors=True)
-        os.rename(found, newest)
+    if found == newest or found.parent != newest.parent:
+        return found
+    for path in (newest, *_older(newest)):
+        if path == found:
+            break
+        shutil.rmtree(path, ignore_errors=True)
+    os.rename(found, newest)
     return newest
+
+
+def has_checkpoint(run: str | Path) -> bool:
+    """Whether there is something in ``run`` to resume, or to be careful with."""
+    newest = Path(run).expanduser() / NEWEST
+    return newest.is_dir() or bool(_older(newest))
 
 
 def find_damage(directory: Path) -> str:

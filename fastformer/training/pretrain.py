@@ -22,7 +22,7 @@ from ..data import (
     train_tokenizer,
 )
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
-from .checkpoint import NEWEST, load_state, restore_checkpoint
+from .checkpoint import NEWEST, has_checkpoint, load_state, restore_checkpoint
 from .config import DataConfig, TrainConfig
 from .logs import read_metrics
 from .trainer import Result, Trainer
@@ -109,7 +109,7 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
         data = prepare_data(config.data, load_tokenizer(checkpoint))
         model = GPT2LMHeadModel.from_pretrained(checkpoint)
     else:
-        if any(out.glob(f"{NEWEST}*/config.json")):
+        if has_checkpoint(out):
             raise FileExistsError(
                 f"run.out: {out} holds a checkpoint already; continue it with --run.resume, or choose another --run.out"
             )

@@ -223,7 +223,8 @@ class Trainer:
                 if self._saved != self.step:
                     self.save()
                 if self.ema is not None:
-                    self._save_weights("ema")
+                    with self.ema.applied():
+                        self._save_weights("ema")
         finally:
             self.progress.close()
             if self.log is not None:

@@ -1,6 +1,5 @@
 """The training loop: accumulation is the large batch, resuming is exact, what goes wrong is named, saves are whole."""
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -10,79 +9,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastformer.data import CharTokenizer, EvaluationWindows
-from fastformer.models import GPT2Config, GPT2LMHeadModel
+from fastformer.data import EvaluationWindows
+from fastformer.models import GPT2LMHeadModel
 from fastformer.training import (
     BadLossError,
-    DataConfig,
-    ModelConfig,
-    Objective,
     OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainConfig,
     Trainer,
-    causal_lm,
     evaluate,
     learning_rate_factor,
     make_optimizer,
     model_loss,
 )
-from fastformer.training import checkpoint as checkpoints
 from fastformer.training import trainer as trainer_module
 from fastformer.training.checkpoint import find_checkpoint, load_state
 from fastformer.training.logs import read_metrics
-
-VOCABULARY = 11
-TOKENS = torch.randint(VOCABULARY, (4000,), generator=torch.Generator().manual_seed(7), dtype=torch.int32)
-TOKENIZER = CharTokenizer("abcdefghijk")
-
-
-def make_config(out, *, dropout=0.0, batch_size=4, optimizer=None, **run):
-    run = {"max_steps": 12, "log_every": 1, "eval_every": 0, "save_every": 0, "tensorboard": False, **run}
-    return TrainConfig(
-        model=ModelConfig(n_layer=2, n_head=2, n_embd=16, dropout=dropout),
-        data=DataConfig(block_size=8, batch_size=batch_size),
-        optimizer=optimizer or OptimizerConfig(learning_rate=3e-3),
-        schedule=ScheduleConfig(warmup_steps=3),
-        run=RunConfig(out=str(out), device="cpu", **run),
-    )
+from tests.training.runs import (
+    TOKENIZER,
+    TOKENS,
+    VOCABULARY,
+    losses,
+    make_config,
+    make_model,
+    make_trainer,
+    resumed,
+    scored_by,
+)
 
 
 def make_batch(inputs, targets):
     return {"input_ids": inputs, "shift_labels": targets}
-
-
-def make_model(config, seed=0):
-    torch.manual_seed(seed)
-    shape, p = config.model, config.model.dropout
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=config.data.block_size,
-            n_embd=shape.n_embd,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
-            resid_pdrop=p,
-            embd_pdrop=p,
-            attn_pdrop=0.0,
-        )
-    )
-
-
-def make_trainer(config, model=None, **options):
-    return Trainer.on_tokens(
-        model or make_model(config), TOKENS, TOKENS[:500], config, tokenizer=TOKENIZER, quiet=True, **options
-    )
-
-
-def scored_by(loss):
-    """An objective for next tokens with another loss."""
-    return Objective(loss, causal_lm.count)
-
-
-def losses(out):
-    return [r["loss"] for r in read_metrics(out) if "loss" in r]
 
 
 def test_a_run_lowers_the_loss_and_leaves_its_files(tmp_path):
@@ -136,13 +91,6 @@ def test_accumulation_weighs_batches_by_the_targets_they_score(tmp_path):
     assert float(trainer.train_step().loss) == pytest.approx(expected, rel=1e-6)
 
 
-def resumed(config, out):
-    checkpoint = find_checkpoint(out)
-    trainer = make_trainer(config, GPT2LMHeadModel.from_pretrained(checkpoint))
-    trainer.load_state_dict(load_state(checkpoint))
-    return trainer
-
-
 def test_resuming_continues_bit_for_bit(tmp_path):
     # Dropout, so that the random generators matter; a save that is not at the end of an epoch.
     whole = make_config(tmp_path / "whole", dropout=0.2)
@@ -180,41 +128,6 @@ def test_resuming_refuses_other_settings(tmp_path):
     other = replace(config, optimizer=replace(config.optimizer, learning_rate=1.0))
     with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.003 there, 1.0 here"):
         resumed(other, tmp_path)
-
-
-@pytest.mark.parametrize("moment", ["writing", "first rename", "second rename"])
-def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, moment):
-    config = make_config(tmp_path, max_steps=4)
-    trainer = make_trainer(config)
-    trainer.fit()
-    before = load_state(tmp_path / "checkpoint")["step"]
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    renames = iter(range(10))
-    rename = os.rename
-
-    def dies(source, target):
-        if next(renames) == {"first rename": 0, "second rename": 1}[moment]:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    trainer.step = 99
-    with monkeypatch.context() as patch:
-        if moment == "writing":
-            patch.setattr(checkpoints.torch, "save", killed)
-        else:
-            patch.setattr(checkpoints.os, "rename", dies)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.save_checkpoint(tmp_path / "checkpoint", trainer.model, TOKENIZER, trainer.state_dict())
-    found = find_checkpoint(tmp_path)
-    assert load_state(found)["step"] == before
-    GPT2LMHeadModel.from_pretrained(found)
-    # And the next save works, leaving nothing else behind.
-    checkpoints.save_checkpoint(tmp_path / "checkpoint", trainer.model, TOKENIZER, trainer.state_dict())
-    assert load_state(find_checkpoint(tmp_path))["step"] == 99
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("checkpoint")] == ["checkpoint"]
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
