@@ -161,10 +161,3 @@ def test_masked_rows_go_through_the_encoder():
     collator = MaskedLM(mask_token_id=1, vocab_size=VOCABULARY, probability=1.0)
     batch = collator(texts())
     assert torch.isfinite(BertForMaskedLM(BERT)(**batch).loss)
-
-
-def test_compiles_in_one_graph():
-    torch.manual_seed(0)
-    model, batch = gpt2().eval(), PackedCausalLM()(texts())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
