@@ -65,8 +65,8 @@ class Order:
         batch_size: samples in a batch; or
         max_tokens: samples in a batch times the longest of them, at most.
         lengths: ``(count,)``, of the samples; needed for ``pool`` and ``max_tokens``.
-        pool: samples that are sorted by length together; None does not sort, with ``max_tokens`` about 100
-            batches. One that holds a whole number of epochs, or a small part of one, leaves the epochs apart best.
+        pool: samples that are sorted by length together. None does not sort; with ``max_tokens`` it is about 100
+            batches, an epoch at most.
         seed: fixes the order.
         shuffle: False takes the samples in the order they are in.
     """
@@ -120,6 +120,11 @@ class Order:
             self.pool, self.place = self.pool + 1, 0
         return positions // self.count, self._samples(positions)
 
+    def seek(self, seed: int, pool: int, place: int) -> None:
+        """The next batch is number ``place`` of ``pool``, in the order of ``seed``."""
+        self.seed, self.pool, self.place = seed, pool, place
+        self._epochs, self._batches = {}, None
+
     def _cut(self, pool: int) -> list[np.ndarray]:
         """The batches of a pool as positions in the endless sequence."""
         positions = np.arange(pool * self.pool_size, (pool + 1) * self.pool_size)
@@ -141,7 +146,7 @@ class Order:
         epochs = positions // self.count
         if not self.shuffle:
             return positions % self.count
-        needed = range(int(epochs[0]) if len(epochs) == 1 else int(epochs.min()), int(epochs.max()) + 1)
+        needed = range(int(epochs.min()), int(epochs.max()) + 1)
         self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in needed}
         samples = np.empty_like(positions)
         for epoch in needed:
@@ -248,9 +253,7 @@ class Loader:
         for name in ("samples", "batch_size", "max_tokens", "pool_size", "shuffle"):
             if state[name] != mine[name]:
                 raise ValueError(f"cannot resume: the saved run had {name} = {state[name]}, this one has {mine[name]}")
-        if state["seed"] != self.order.seed:
-            self.order.seed, self.order._epochs = state["seed"], {}
-        self.order.pool, self.order.place, self.order._batches = state["pool"], state["place"], None
+        self.order.seek(state["seed"], state["pool"], state["place"])
         self._state = self._position()
 
     def _prepare(self) -> tuple[Batch, dict[str, Any]]:
