@@ -120,8 +120,8 @@ def test_a_batch_stays_below_the_tokens_it_may_have():
 @pytest.mark.parametrize(
     "lengths, ends",
     [
-        ([50] * 5 + [1] * 100, [5, 105]),  # many short ones at the end: no room for them in the batch before
-        ([50] * 5 + [40] * 6 + [39], [5, 9, 12]),  # one left over: the last two share
+        ([50] * 6 + [1] * 100, [6, 106]),  # many short ones at the end: no room for them in the batch before
+        ([50] * 6 + [40] * 7 + [39], [6, 10, 14]),  # one left over: the last two share
         ([300, 300], [1, 2]),
         ([10], [1]),
     ],
