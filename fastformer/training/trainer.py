@@ -280,6 +280,11 @@ class Trainer:
         self.scaler.update()
         return done
 
+    @property
+    def flops_per_token(self) -> float:
+        """Of training, in the last batch; NaN where the model does not say."""
+        return flops_per_token(self.model, self._length)
+
     def elapsed(self) -> float:
         """Seconds of training so far, those before a resume included."""
         return self.parallel.same(self.seconds_before + time.monotonic() - self._begin)
@@ -402,7 +407,7 @@ class Trainer:
         if run.on_bad_loss == "stop" and not run.spike_zscore:  # else each step has been looked at
             for step, loss, norm in zip(steps, losses, norms):
                 self._problem(step, loss, norm)
-        mfu = speed * flops_per_token(self.model, self._length) / (self.peak * self.parallel.world_size)
+        mfu = speed * self.flops_per_token / (self.peak * self.parallel.world_size)
         memory = peak_memory(self.device)
         records: list[dict[str, Any]] = []
         for step, loss, norm in zip(steps, losses, norms):
