@@ -77,8 +77,8 @@ def test_the_module_is_the_command():
 
 def test_pretrain_leaves_a_run(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoint", "checkpoint-3", "metrics.jsonl", "tensorboard", "loss.png"}
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert names == {"checkpoint", "checkpoint-3", "metrics.jsonl", "tensorboard", "loss.png", "run.png"}
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "run.png"))
     assert [r["step"] for r in read_metrics(run) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert load_state(run / "checkpoint")["config"]["optimizer"]["learning_rate"] == 1e-2
 

@@ -42,7 +42,8 @@ MOST_SKIPPED = 10  # in a row; a model that is lost does not come back by leavin
 
 
 class Loader(Protocol):
-    """Batches without end, the n-th a function of the seed and n alone."""
+    """Batches without end, the n-th a function of the seed and n alone. With ``describe(sample)``, messages have its
+    words for an entry of a batch's ``_ids``."""
 
     def next_batch(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -280,6 +281,11 @@ class Trainer:
         self.scaler.update()
         return done
 
+    @property
+    def flops_per_token(self) -> float:
+        """Of training, in the last batch; NaN where the model does not say."""
+        return flops_per_token(self.model, self._length)
+
     def elapsed(self) -> float:
         """Seconds of training so far, those before a resume included."""
         return self.parallel.same(self.seconds_before + time.monotonic() - self._begin)
@@ -379,8 +385,9 @@ class Trainer:
         self.skipped += 1
         if self.config.run.on_bad_loss == "skip" and self._skipped_in_a_row < MOST_SKIPPED:
             return problem
+        batch = name_batch(step.batch, getattr(self.loader, "describe", str))
         raise BadLossError(
-            f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {name_batch(step.batch)}. "
+            f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {batch}. "
             "The last checkpoint is from before it. Usual remedies: a look at that batch, a lower "
             "optimizer.learning_rate, a longer schedule.warmup_steps, run.dtype float32, run.on_bad_loss skip"
         )
@@ -402,7 +409,7 @@ class Trainer:
         if run.on_bad_loss == "stop" and not run.spike_zscore:  # else each step has been looked at
             for step, loss, norm in zip(steps, losses, norms):
                 self._problem(step, loss, norm)
-        mfu = speed * flops_per_token(self.model, self._length) / (self.peak * self.parallel.world_size)
+        mfu = speed * self.flops_per_token / (self.peak * self.parallel.world_size)
         memory = peak_memory(self.device)
         records: list[dict[str, Any]] = []
         for step, loss, norm in zip(steps, losses, norms):
