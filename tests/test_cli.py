@@ -53,9 +53,9 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         assert f"  {verb} " in listed and function.__doc__ in listed
     for verb, options in {
         "demo": ["--minutes", "--tokenizer", "--out", "--seed", "--device"],
-        "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
         "pretrain": ["--model.n-layer", "--data.path", "--optimizer.accumulate", "--run.resume", "--config"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
+        "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
         "doctor": ["usage: fastformer doctor"],
     }.items():
         with pytest.raises(SystemExit) as exit:
