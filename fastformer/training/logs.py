@@ -63,7 +63,8 @@ class MetricsLog:
     def write(self, records: list[dict[str, Any]]) -> None:
         """Appends records, null for a number that is not finite; the last goes to TensorBoard, number by number."""
         for record in records:
-            self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
+            line = {name: _finite(value) for name, value in record.items()}
+            self._file.write(json.dumps(line, default=str) + "\n")
         self._file.flush()
         if self._writer is not None and records:
             step = records[-1]["step"]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..data import Batch, EvaluationWindows, Tokenizer, Windows, to_device
 from .checkpoint import NEWEST, random_state, restore_random_state, save_checkpoint
-from .config import resolve_device, resolve_dtype, to_dict
+from .config import decisive, resolve_device, resolve_dtype, to_dict
 from .ema import Ema
 from .evaluate import evaluate
 from .logs import MetricsLog, Progress
@@ -485,10 +485,3 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings, by full name, that decide what a step computes: not how long the run is, nor what it writes."""
-    names = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
-    chosen = ("run.seed", "run.dtype")
-    return {name: v for name, v in names.items() if name in chosen or not name.startswith(("run.", "schedule."))}

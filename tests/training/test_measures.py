@@ -164,6 +164,24 @@ def test_a_model_that_is_lost_does_not_skip_for_ever(tmp_path):
         trainer.fit()
 
 
+def test_batches_without_targets(tmp_path):
+    """One among others adds nothing; a step that has no other is a bad one, by name."""
+    config = make_config(tmp_path, optimizer=OptimizerConfig(accumulate=2))
+    alone, beside = make_trainer(config), make_trainer(config)
+    batch = alone.loader.next_batch()
+    empty = batch | {"shift_labels": torch.full_like(batch["shift_labels"], -100)}
+    steps = []
+    for trainer, batches in ((alone, [batch, batch]), (beside, [empty, batch])):
+        trainer.loader.next_batch = iter(batches).__next__
+        steps.append(trainer.train_step())
+    assert float(steps[0].loss) == pytest.approx(float(steps[1].loss), rel=1e-6)
+    assert float(steps[0].norm) == pytest.approx(float(steps[1].norm), rel=1e-5)
+    trainer = make_trainer(config)
+    trainer.loader.next_batch = lambda: empty
+    with pytest.raises(BadLossError, match=r"the loss is nan .* at step 1 .* on samples 0 "):
+        trainer.fit()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_trains(tmp_path, dtype):
     tokens = torch.arange(2000, dtype=torch.int32) % 11

@@ -22,6 +22,7 @@ from fastformer.training import (
 )
 from fastformer.training import trainer as trainer_module
 from fastformer.training.checkpoint import find_checkpoint, load_state
+from fastformer.training.config import decisive
 from fastformer.training.logs import read_metrics
 from tests.training.runs import (
     TOKENIZER,
@@ -125,9 +126,17 @@ def test_resuming_continues_bit_for_bit(tmp_path):
 def test_resuming_refuses_other_settings(tmp_path):
     config = make_config(tmp_path)
     make_trainer(config).fit()
-    other = replace(config, optimizer=replace(config.optimizer, learning_rate=1.0))
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.003 there, 1.0 here"):
+    other = replace(config, optimizer=replace(config.optimizer, learning_rate=1.0), run=replace(config.run, seed=3))
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.003 there, 1.0 here; run.seed: 0 there, 3 here"):
         resumed(other, tmp_path)
+    # How long it runs, and what it writes, may change.
+    longer = replace(config, run=replace(config.run, max_steps=14, log_every=7, keep=3))
+    assert resumed(longer, tmp_path).fit().steps == 14
+
+
+def test_settings_of_other_configs_decide_too():
+    config = {"task": {"head": {"bias": True}, "name": "ner"}, "run": {"seed": 1, "out": "x"}, "parallel": {"size": 2}}
+    assert decisive(config) == {"task.head.bias": True, "task.name": "ner", "run.seed": 1}
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
