@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, labels, written text, with intervals, significance and a report."""
