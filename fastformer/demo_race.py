@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends.registry import select
-from .data import Batch, Windows
+from .data import Batch, Windows, to_device
 from .demo_torch import TorchGPT2
 from .models.gpt2 import GPT2LMHeadModel
 from .training.config import TrainConfig
@@ -96,7 +96,7 @@ def race_training(
     twin = TorchGPT2.like(model)
 
     def torch_loss(network: nn.Module, batch: Batch) -> Tensor:
-        return network.loss(batch.inputs, batch.targets)
+        return network.loss(batch["input_ids"], batch["shift_labels"])
 
     runners = [
         _stepper(model.train(), causal_lm_loss, config, dtype),
@@ -107,7 +107,7 @@ def race_training(
     begin = time.perf_counter()
     with long_lived_objects_frozen():
         while len(losses) < 3 or (len(losses) < MOST_STEPS and time.perf_counter() - begin < seconds):
-            batch = batches.next_batch().to(device)
+            batch = to_device(batches.next_batch(), device)
             loss = [0.0, 0.0]
             for index in (0, 1) if len(losses) % 2 == 0 else (1, 0):
                 _wait(device)

@@ -368,12 +368,14 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits for the token after each position, and the loss if ``labels`` are given.
 
         Args:
             labels: ``(B, S)`` int64, usually the input_ids: shifted inside, so position i is scored on label i + 1.
                 -100 is not counted.
+            shift_labels: ``(B, S)`` int64 instead of labels: position i is scored on entry i.
             logits_to_keep: compute logits for the last so many positions only; 0 = all.
             num_items_in_batch: divide the summed loss by this instead of the number of labels counted, so that the
                 gradients accumulated over several batches are those of one large batch.
@@ -383,9 +385,10 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             ``loss`` (float32, float64 for a float64 model), ``logits (B, S, vocab_size)``, ``past_key_values``,
             ``hidden_states``, ``attentions``.
         """
-        if labels is not None and logits_to_keep:
+        scored = labels is not None or shift_labels is not None
+        if scored and logits_to_keep:
             raise ValueError("logits_to_keep: the loss needs all logits; do not give labels as well")
-        if use_cache is None and labels is not None and past_key_values is None:
+        if use_cache is None and scored and past_key_values is None:
             use_cache = False
         output = self.transformer(
             input_ids,
@@ -401,7 +404,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         hidden = output.last_hidden_state
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         result = CausalLMOutputWithPast(
-            loss=None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch),
+            loss=causal_lm_loss(logits, labels, shift_labels, num_items_in_batch),
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,

@@ -324,12 +324,14 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits for the token after each position, and the loss if ``labels`` are given.
 
         Args:
             labels: ``(B, S)`` int64, usually the input_ids: shifted inside, so position i is scored on label i + 1.
                 -100 is not counted.
+            shift_labels: ``(B, S)`` int64 instead of labels: position i is scored on entry i.
             logits_to_keep: compute logits for the last so many positions only, or for the positions in a tensor;
                 0 = all.
             num_items_in_batch: divide the summed loss by this instead of the number of labels counted, so that the
@@ -341,7 +343,8 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
             ``hidden_states``, ``attentions``.
         """
         chosen = isinstance(logits_to_keep, Tensor)
-        if labels is not None and (chosen or logits_to_keep):
+        scored = labels is not None or shift_labels is not None
+        if scored and (chosen or logits_to_keep):
             raise ValueError("logits_to_keep: the loss needs all logits; do not give labels as well")
         output = self.model(
             input_ids,
@@ -358,7 +361,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
             hidden = hidden[:, logits_to_keep if chosen else slice(-logits_to_keep, None)]
         logits = self.lm_head(hidden)
         result = CausalLMOutputWithPast(
-            loss=None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch),
+            loss=causal_lm_loss(logits, labels, shift_labels, num_items_in_batch),
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,

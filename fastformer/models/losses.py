@@ -9,10 +9,17 @@ from torch.nn import functional as F
 from .. import functional
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Mean cross-entropy of the token after each position: logits ``(B, S, V)``, labels ``(B, S)`` -> scalar."""
-    # The labels are shifted, not the logits: those are large, and a slice of them is not contiguous.
-    return token_loss(logits, F.pad(labels[:, 1:], (0, 1), value=-100), num_items)
+def causal_lm_loss(
+    logits: Tensor, labels: Tensor | None, shift_labels: Tensor | None = None, num_items: Tensor | int | None = None
+) -> Tensor | None:
+    """Mean cross-entropy of the token after each position: logits ``(B, S, V)``, labels ``(B, S)`` -> scalar.
+
+    ``shift_labels (B, S)``, already shifted, go before labels; without either there is no loss.
+    """
+    if shift_labels is None and labels is not None:
+        # The labels are shifted, not the logits: those are large, and a slice of them is not contiguous.
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return None if shift_labels is None else token_loss(logits, shift_labels, num_items)
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, Tokenizer, Windows, evaluation_batches
-from ..functional import cross_entropy
+from ..data import Batch, Tokenizer, Windows, evaluation_batches, to_device
 from .checkpoint import random_state, restore_random_state, save_checkpoint
 from .config import OptimizerConfig, TrainConfig, resolve_device, resolve_dtype, to_dict
 from .logs import MetricsLog, Progress
@@ -76,10 +75,8 @@ class Result:
 
 def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy of the next token over the targets that are not -100, in float32."""
-    logits = model(batch.inputs, use_cache=False).logits
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()  # or the mean, and every gradient with it, would be rounded to that precision
-    return cross_entropy(logits.reshape(-1, logits.shape[-1]), batch.targets.reshape(-1))
+    inputs = {name: value for name, value in batch.items() if name != "_ids"}
+    return model(**inputs, use_cache=False).loss
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -122,8 +119,8 @@ def evaluate(
     total, windows = torch.zeros((), device=device, dtype=torch.float64), 0
     for batch in evaluation_batches(tokens, block_size, batch_size, max_windows):
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            total += loss(model, batch.to(device)).double() * len(batch.inputs)
-        windows += len(batch.inputs)
+            total += loss(model, to_device(batch, device)).double() * len(batch["input_ids"])
+        windows += len(batch["input_ids"])
     model.train(was_training)
     return float(total) / windows
 
@@ -216,11 +213,11 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         batches = [self.batches.next_batch() for _ in range(optimizer.accumulate)]
-        targets = [int((batch.targets != -100).sum()) for batch in batches]
+        targets = [int((batch["shift_labels"] != -100).sum()) for batch in batches]
         total = torch.zeros((), device=self.device)
         for batch, count in zip(batches, targets):
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.loss(self.model, batch.to(self.device)) * (count / max(1, sum(targets)))
+                loss = self.loss(self.model, to_device(batch, self.device)) * (count / max(1, sum(targets)))
             loss.backward()
             total += loss.detach()
         largest = optimizer.clip_norm or math.inf

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastformer.data import Batch, CharTokenizer
+from fastformer.data import CharTokenizer
 from fastformer.models import GPT2Config, GPT2LMHeadModel
 from fastformer.training import (
     DataConfig,
@@ -45,6 +45,10 @@ def make_config(out, *, dropout=0.0, batch_size=4, optimizer=None, **run):
         schedule=ScheduleConfig(warmup_steps=3),
         run=RunConfig(out=str(out), device="cpu", **run),
     )
+
+
+def make_batch(inputs, targets):
+    return {"input_ids": inputs, "shift_labels": targets}
 
 
 def make_model(config, seed=0):
@@ -119,8 +123,8 @@ def test_accumulation_weighs_batches_by_the_targets_they_score(tmp_path):
     targets = TOKENS[1:65].long().view(8, 8).clone()
     targets[:4, 1:] = -100  # 4 targets against 32
     trainer = make_trainer(config)
-    expected = causal_lm_loss(trainer.model, Batch(inputs, targets)).item()
-    queue = [Batch(inputs[:4], targets[:4]), Batch(inputs[4:], targets[4:])]
+    expected = causal_lm_loss(trainer.model, make_batch(inputs, targets)).item()
+    queue = [make_batch(inputs[:4], targets[:4]), make_batch(inputs[4:], targets[4:])]
     trainer.batches.next_batch = lambda: queue.pop(0)
     _, loss, _, _ = trainer.train_step()
     assert float(loss) == pytest.approx(expected, rel=1e-6)
@@ -263,7 +267,7 @@ def test_evaluation_is_the_mean_over_windows_and_leaves_the_mode():
     model.eval()
     with torch.no_grad():
         rows = [
-            float(causal_lm_loss(model, Batch(TOKENS[i : i + 8].long()[None], TOKENS[i + 1 : i + 9].long()[None])))
+            float(causal_lm_loss(model, make_batch(TOKENS[i : i + 8].long()[None], TOKENS[i + 1 : i + 9].long()[None])))
             for i in range(0, 96, 8)
         ]
     assert value == pytest.approx(sum(rows) / len(rows), rel=1e-5)
