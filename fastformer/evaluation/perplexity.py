@@ -14,7 +14,8 @@ models that have different ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from ..models.pretrained import PreTrainedModel
 from ..nn.submodules import is_plain
 from .inputs import check_causal, check_tokenizer, context_of, encode
 from .metric import Metric, ratio
+from .predictions import Record
 
 
 class Perplexity(Metric):
@@ -132,6 +134,28 @@ def score_texts(
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     single = isinstance(texts, (str, Tensor))
     return _scored(model, [texts] if single else texts, tokenizer, context, stride, batch_size, prefix_token_id)
+
+
+def score_examples(
+    model: Any, examples: Iterable[Mapping[str, Any]], tokenizer: Any, *, text: str = "text", **options: Any
+) -> Iterator[Record]:
+    """The texts of ``examples`` as records for :func:`fastformer.evaluation.evaluate`, with a :class:`Perplexity`.
+
+    Args:
+        text: key of the text.
+        options: of :func:`perplexity`.
+    """
+    waiting: deque[Mapping[str, Any]] = deque()
+
+    def texts() -> Iterator[str]:
+        for index, example in enumerate(examples):
+            if text not in example:
+                raise ValueError(f"example {index}: has no {text!r}, only {', '.join(map(repr, example))}")
+            waiting.append(example)
+            yield example[text]
+
+    for nats, tokens, size in score_texts(model, texts(), tokenizer, **options):
+        yield Record((nats, tokens), size, dict(waiting.popleft()), nats / tokens if tokens else None)
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -143,7 +143,7 @@ def test_no_table_of_logits_is_made(monkeypatch):
     monkeypatch.setattr(type(model.lm_head), "forward", called)
     losses = token_losses(model, ids_of(TEXT)[:, :-1], ids_of(TEXT)[:, 1:])
     assert losses.shape == (1, len(TEXT) - 1) and losses.dtype == torch.float32
-    assert float(losses.mean()) == pytest.approx(wanted, rel=1e-6)
+    assert losses.mean().item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_an_adapter_on_the_head_is_called():
