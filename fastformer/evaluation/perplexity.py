@@ -172,9 +172,9 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 def token_losses(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target after the tokens before it: both ``(B, S)`` int64 -> ``(B, S)`` float32 (float64 for a
     float64 model), 0 where the target is -100. Padding goes to the right, where no earlier position sees it."""
-    head = model.get_output_embeddings()
-    if isinstance(model, PreTrainedModel) and is_plain(head, torch.nn.Linear, nn.Linear):
-        hidden = getattr(model, model.base_model_prefix)(input_ids, use_cache=False).last_hidden_state
+    hidden = hidden_states(model, input_ids)
+    if hidden is not None:
+        head = model.get_output_embeddings()
         half = hidden.dtype in (torch.float16, torch.bfloat16)
         # Autocast to the dtype that they have: the losses come in float32.
         with torch.autocast(hidden.device.type, hidden.dtype if half else torch.bfloat16, enabled=half):
@@ -184,6 +184,14 @@ def token_losses(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:
     logits = in_float32(model(input_ids, use_cache=False).logits)
     losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape)
+
+
+def hidden_states(model: Any, input_ids: Tensor) -> Tensor | None:
+    """What the head of one of this library's models is given, ``(B, S, E)``; None for another model, or a head that is
+    more than a linear layer."""
+    if isinstance(model, PreTrainedModel) and is_plain(model.get_output_embeddings(), torch.nn.Linear, nn.Linear):
+        return getattr(model, model.base_model_prefix)(input_ids, use_cache=False).last_hidden_state
+    return None
 
 
 def _scored(
