@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, nn
-from ..data.collators import pad_rows
+from ..data.collators import IGNORED, pad_rows
 from ..generation.decoding import evaluating
 from ..generation.text import decode
 from ..models.losses import in_float32
@@ -162,6 +162,37 @@ def score_examples(
         yield Record((nats, tokens), size, dict(waiting.popleft()), nats / tokens if tokens else None)
 
 
+def score_batches(model: Any, batches: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """What batches have labels for, as records for :func:`fastformer.evaluation.evaluate` with a :class:`Perplexity`:
+    the answers of an encoder-decoder model, the masked words of an encoder, the text of a causal model.
+
+    Args:
+        batches: the model's arguments; ``labels`` (B, S), -100 = not scored, in line with input_ids for a causal model;
+            or ``shift_labels`` (B, S), what comes after each position.
+    """
+    device = next(model.parameters()).device
+    causal = (
+        not getattr(model.config, "is_encoder_decoder", False) and getattr(model.config, "model_type", "") != "bert"
+    )
+    for batch in batches:
+        inputs = {k: v.to(device) for k, v in batch.items() if not k.startswith("_")}
+        targets = inputs.pop("shift_labels", None)
+        if targets is None:
+            if "labels" not in inputs:
+                raise ValueError(f"batch: has {', '.join(batch)}; it needs labels or shift_labels to score")
+            # An encoder-decoder model makes its decoder's inputs from the labels.
+            targets = inputs.pop("labels") if causal else inputs["labels"]
+            targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED) if causal else targets
+        with torch.no_grad(), evaluating(model):
+            if causal and set(inputs) == {"input_ids"}:
+                losses = token_losses(model, inputs["input_ids"], targets)
+            else:
+                losses = _of_logits(model(**inputs).logits, targets)
+        nats, counts = losses.double().sum(dim=1).tolist(), (targets != IGNORED).sum(dim=1).tolist()
+        for total, count in zip(nats, counts):
+            yield Record((total, count), None, loss=total / count if count else None)
+
+
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(begin, end, first) of the windows over ``length`` inputs: [begin, end) is read, [first, end) is scored."""
     done = 0
@@ -185,8 +216,11 @@ def token_losses(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:
             return functional.linear_cross_entropy(
                 hidden, head.weight, targets, linear_bias=head.bias, reduction="none"
             )
-    logits = in_float32(model(input_ids, use_cache=False).logits)
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return _of_logits(model(input_ids, use_cache=False).logits, targets)
+
+
+def _of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = functional.cross_entropy(in_float32(logits).flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape)
 
 
@@ -212,7 +246,7 @@ def _scored(
         pieces = list(windows(len(ids) - 1, context, stride))
         state[3] = len(pieces)
         for begin, end, first in pieces:
-            scored = [-100] * (first - begin) + ids[first + 1 : end + 1]
+            scored = [IGNORED] * (first - begin) + ids[first + 1 : end + 1]
             batch.append((state, ids[begin:end], scored))
             state[1] += end - first
             if len(batch) == batch_size:
@@ -229,7 +263,7 @@ def _run(model: Any, batch: list[tuple[list[Any], list[int], list[int]]]) -> Non
     device = next(model.parameters()).device
     inputs, targets = (
         torch.from_numpy(pad_rows([window[part] for window in batch], fill)).to(device)
-        for part, fill in ((1, 0), (2, -100))
+        for part, fill in ((1, 0), (2, IGNORED))
     )
     with torch.no_grad(), evaluating(model):
         sums = token_losses(model, inputs, targets).double().sum(dim=1).tolist()
