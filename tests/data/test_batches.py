@@ -12,6 +12,7 @@ from fastformer.data import (
     encode_documents,
     evaluation_batches,
     split_documents,
+    to_device,
 )
 
 TOKENS = torch.arange(1000, dtype=torch.int32)
@@ -88,6 +89,20 @@ def test_ranks_share_the_batch_of_one_process(world_size):
         Windows(TOKENS, 8, 6, rank=0, world_size=4)
     with pytest.raises(ValueError, match="rank: got 2 of world_size = 2"):
         Windows(TOKENS, 8, 6, rank=2, world_size=2)
+
+
+def test_a_batch_on_another_device():
+    starts = torch.tensor([0, 2], dtype=torch.int32)
+    batch = {
+        "input_ids": torch.ones(1, 2),
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": 2,
+        "_ids": [5],
+    }
+    moved = to_device(batch, "meta")
+    assert moved["input_ids"].device.type == "meta" and moved["_ids"] == [5] and moved["max_length_q"] == 2
+    assert moved["cu_seq_lens_q"] is moved["cu_seq_lens_k"]  # so that nobody has to compare them
 
 
 def test_evaluation_windows_are_fixed_and_spread():
