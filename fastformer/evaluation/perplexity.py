@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, nn
+from ..data import to_device
 from ..data.collators import IGNORED, pad_rows
 from ..generation.decoding import evaluating
 from ..generation.text import decode
@@ -175,7 +176,7 @@ def score_batches(model: Any, batches: Iterable[Mapping[str, Any]]) -> Iterator[
         not getattr(model.config, "is_encoder_decoder", False) and getattr(model.config, "model_type", "") != "bert"
     )
     for batch in batches:
-        inputs = {k: v.to(device) for k, v in batch.items() if not k.startswith("_")}
+        inputs = to_device({k: v for k, v in batch.items() if not k.startswith("_")}, device)
         targets = inputs.pop("shift_labels", None)
         if targets is None:
             if "labels" not in inputs:
@@ -184,8 +185,8 @@ def score_batches(model: Any, batches: Iterable[Mapping[str, Any]]) -> Iterator[
             targets = inputs.pop("labels") if causal else inputs["labels"]
             targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED) if causal else targets
         with torch.no_grad(), evaluating(model):
-            if causal and set(inputs) == {"input_ids"}:
-                losses = token_losses(model, inputs["input_ids"], targets)
+            if causal:
+                losses = token_losses(model, inputs.pop("input_ids"), targets, **inputs)
             else:
                 losses = _of_logits(model(**inputs).logits, targets)
         nats, counts = losses.double().sum(dim=1).tolist(), (targets != IGNORED).sum(dim=1).tolist()
@@ -204,10 +205,11 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
             return
 
 
-def token_losses(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: Any, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
     """-log p of each target after the tokens before it: both ``(B, S)`` int64 -> ``(B, S)`` float32 (float64 for a
-    float64 model), 0 where the target is -100. Padding goes to the right, where no earlier position sees it."""
-    hidden = hidden_states(model, input_ids)
+    float64 model), 0 where the target is -100. Padding goes to the right, where no earlier position sees it; ``inputs``
+    are more of the model's arguments."""
+    hidden = hidden_states(model, input_ids, **inputs)
     if hidden is not None:
         head = model.get_output_embeddings()
         half = hidden.dtype in (torch.float16, torch.bfloat16)
@@ -216,7 +218,7 @@ def token_losses(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:
             return functional.linear_cross_entropy(
                 hidden, head.weight, targets, linear_bias=head.bias, reduction="none"
             )
-    return _of_logits(model(input_ids, use_cache=False).logits, targets)
+    return _of_logits(model(input_ids, use_cache=False, **inputs).logits, targets)
 
 
 def _of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -224,11 +226,11 @@ def _of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view(targets.shape)
 
 
-def hidden_states(model: Any, input_ids: Tensor) -> Tensor | None:
+def hidden_states(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor | None:
     """What the head of one of this library's models is given, ``(B, S, E)``; None for another model, or a head that is
     more than a linear layer."""
     if isinstance(model, PreTrainedModel) and is_plain(model.get_output_embeddings(), torch.nn.Linear, nn.Linear):
-        return getattr(model, model.base_model_prefix)(input_ids, use_cache=False).last_hidden_state
+        return getattr(model, model.base_model_prefix)(input_ids, use_cache=False, **inputs).last_hidden_state
     return None
 
 

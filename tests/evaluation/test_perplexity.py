@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastformer.data import CharTokenizer
+from fastformer.data.collators import PackedCausalLM
 from fastformer.evaluation.bootstrap import confidence_intervals
 from fastformer.evaluation.evaluate import evaluate
 from fastformer.evaluation.perplexity import Perplexity, perplexity, score_batches, token_losses, windows
@@ -178,6 +179,15 @@ def test_batches_with_labels(build, extra):
     found = evaluate(model, small, Perplexity(), predict=score_batches)
     assert found.scores()["loss"] == pytest.approx(wanted, rel=1e-12)
     assert found.metrics[0].rows()[2, 1] == 0 and len(found) == 6
+
+
+def test_packed_documents_are_scored_as_alone():
+    """Documents end to end in one row, which do not see each other."""
+    model = gpt2().double()
+    texts = [TOKENIZER.encode(text) for text in (TEXT[:20], TEXT[30:75], TEXT[5:12])]
+    packed = evaluate(model, [PackedCausalLM()(texts)], Perplexity(), predict=score_batches)
+    alone = perplexity(model, [torch.tensor(ids) for ids in texts])
+    assert packed.scores()["loss"] == pytest.approx(alone.compute()["loss"], rel=1e-12)
 
 
 def test_no_table_of_logits_is_made(monkeypatch):
