@@ -55,6 +55,7 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "demo": ["--minutes", "--tokenizer", "--out", "--seed", "--device"],
         "pretrain": ["--model.n-layer", "--data.path", "--optimizer.accumulate", "--run.resume", "--config"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
+        "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],
         "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
         "doctor": ["usage: fastformer doctor"],
     }.items():
