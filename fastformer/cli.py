@@ -61,6 +61,14 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def clean(arguments: Sequence[str]) -> int:
+    """Clean a corpus step by step, without its duplicates, and say what each step did."""
+    from .data.cleaning import CleanConfig, run_clean
+
+    print(run_clean(parse(CleanConfig, arguments, "clean")))
+    return 0
+
+
 def pretrain(arguments: Sequence[str]) -> int:
     """Train a GPT-2 on your text."""
     from .training.config import TrainConfig, load_config
@@ -133,6 +141,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
+    "clean": clean,
     "pretrain": pretrain,
     "generate": generate,
     "bench": bench,
@@ -143,6 +152,7 @@ EXAMPLES = """\
 examples:
   fastformer demo
   fastformer demo --minutes 10 --tokenizer bpe --out runs/longer
+  fastformer clean --source raw/ --out cleaned.jsonl --config cleaning.yaml
   fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
   fastformer pretrain --config run.yaml --run.resume
   fastformer generate --model runs/demo --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 40 --seed 0

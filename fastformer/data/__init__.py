@@ -1,4 +1,4 @@
-"""Text in, batches of token windows out: corpora, tokenizers, and deterministic batches that resume exactly."""
+"""Text in, batches of token windows out: sources, cleaning, tokenizers, and deterministic batches that resume exactly."""
 
 from .batches import (
     Batch,
@@ -7,7 +7,10 @@ from .batches import (
     evaluation_batches,
     split_documents,
 )
+from .cleaning import CleaningReport, Pipeline, clean
 from .corpora import Corpus, Document, load_corpus, python_reference, read_text, shakespeare
+from .near_duplicates import NearDuplicates
+from .sources import Source, open_source
 from .tokenizers import (
     BPETokenizer,
     CharTokenizer,
@@ -21,15 +24,21 @@ __all__ = [
     "BPETokenizer",
     "Batch",
     "CharTokenizer",
+    "CleaningReport",
     "Corpus",
     "Document",
     "IncrementalDecoder",
+    "NearDuplicates",
+    "Pipeline",
+    "Source",
     "Tokenizer",
     "Windows",
+    "clean",
     "encode_documents",
     "evaluation_batches",
     "load_corpus",
     "load_tokenizer",
+    "open_source",
     "python_reference",
     "read_text",
     "shakespeare",
