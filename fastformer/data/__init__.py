@@ -1,4 +1,4 @@
-"""Text in, batches of token windows out: sources, cleaning, tokenizers, and deterministic batches that resume exactly."""
+"""Text in, batches of token windows out: sources, cleaning, tokenizers, deterministic batches that resume exactly."""
 
 from .batches import (
     Batch,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -158,10 +159,17 @@ class RemoveMarkup(Edit):
                 .enable("table")
                 .render(text)
             )
-        if not _MARKUP.search(text):
-            return text
+        if "&" in text:
+            text = _AMPERSAND.sub("&amp;", text)
+        if not _TAG.search(text):
+            return html.unescape(text) if "&" in text else text
+        comments_end = text.rfind("-->")
         page = _Page()
-        page.feed(text)
+        page.feed(
+            _LESS.sub(
+                lambda less: "<" if text.startswith("!--", less.end()) and less.start() < comments_end else "&lt;", text
+            )
+        )
         page.close()
         return page.text()
 
@@ -182,7 +190,11 @@ _ELEMENTS = (
         "strong sub sup svg td textarea th time track tt u var video wbr math".split()
     )
 )
-_MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|<!--|<!DOCTYPE|&(?:#\d+|#x[0-9a-fA-F]+|[a-zA-Z]\w{1,30});", re.IGNORECASE)
+_KNOWN = rf"/?(?:{'|'.join(sorted(_ELEMENTS))})(?:[\s/][^<>]*)?>"
+_TAG = re.compile(rf"<(?:{_KNOWN}|!--|!DOCTYPE\b)", re.IGNORECASE)
+# What begins no entity and no tag, nor anything unseen: html.parser reads "&copy=1" and "<int" its own way.
+_AMPERSAND = re.compile(r"&(?!(?:#\d+|#x[0-9a-f]+|[a-z]\w{1,30});)", re.IGNORECASE)
+_LESS = re.compile(rf"<(?!{_KNOWN}|!DOCTYPE\b[^<>]*>)", re.IGNORECASE)
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*\n")
 
 
@@ -199,31 +211,21 @@ class _Page(HTMLParser):
         return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip("\n")
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag not in _ELEMENTS:
-            self.handle_data(self.get_starttag_text() or "")
-        elif tag in _UNSEEN:
-            self._unseen += 1
+        self._unseen += tag in _UNSEEN
         self._lay_out(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in _ELEMENTS:
-            self.handle_data(f"</{tag}>")
-        elif tag in _UNSEEN:
-            self._unseen = max(0, self._unseen - 1)
+        self._unseen -= tag in _UNSEEN and self._unseen > 0
         if tag != "br":
             self._lay_out(tag)
 
     def handle_startendtag(self, tag: str, attrs: object) -> None:
-        if tag not in _ELEMENTS:
-            self.handle_data(self.get_starttag_text() or "")
         self._lay_out(tag)
 
     def handle_data(self, data: str) -> None:
-        if not self._unseen:
+        between_blocks = data.isspace() and self._parts and self._parts[-1].endswith("\n")
+        if not self._unseen and not between_blocks:
             self._parts.append(data)
-
-    def unknown_decl(self, data: str) -> None:
-        self.handle_data(data.removeprefix("CDATA["))
 
     def _lay_out(self, tag: str) -> None:
         if tag in ("td", "th"):
