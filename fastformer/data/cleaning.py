@@ -123,12 +123,12 @@ class CleaningReport:
     @property
     def documents_in(self) -> int:
         """Documents read."""
-        return self.steps[0].documents_in
+        return self.steps[0].documents_in if self.steps else 0
 
     @property
     def documents_out(self) -> int:
         """Documents left."""
-        return self.steps[-1].documents_out
+        return self.steps[-1].documents_out if self.steps else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

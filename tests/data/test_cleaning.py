@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fastformer import cli
+from fastformer.data import cleaning
 from fastformer.data.cleaning import DEFAULT_STEPS, STEPS, CleaningReport, Pipeline, clean
 from fastformer.data.cleaning_steps import (
     Filter,
@@ -200,6 +201,18 @@ def test_what_cannot_be_finished_leaves_the_old_file(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"bad.jsonl", "cleaned.jsonl"}
     with pytest.raises(ValueError, match=r"out: got .*cleaned.txt', expected a file name that ends in .jsonl"):
         clean(["a"], tmp_path / "cleaned.txt")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cleaning.os, "fsync", full)
+    out = tmp_path / "cleaned.jsonl"
+    out.write_text("old\n")
+    with pytest.raises(OSError, match="No space left"):
+        clean(DOCUMENTS, out, Pipeline(SIMPLE))
+    assert out.read_text() == "old\n" and list(tmp_path.iterdir()) == [out]
 
 
 def test_the_verb_with_the_default_steps(tmp_path, capsys):
