@@ -187,3 +187,36 @@ def test_a_data_set_with_splits_has_to_be_chosen_from():
     splits = datasets().DatasetDict({"train": datasets().Dataset.from_list(RECORDS)})
     with pytest.raises(ValueError, match="splits train; choose one"):
         open_source(splits)
+
+
+@pytest.mark.parametrize(
+    "spec, asked",
+    [("hf:books", ("books", None)), ("hf:a/books", ("a/books", None)), ("hf:a/books/de", ("a/books", "de"))],
+)
+def test_a_data_set_of_the_hub_is_streamed_by_its_name(spec, asked, monkeypatch):
+    calls = []
+
+    def load_dataset(*arguments, **settings):
+        calls.append((arguments, settings))
+        return datasets().Dataset.from_list(RECORDS).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets(), "load_dataset", load_dataset)
+    source = open_source(spec, split="test")
+    assert calls == [(asked, {"split": "test", "streaming": True})]
+    assert [document.text for document in source] == TEXTS and source.name == asked[0]
+
+
+def test_resuming_seeks_to_the_byte(tmp_path):
+    """What was read before is not read again: it may even be gone."""
+    path = write_lines(tmp_path / "x.jsonl", RECORDS)
+    source = open_source(path)
+    stream = iter(source)
+    first = [next(stream) for _ in range(3)]
+    state = source.state_dict()
+    content = path.read_bytes()
+    start = state["position"][0]
+    assert content[:start].count(b"\n") == len(first)
+    path.write_bytes(b"#" * start + content[start:])
+    resumed = open_source(path)
+    resumed.load_state_dict(state)
+    assert [document.text for document in resumed] == TEXTS[3:]
