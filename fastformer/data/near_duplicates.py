@@ -25,7 +25,7 @@ import numpy as np
 from ..extras import require
 
 UNITS = ("word", "character")
-PIECE = 1 << 17  # characters hashed at once, so that the arrays stay in cache; longer documents are hashed in pieces
+PIECE = 1 << 16  # characters hashed at once, so that the arrays stay in cache; longer documents are hashed in pieces
 FOUND_AT_THRESHOLD = 0.99  # the chance that a pair exactly at the threshold is compared at all
 _ODD = np.random.default_rng(2**31 - 1).integers(1, 2**63, size=512, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 _SHINGLE_WEIGHTS, _BAND_WEIGHTS = _ODD[:256], _ODD[256:]
@@ -188,7 +188,7 @@ def shingle_hashes(texts: Sequence[str], size: int = 5, unit: str = "word") -> t
     """64-bit hashes of every document's shingles, in reading order, repeated where the text repeats itself.
 
     Args:
-        texts: N documents. Those longer than 2¹⁷ characters lose the shingles across each border of so many.
+        texts: N documents. Those longer than 2¹⁶ characters lose the shingles across each border of so many.
         size: units in a shingle.
         unit: "word" or "character".
 
