@@ -89,9 +89,8 @@ class NearDuplicates:
         self._numbers: list[int] = []  # of remembered documents, as the caller counts them
         self._shingles: list[np.ndarray] = []  # theirs, where candidates are verified
         self._newest: dict[int, int] = {}  # band key: the last remembered document that has it
-        self._older: list[
-            tuple[int | None, ...]
-        ] = []  # for each document and band, the one before it under the same key
+        # of each remembered document and band, the one before it under the same key
+        self._older: list[tuple[int | None, ...]] = []
         self._count = 0
 
     def __len__(self) -> int:
@@ -131,7 +130,7 @@ class NearDuplicates:
             return None
         candidates = set()
         for band, index in enumerate(newest):
-            while index is not None and index not in candidates:
+            while index is not None:
                 candidates.add(index)
                 index = self._older[index][band]
         order = sorted(candidates)
