@@ -25,7 +25,7 @@ import numpy as np
 from ..extras import require
 
 UNITS = ("word", "character")
-PIECE = 1 << 17  # characters hashed at once, so that the arrays stay in cache; longer documents are hashed in pieces
+PIECE = 1 << 16  # characters hashed at once, so that the arrays stay in cache; longer documents are hashed in pieces
 FOUND_AT_THRESHOLD = 0.99  # the chance that a pair exactly at the threshold is compared at all
 _ODD = np.random.default_rng(2**31 - 1).integers(1, 2**63, size=512, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 _SHINGLE_WEIGHTS, _BAND_WEIGHTS = _ODD[:256], _ODD[256:]
@@ -89,9 +89,8 @@ class NearDuplicates:
         self._numbers: list[int] = []  # of remembered documents, as the caller counts them
         self._shingles: list[np.ndarray] = []  # theirs, where candidates are verified
         self._newest: dict[int, int] = {}  # band key: the last remembered document that has it
-        self._older: list[
-            tuple[int | None, ...]
-        ] = []  # for each document and band, the one before it under the same key
+        # of each remembered document and band, the one before it under the same key
+        self._older: list[tuple[int | None, ...]] = []
         self._count = 0
 
     def __len__(self) -> int:
@@ -131,7 +130,7 @@ class NearDuplicates:
             return None
         candidates = set()
         for band, index in enumerate(newest):
-            while index is not None and index not in candidates:
+            while index is not None:
                 candidates.add(index)
                 index = self._older[index][band]
         order = sorted(candidates)
@@ -188,7 +187,7 @@ def shingle_hashes(texts: Sequence[str], size: int = 5, unit: str = "word") -> t
     """64-bit hashes of every document's shingles, in reading order, repeated where the text repeats itself.
 
     Args:
-        texts: N documents. Those longer than 2¹⁷ characters lose the shingles across each border of so many.
+        texts: N documents. Those longer than 2¹⁶ characters lose the shingles across each border of so many.
         size: units in a shingle.
         unit: "word" or "character".
 

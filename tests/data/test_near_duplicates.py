@@ -97,6 +97,29 @@ def test_a_repeat_names_the_most_similar_document_that_was_kept():
     assert NearDuplicates(threshold=0.98).add([c, a, b, a]) == [None, None, None, (1, 1.0)]
 
 
+def test_every_document_that_shares_a_band_is_compared():
+    """A family whose members share bands in many combinations, beside all signatures compared with all."""
+    base, draw = words(120, 4), random.Random(5)
+    texts = []
+    for _ in range(150):
+        text = list(base)
+        start = draw.randrange(100)
+        text[start : start + 12] = words(12, draw.random())
+        texts.append(" ".join(text))
+    finder = NearDuplicates(threshold=0.8)
+    kept = []
+    for number, text in enumerate(texts):
+        (repeat,) = finder.add([text])
+        signature = finder._sketch.digest_matrix_from_flat_token_hashes(*shingle_hashes([text]), 128, 0).to_rows()[0]
+        bands = {(b, *signature[b * finder.rows : (b + 1) * finder.rows]) for b in range(finder.bands)}
+        near = [(np.mean(np.equal(signature, other)), -n) for n, other, theirs in kept if bands & theirs]
+        similarity, of = max(near, default=(0, 0))
+        assert repeat == ((-of, similarity) if similarity >= 0.8 else None)
+        if repeat is None:
+            kept.append((number, signature, bands))
+    assert 20 < len(kept) < 140
+
+
 @pytest.mark.parametrize(
     "one, other, same",
     [
