@@ -5,6 +5,7 @@ In a terminal the progress is one line that updates; in a file or a pipe it is a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -65,7 +66,10 @@ class MetricsLog:
         for record in records:
             line = {name: _finite(value) for name, value in record.items()}
             self._file.write(json.dumps(line, default=str) + "\n")
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"could not write the log: {error.strerror}", self._file.name) from error
         if self._writer is not None and records:
             step = records[-1]["step"]
             for name, value in records[-1].items():
@@ -73,7 +77,8 @@ class MetricsLog:
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

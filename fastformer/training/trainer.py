@@ -195,7 +195,7 @@ class Trainer:
     def fit(self) -> Result:
         """Runs to the end, leaving the checkpoints and the logs in ``config.run.out``.
 
-        Ctrl-C ends the run after the current step, with a checkpoint.
+        Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
 
         Raises:
             BadLossError: the loss or the gradient is not finite, or jumped; checkpoints stay as they were before.
@@ -471,17 +471,19 @@ class Trainer:
 
     @contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:
-        """Ctrl-C asks the loop to end after this step; pressed again, it interrupts at once."""
+        """Ctrl-C asks the loop to end after this step; pressed again, it interrupts at once. So does SIGTERM, by which
+        a cluster announces the end of a job's time."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def stop(_signal, _frame) -> None:
+        def stop(number, _frame) -> None:
             self.stopped = "interrupted"
-            signal.signal(signal.SIGINT, before)
+            signal.signal(number, before[number])
 
-        before = signal.signal(signal.SIGINT, stop)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """The training loop: accumulation is the large batch, resuming is exact, what goes wrong is named, saves are whole."""
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -201,6 +202,25 @@ def test_evaluation_is_the_mean_over_windows_and_leaves_the_mode():
             for i in range(0, 96, 8)
         ]
     assert value == pytest.approx(sum(rows) / len(rows), rel=1e-5)
+
+
+def test_a_cluster_that_ends_the_job_gets_a_checkpoint(tmp_path):
+    handled = []
+    before = signal.signal(signal.SIGTERM, lambda *_: handled.append("by the caller"))
+
+    def told_to_end(model, batch):
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return model_loss(model, batch)
+
+    try:
+        trainer = make_trainer(make_config(tmp_path), objective=scored_by(told_to_end))
+        assert trainer.fit().stopped == "interrupted" and not handled
+        signal.raise_signal(signal.SIGTERM)
+        assert handled == ["by the caller"]  # the handler from before is back
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert load_state(find_checkpoint(tmp_path))["step"] == 4
 
 
 def test_ctrl_c_ends_the_run_with_a_checkpoint(tmp_path):
