@@ -148,6 +148,11 @@ class Windows:
         while True:
             yield self.next_batch()
 
+    def describe(self, window: int) -> str:
+        """Where the window of this number is, so that its text can be found."""
+        epoch, place = divmod(window, self.windows_per_epoch)
+        return f"{window} (from token {int(self._start(epoch)[place])})"
+
     def state_dict(self) -> dict[str, int]:
         """All that a resumed run needs, besides the same tokens."""
         return {

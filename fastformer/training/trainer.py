@@ -42,7 +42,8 @@ MOST_SKIPPED = 10  # in a row; a model that is lost does not come back by leavin
 
 
 class Loader(Protocol):
-    """Batches without end, the n-th a function of the seed and n alone."""
+    """Batches without end, the n-th a function of the seed and n alone. With ``describe(sample)``, messages have its
+    words for an entry of a batch's ``_ids``."""
 
     def next_batch(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -384,8 +385,9 @@ class Trainer:
         self.skipped += 1
         if self.config.run.on_bad_loss == "skip" and self._skipped_in_a_row < MOST_SKIPPED:
             return problem
+        batch = name_batch(step.batch, getattr(self.loader, "describe", str))
         raise BadLossError(
-            f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {name_batch(step.batch)}. "
+            f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {batch}. "
             "The last checkpoint is from before it. Usual remedies: a look at that batch, a lower "
             "optimizer.learning_rate, a longer schedule.warmup_steps, run.dtype float32, run.on_bad_loss skip"
         )

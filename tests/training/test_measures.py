@@ -130,7 +130,7 @@ def test_a_bad_batch_is_skipped_by_name(tmp_path, factor):
 def test_a_spike_stops_the_run_by_name(tmp_path):
     config = make_config(tmp_path, max_steps=16, spike_zscore=8.0, save_every=4)
     trainer = make_trainer(config, objective=poisoned(lambda: trainer, {12: 50.0}))
-    with pytest.raises(BadLossError, match=r"jumped to .* at step 12 .* on samples 44, 45, 46, 47\."):
+    with pytest.raises(BadLossError, match=r"jumped to .* at step 12 .* on samples 44 \(from token \d+\), 45"):
         trainer.fit()
     assert load_state(tmp_path / "checkpoint")["step"] == 8
 

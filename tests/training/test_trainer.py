@@ -138,7 +138,10 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
         return loss * float("nan") if trainer.step == 6 else loss  # the seventh step
 
     trainer = make_trainer(config, objective=scored_by(poisoned))
-    with pytest.raises(BadLossError, match=r"loss is nan .* at step 7 .* on samples 24, 25, 26, 27\. .*learning_rate"):
+    with pytest.raises(
+        BadLossError,
+        match=r"loss is nan .* at step 7 .* on samples 24 \(from token \d+\), 25 ",
+    ):
         trainer.fit()
     assert load_state(find_checkpoint(tmp_path))["step"] == 6
     assert all(torch.isfinite(p).all() for p in GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint").parameters())
