@@ -21,7 +21,7 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for dtype, line in zip(("float32", "float16"), done.stdout.splitlines(), strict=True):
         kills, during_saves = map(int, line.split())
-        assert kills == 4 and during_saves >= 1  # else it has finished too soon to say anything
+        assert kills >= 4 and during_saves >= 1  # else it has finished too soon to say anything
         compare(tmp_path / dtype / "whole", tmp_path / dtype / "killed")
     norms = [r["gradient_norm"] for r in read_metrics(tmp_path / "float16" / "whole") if "loss" in r]
     assert norms[0] is None and norms.count(None) < 20  # the scale was too large at first, and grew too large again
@@ -31,7 +31,7 @@ def compare(whole, killed):
     records = [
         [{name: r[name] for name in COMPARED if name in r} for r in read_metrics(out)] for out in (whole, killed)
     ]
-    assert len(records[0]) == 28 + 7
+    assert len(records[0]) == 32 + 8
     assert records[0] == records[1]
     for name in ("checkpoint", "ema", "best"):
         a, b = (GPT2LMHeadModel.from_pretrained(out / name).state_dict() for out in (whole, killed))
