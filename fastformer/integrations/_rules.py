@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import functional, nn
 from ..backends import matmul
@@ -208,11 +209,13 @@ def _unless_attention(module: torch.nn.Module) -> str | None:
 
 
 def _unless_linear(module: torch.nn.Module) -> str | None:
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return ""  # MultiheadAttention's, which reads its weight and does not call it
     weight = module.weight
-    # float32 is half precision under autocast.
-    dtypes = (*matmul.FEW_ROWS, torch.float32) if matmul.CONVERTED else matmul.FEW_ROWS
-    ours = weight.dtype in dtypes and weight.device.type == "cpu"
-    return None if ours else "its matmul is the vendor library's either way"
+    ours = weight.dtype in matmul.HALF
+    if weight.dtype == torch.float32:  # half precision under autocast; for a few rows, where it is large
+        ours = bool(matmul.CONVERTED) or weight.numel() >= matmul.FEW_ROWS_FLOAT32_WEIGHT
+    return None if ours and weight.device.type == "cpu" else "its matmul is the vendor library's either way"
 
 
 def _unless_layer(module: torch.nn.Module) -> str | None:

@@ -324,8 +324,9 @@ def test_float32_linear_layers_where_autocast_is_slow(converted, monkeypatch):
     front = model[:3]
     wanted = front(x)
     report = optimize(model, verbose=False)
-    assert [s.type for s in report.swapped] == ["Linear"] * 2 * converted
-    assert [type(m) is fastformer.nn.Linear for m in model] == [converted, False, converted, False], "float64 is left"
+    assert [s.type for s in report.swapped] == ["Linear"] * (1 + converted)
+    swapped = [type(m) is fastformer.nn.Linear for m in model]
+    assert swapped == [True, False, converted, False], "a large one for few rows too; float64 is left"
     assert torch.equal(front(x), wanted), "float32 is torch's either way"
     seen = []
     product = matmul.addmm

@@ -74,7 +74,7 @@ CALLS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fused_functions_run(family, monkeypatch):
-    monkeypatch.setattr(matmul, "CONVERTED", frozenset())  # else linear layers are swapped, too
+    monkeypatch.setattr(matmul, "CONVERTED", frozenset())  # else small linear layers are swapped, too
     calls = Counter()
 
     def counted(name, original):
