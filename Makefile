@@ -49,19 +49,19 @@ build: build/built
 demo: build/built
 	@$(PY) -m fastformer demo $(ARGS)
 
-build/test-weights: $(PYTHON_FILE) tools/test-weights.sh constraints.txt
-	@sh tools/test-weights.sh $@ $(PY)
+build/test-packages: $(PYTHON_FILE) tools/test-setup.sh constraints.txt pyproject.toml
+	@sh tools/test-setup.sh $@ $(PY)
 
-test: build/built-wide build/test-weights
+test: build/built-wide build/test-packages
 	@echo "==> Running the tests (ARGS='-k layer_norm' runs some of them)"
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 	  $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && printf -- '-n%s --dist=worksteal' $(WORKERS)) $(ARGS)
 
-bench: build/built
+bench: build/built build/test-packages
 	@$(PY) -m benchmarks $(ARGS)
 
 # It builds by itself, for the card that is there.
-gpu: $(PYTHON_FILE)
+gpu: $(PYTHON_FILE) build/test-packages
 	@SECTION="$(SECTION)" $(PY) benchmarks/gpu.py $(ARGS)
 
 build/lint-tools: $(PYTHON_FILE)

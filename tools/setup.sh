@@ -107,15 +107,14 @@ say "Installing PyTorch and NumPy into .venv (the longest step: a CUDA build of 
 install torch numpy safetensors || die "pip could not install PyTorch; its message is above." \
   "A Python too new or too old for PyTorch's packages: make demo PYTHON=python3.12" \
   "For a machine without a GPU, PyTorch's CPU index is smaller: make demo PIP_ARGS='--extra-index-url <index>'"
-say "Installing what trains, plots and tests"
+say "Installing what trains and plots"
 extras=$(.venv/bin/python - <<'PY'
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 with open("pyproject.toml", "rb") as file:
-    extra = tomllib.load(file)["project"]["optional-dependencies"]
-print("\n".join(name for part in ("train", "test") for name in extra[part] if not name.startswith("fastformer[")))
+    print("\n".join(tomllib.load(file)["project"]["optional-dependencies"]["train"]))
 PY
 )
 # shellcheck disable=SC2086

@@ -8,25 +8,29 @@ out, and a resumed run continues with the very next one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .corpora import Corpus, Document
+from .shards import TokenShards
 from .tokenizers import Tokenizer
 
+Batch = dict[str, Any]
+"""What a model is called with, under the names of ``transformers``: ``input_ids`` (B, S) int64, ``attention_mask``,
+``labels`` … Labels of -100 are not scored; ``shift_labels`` (B, S) are shifted: entry t is scored at position t.
+``_ids``, which are not for the model, number the rows' samples, so that a message can name them."""
 
-class Batch(NamedTuple):
-    """inputs (B, T) int64, targets (B, T) int64: ``targets[:, t]`` follows ``inputs[:, t]``; -100 is not scored."""
 
-    inputs: Tensor
-    targets: Tensor
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """``batch`` with its tensors on ``device``; from pinned memory the copy to a GPU does not wait.
 
-    def to(self, device: torch.device | str) -> Batch:
-        """On ``device``; from pinned memory the copy to a GPU does not wait."""
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+    What is one tensor under two names stays one.
+    """
+    moved = {id(v): v.to(device, non_blocking=True) for v in batch.values() if isinstance(v, Tensor)}
+    return {name: moved.get(id(value), value) for name, value in batch.items()}
 
 
 def split_documents(
@@ -54,18 +58,23 @@ def split_documents(
             train.append(Document(document.name, document.text[:cut]))
             held_out.append(Document(document.name, document.text[cut:]))
         return tuple(train), tuple(held_out)
-    # A document is held out when the characters held out so far fall behind the share asked for of those passed.
-    train, held_out, passed, held = [], [], 0, 0
-    for document in documents:
-        passed += len(document.text)
-        if held + len(document.text) / 2 <= validation_fraction * passed and passed < len(corpus):
-            held_out.append(document)
-            held += len(document.text)
-        else:
-            train.append(document)
+    train, held_out = [], []
+    for document, held in held_out_documents(documents, validation_fraction):
+        (held_out if held and document is not documents[-1] else train).append(document)
     if not held_out:
         held_out.append(train.pop())
     return tuple(train), tuple(held_out)
+
+
+def held_out_documents(documents: Iterable[Document], validation_fraction: float) -> Iterator[tuple[Document, bool]]:
+    """Each document of a stream, and whether it is held out: when the characters held out so far fall behind
+    ``validation_fraction`` of those that went by."""
+    passed = held = 0
+    for document in documents:
+        passed += len(document.text)
+        out = held + len(document.text) / 2 <= validation_fraction * passed
+        held += len(document.text) * out
+        yield document, out
 
 
 def encode_documents(tokenizer: Tokenizer, documents: tuple[Document, ...]) -> Tensor:
@@ -82,21 +91,33 @@ class Windows:
     """Training batches without end: iterate, or call :meth:`next_batch`.
 
     Args:
-        tokens: (N,) integer ids.
+        tokens: (N,) integer ids, or token shards.
         block_size: T, the length of a window.
-        batch_size: B, windows a batch.
+        batch_size: windows in a batch, of all ranks together.
         seed: fixes offsets and order.
+        rank, world_size: this process takes the windows rank, rank + world_size, … of each batch.
 
     Raises:
         ValueError: fewer tokens than one window, or a size below one; the message names it.
     """
 
-    def __init__(self, tokens: Tensor, block_size: int, batch_size: int, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        tokens: Tensor | TokenShards,
+        block_size: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         _check_windows(tokens, block_size, batch_size)
+        check_rank(rank, world_size, batch_size)
         self.tokens = tokens
         self.block_size = block_size
         self.batch_size = batch_size
         self.seed = seed
+        self.rank, self.world_size = rank, world_size
         self.position = 0  # windows given out
         # One offset less than a window is left for the random start; the last window needs its target.
         self.windows_per_epoch = max(1, (tokens.numel() - 1) // block_size - 1)
@@ -114,17 +135,23 @@ class Windows:
         return self._starts
 
     def next_batch(self) -> Batch:
-        """The next (B, T) inputs and targets."""
+        """The next ``input_ids`` and ``shift_labels``, (B, T); ``_ids`` are the windows' numbers in the run."""
         starts = []
-        for index in range(self.position, self.position + self.batch_size):
+        mine = range(self.position + self.rank, self.position + self.batch_size, self.world_size)
+        for index in mine:
             epoch, place = divmod(index, self.windows_per_epoch)
             starts.append(self._start(epoch)[place])
         self.position += self.batch_size
-        return _gather(self.tokens, torch.stack(starts), self.block_size)
+        return {**_gather(self.tokens, torch.stack(starts), self.block_size), "_ids": list(mine)}
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self.next_batch()
+
+    def describe(self, window: int) -> str:
+        """Where the window of this number is, so that its text can be found."""
+        epoch, place = divmod(window, self.windows_per_epoch)
+        return f"{window} (from token {int(self._start(epoch)[place])})"
 
     def state_dict(self) -> dict[str, int]:
         """All that a resumed run needs, besides the same tokens."""
@@ -148,7 +175,7 @@ class Windows:
 
 
 def evaluation_batches(
-    tokens: Tensor, block_size: int, batch_size: int, max_windows: int | None = None
+    tokens: Tensor | TokenShards, block_size: int, batch_size: int, max_windows: int | None = None
 ) -> Iterator[Batch]:
     """Windows that do not overlap, the same at every call: evenly spaced when ``max_windows`` is fewer than there are.
 
@@ -162,15 +189,40 @@ def evaluation_batches(
         yield _gather(tokens, chunk, block_size)
 
 
-def _gather(tokens: Tensor, starts: Tensor, block_size: int) -> Batch:
-    windows = tokens[starts[:, None] + torch.arange(block_size + 1)].long()
-    return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+class EvaluationWindows:
+    """:func:`evaluation_batches`, the same at every iteration."""
+
+    def __init__(
+        self, tokens: Tensor | TokenShards, block_size: int, batch_size: int, max_windows: int | None = None
+    ) -> None:
+        _check_windows(tokens, block_size, batch_size)
+        self.arguments = (tokens, block_size, batch_size, max_windows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return evaluation_batches(*self.arguments)
 
 
-def _check_windows(tokens: Tensor, block_size: int, batch_size: int) -> None:
+def _gather(tokens: Tensor | TokenShards, starts: Tensor, block_size: int) -> Batch:
+    if isinstance(tokens, Tensor):
+        windows = tokens[starts[:, None] + torch.arange(block_size + 1)].long()
+    else:
+        windows = tokens.windows(starts.tolist(), block_size + 1)
+    return {"input_ids": windows[:, :-1].contiguous(), "shift_labels": windows[:, 1:].contiguous()}
+
+
+def check_rank(rank: int, world_size: int, batch_size: int) -> None:
+    """Raises ValueError unless ``rank`` is one of ``world_size`` processes that share a batch equally."""
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank} of world_size = {world_size}, expected 0 <= rank < world_size")
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size: {batch_size} rows cannot be shared equally by world_size = {world_size} processes"
+        )
+
+
+def _check_windows(tokens: Tensor | TokenShards, block_size: int, batch_size: int) -> None:
     if block_size < 1 or batch_size < 1:
         raise ValueError(f"block_size and batch_size: got {block_size} and {batch_size}, expected at least 1")
-    if tokens.dim() != 1 or tokens.numel() < block_size + 1:
-        raise ValueError(
-            f"tokens: got {tuple(tokens.shape)}, expected one dimension of at least block_size + 1 = {block_size + 1}"
-        )
+    shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else (tokens.numel(),)
+    if len(shape) != 1 or tokens.numel() < block_size + 1:
+        raise ValueError(f"tokens: got {shape}, expected one dimension of at least block_size + 1 = {block_size + 1}")

@@ -12,6 +12,7 @@ from fastformer.data import (
     encode_documents,
     evaluation_batches,
     split_documents,
+    to_device,
 )
 
 TOKENS = torch.arange(1000, dtype=torch.int32)
@@ -19,9 +20,9 @@ TOKENS = torch.arange(1000, dtype=torch.int32)
 
 def test_targets_follow_inputs():
     batch = Windows(TOKENS, block_size=16, batch_size=4).next_batch()
-    assert batch.inputs.shape == batch.targets.shape == (4, 16)
-    assert batch.inputs.dtype == batch.targets.dtype == torch.int64
-    assert torch.equal(batch.targets, batch.inputs + 1)
+    assert batch["input_ids"].shape == batch["shift_labels"].shape == (4, 16)
+    assert batch["input_ids"].dtype == batch["shift_labels"].dtype == torch.int64
+    assert torch.equal(batch["shift_labels"], batch["input_ids"] + 1)
 
 
 @pytest.mark.parametrize(
@@ -36,14 +37,16 @@ def test_targets_follow_inputs():
 def test_an_epoch_sees_each_token_once(count, block):
     windows = Windows(TOKENS[:count] if count <= 1000 else torch.arange(count), block, 1, seed=3)
     for _ in range(3):
-        seen = torch.cat([windows.next_batch().targets.flatten() for _ in range(windows.windows_per_epoch)])
+        seen = torch.cat([windows.next_batch()["shift_labels"].flatten() for _ in range(windows.windows_per_epoch)])
         assert len(seen.unique()) == len(seen)
         assert count - len(seen) <= 2 * block
 
 
 def test_epochs_differ_in_order_and_offset():
     windows = Windows(TOKENS, 16, 1, seed=0)
-    epochs = [[int(windows.next_batch().inputs[0, 0]) for _ in range(windows.windows_per_epoch)] for _ in range(4)]
+    epochs = [
+        [int(windows.next_batch()["input_ids"][0, 0]) for _ in range(windows.windows_per_epoch)] for _ in range(4)
+    ]
     assert len({tuple(e) for e in epochs}) == 4
     assert len({min(e) for e in epochs}) > 1
     assert sorted(epochs[0]) != epochs[0]
@@ -51,7 +54,7 @@ def test_epochs_differ_in_order_and_offset():
 
 def test_the_seed_decides():
     a, b, c = (Windows(TOKENS, 8, 3, seed=s) for s in (5, 5, 6))
-    firsts = [[w.next_batch().inputs for _ in range(60)] for w in (a, b, c)]
+    firsts = [[w.next_batch()["input_ids"] for _ in range(60)] for w in (a, b, c)]
     assert all(torch.equal(x, y) for x, y in zip(firsts[0], firsts[1]))
     assert not all(torch.equal(x, y) for x, y in zip(firsts[0], firsts[2]))
 
@@ -65,19 +68,49 @@ def test_resumes_at_the_next_window():
     second = Windows(TOKENS, 8, 7, seed=99)
     second.load_state_dict(first.state_dict())
     for batch in expected[23:]:
-        assert torch.equal(second.next_batch().inputs, batch.inputs)
+        assert torch.equal(second.next_batch()["input_ids"], batch["input_ids"])
     with pytest.raises(ValueError, match="block_size = 8, this one has 4"):
         Windows(TOKENS, 4, 7).load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="tokens = 1000, this one has 500"):
         Windows(TOKENS[:500], 8, 7).load_state_dict(first.state_dict())
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batch_of_one_process(world_size):
+    whole = Windows(TOKENS, 8, 6, seed=1)
+    ranks = [Windows(TOKENS, 8, 6, seed=1, rank=r, world_size=world_size) for r in range(world_size)]
+    for _ in range(25):  # over the end of an epoch
+        expected, parts = whole.next_batch(), [r.next_batch() for r in ranks]
+        for r, part in enumerate(parts):
+            assert torch.equal(part["input_ids"], expected["input_ids"][r::world_size])
+            assert part["_ids"] == expected["_ids"][r::world_size]
+    assert ranks[1].state_dict() == whole.state_dict()  # so a run resumes at another world size
+    with pytest.raises(ValueError, match="batch_size: 6 rows cannot be shared equally by world_size = 4"):
+        Windows(TOKENS, 8, 6, rank=0, world_size=4)
+    with pytest.raises(ValueError, match="rank: got 2 of world_size = 2"):
+        Windows(TOKENS, 8, 6, rank=2, world_size=2)
+
+
+def test_a_batch_on_another_device():
+    starts = torch.tensor([0, 2], dtype=torch.int32)
+    batch = {
+        "input_ids": torch.ones(1, 2),
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": 2,
+        "_ids": [5],
+    }
+    moved = to_device(batch, "meta")
+    assert moved["input_ids"].device.type == "meta" and moved["_ids"] == [5] and moved["max_length_q"] == 2
+    assert moved["cu_seq_lens_q"] is moved["cu_seq_lens_k"]  # so that nobody has to compare them
+
+
 def test_evaluation_windows_are_fixed_and_spread():
     batches = list(evaluation_batches(TOKENS, 10, 4))
-    assert [len(b.inputs) for b in batches] == [4] * 24 + [3]
-    starts = torch.cat([b.inputs[:, 0] for b in batches])
+    assert [len(b["input_ids"]) for b in batches] == [4] * 24 + [3]
+    starts = torch.cat([b["input_ids"][:, 0] for b in batches])
     assert torch.equal(starts, torch.arange(99) * 10)
-    few = torch.cat([b.inputs[:, 0] for b in evaluation_batches(TOKENS, 10, 4, max_windows=5)])
+    few = torch.cat([b["input_ids"][:, 0] for b in evaluation_batches(TOKENS, 10, 4, max_windows=5)])
     assert few.tolist() == [0, 190, 390, 590, 790]
 
 
@@ -118,3 +151,12 @@ def test_documents_end_with_the_end_of_text_token():
     bpe = BPETokenizer.train([corpus.text], 257)
     ids = encode_documents(bpe, corpus.documents)
     assert ids.dtype == torch.int32 and (ids == bpe.eos_token_id).nonzero().flatten().tolist() == [3, 7]
+
+
+def test_a_window_can_be_found_by_its_number():
+    tokens = torch.arange(100)
+    windows = Windows(tokens, 8, 4, seed=3)
+    for _ in range(5):  # into the second epoch
+        batch = windows.next_batch()
+        for number, row in zip(batch["_ids"], batch["input_ids"], strict=True):
+            assert windows.describe(number) == f"{number} (from token {int(row[0])})"

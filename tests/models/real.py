@@ -1,4 +1,4 @@
-"""Real weights, from packages that hold nothing else of use (tools/test-weights.sh installs them where it can)."""
+"""Real weights, from packages that hold nothing else of use (tools/test-setup.sh installs them where it can)."""
 
 from __future__ import annotations
 
