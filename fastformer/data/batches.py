@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .corpora import Corpus, Document
+from .shards import TokenShards
 from .tokenizers import Tokenizer
 
 Batch = dict[str, Any]
@@ -84,7 +85,7 @@ class Windows:
     """Training batches without end: iterate, or call :meth:`next_batch`.
 
     Args:
-        tokens: (N,) integer ids.
+        tokens: (N,) integer ids, or token shards.
         block_size: T, the length of a window.
         batch_size: windows in a batch, of all ranks together.
         seed: fixes offsets and order.
@@ -95,7 +96,14 @@ class Windows:
     """
 
     def __init__(
-        self, tokens: Tensor, block_size: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        tokens: Tensor | TokenShards,
+        block_size: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         _check_windows(tokens, block_size, batch_size)
         check_rank(rank, world_size, batch_size)
@@ -156,7 +164,7 @@ class Windows:
 
 
 def evaluation_batches(
-    tokens: Tensor, block_size: int, batch_size: int, max_windows: int | None = None
+    tokens: Tensor | TokenShards, block_size: int, batch_size: int, max_windows: int | None = None
 ) -> Iterator[Batch]:
     """Windows that do not overlap, the same at every call: evenly spaced when ``max_windows`` is fewer than there are.
 
@@ -173,7 +181,9 @@ def evaluation_batches(
 class EvaluationWindows:
     """:func:`evaluation_batches`, the same at every iteration."""
 
-    def __init__(self, tokens: Tensor, block_size: int, batch_size: int, max_windows: int | None = None) -> None:
+    def __init__(
+        self, tokens: Tensor | TokenShards, block_size: int, batch_size: int, max_windows: int | None = None
+    ) -> None:
         _check_windows(tokens, block_size, batch_size)
         self.arguments = (tokens, block_size, batch_size, max_windows)
 
@@ -181,8 +191,11 @@ class EvaluationWindows:
         return evaluation_batches(*self.arguments)
 
 
-def _gather(tokens: Tensor, starts: Tensor, block_size: int) -> Batch:
-    windows = tokens[starts[:, None] + torch.arange(block_size + 1)].long()
+def _gather(tokens: Tensor | TokenShards, starts: Tensor, block_size: int) -> Batch:
+    if isinstance(tokens, Tensor):
+        windows = tokens[starts[:, None] + torch.arange(block_size + 1)].long()
+    else:
+        windows = tokens.windows(starts.tolist(), block_size + 1)
     return {"input_ids": windows[:, :-1].contiguous(), "shift_labels": windows[:, 1:].contiguous()}
 
 
@@ -196,10 +209,9 @@ def check_rank(rank: int, world_size: int, batch_size: int) -> None:
         )
 
 
-def _check_windows(tokens: Tensor, block_size: int, batch_size: int) -> None:
+def _check_windows(tokens: Tensor | TokenShards, block_size: int, batch_size: int) -> None:
     if block_size < 1 or batch_size < 1:
         raise ValueError(f"block_size and batch_size: got {block_size} and {batch_size}, expected at least 1")
-    if tokens.dim() != 1 or tokens.numel() < block_size + 1:
-        raise ValueError(
-            f"tokens: got {tuple(tokens.shape)}, expected one dimension of at least block_size + 1 = {block_size + 1}"
-        )
+    shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else (tokens.numel(),)
+    if len(shape) != 1 or tokens.numel() < block_size + 1:
+        raise ValueError(f"tokens: got {shape}, expected one dimension of at least block_size + 1 = {block_size + 1}")

@@ -6,23 +6,22 @@ its tokenizer beside its weights.
 
 * :class:`CharTokenizer`: one token per character, no training, no dependency: what a small model learns words from in
   minutes.
-* :class:`BPETokenizer`: byte-level byte-pair encoding (GPT-2's scheme), trained by the ``tokenizers`` package and saved
-  as ``tokenizer.json``, which ``transformers`` reads too.
+* :class:`~.subword.SubwordTokenizer`: byte-pair encoding as GPT-2's, WordPiece as BERT's, unigram as T5's, in
+  subword.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..extras import require
+from .subword import LOOKED_FOR, BPETokenizer, SubwordTokenizer, train_unigram, train_wordpiece
 
 CHARACTERS_FILE = "characters.json"
-BPE_FILE = "tokenizer.json"
-END_OF_TEXT = "<|endoftext|>"
-KINDS = ("char", "bpe")
+KINDS = ("char", "bpe", "wordpiece", "unigram")
 
 
 @runtime_checkable
@@ -116,103 +115,51 @@ class CharTokenizer:
         return cls(content["characters"], content.get("unknown"))
 
 
-class BPETokenizer:
-    """Byte-level byte-pair encoding; any text can be encoded, and decoding gives the same text back.
+def fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of what decides the ids: two tokenizers that share it encode alike.
 
     Args:
-        tokenizer: a ``tokenizers.Tokenizer``.
+        tokenizer: one of this module, or of ``transformers`` or ``tokenizers``.
     """
-
-    def __init__(self, tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 1024) -> BPETokenizer:
-        """Learns merges from ``texts`` until there are ``vocab_size`` tokens (256 bytes and the end of text included).
-
-        Raises:
-            ValueError: ``vocab_size`` below 257.
-        """
-        if vocab_size < 257:
-            raise ValueError(f"vocab_size: got {vocab_size}, expected at least 257 (256 bytes and {END_OF_TEXT})")
-        tokenizers = _tokenizers()
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._tokenizer.token_to_id(END_OF_TEXT)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
-
-    def save(self, directory: str | Path) -> Path:
-        path = Path(directory, BPE_FILE)
-        self._tokenizer.save(str(path))
-        # What AutoTokenizer.from_pretrained looks for beside it.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
-        Path(directory, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> BPETokenizer:
-        """Reads a ``tokenizer.json`` (the file, or the directory it is in)."""
-        path = Path(path)
-        path = path / BPE_FILE if path.is_dir() else path
-        return cls(_tokenizers().Tokenizer.from_file(str(path)))
+    if isinstance(tokenizer, CharTokenizer):
+        content = json.dumps([tokenizer.characters, tokenizer.unknown], ensure_ascii=False)
+    else:
+        tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)  # transformers'
+        if not isinstance(tokenizer, SubwordTokenizer):
+            tokenizer = SubwordTokenizer(tokenizer, {})
+        content = tokenizer.serialized()
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
 
-def _tokenizers():
-    for part in ("decoders", "models", "pre_tokenizers", "trainers"):
-        require(f"tokenizers.{part}", "byte-pair encoding")
-    return require("tokenizers", "byte-pair encoding")
-
-
-def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int = 1024) -> Tokenizer:
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, **options: Any) -> Tokenizer:
     """A new tokenizer for ``texts``.
 
     Args:
-        kind: ``"char"`` or ``"bpe"``.
+        kind: ``"char"``, ``"bpe"``, ``"wordpiece"`` or ``"unigram"``.
         texts: one string a document.
-        vocab_size: number of tokens for ``"bpe"``; characters need none.
+        vocab_size: number of tokens; characters need none.
+        options: more of :meth:`BPETokenizer.train`, :func:`train_wordpiece` or :func:`train_unigram`.
     """
     if kind == "char":
         return CharTokenizer(sorted(set().union(*texts)))
-    if kind == "bpe":
-        return BPETokenizer.train(texts, vocab_size)
-    raise ValueError(f"tokenizer: got {kind!r}, expected one of {', '.join(KINDS)}, or a directory that holds one")
+    if kind not in KINDS:
+        raise ValueError(f"tokenizer: got {kind!r}, expected one of {', '.join(KINDS)}, or a directory that holds one")
+    train = {"bpe": BPETokenizer.train, "wordpiece": train_wordpiece, "unigram": train_unigram}[kind]
+    return train(texts, vocab_size, **options)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer saved in a directory (such as a checkpoint), whichever kind it is.
+    """The tokenizer saved in a directory (such as a checkpoint), or in a file, whichever kind it is.
 
     Raises:
         FileNotFoundError: there is none; the message names the files looked for.
     """
-    directory = Path(path)
-    if directory.is_dir() and (directory / CHARACTERS_FILE).is_file():
-        return CharTokenizer.load(directory)
-    if directory.is_dir() and (directory / BPE_FILE).is_file():
-        return BPETokenizer.load(directory)
-    if directory.is_file():
-        return CharTokenizer.load(directory) if directory.name == CHARACTERS_FILE else BPETokenizer.load(directory)
-    raise FileNotFoundError(f"no tokenizer in {directory}: looked for {CHARACTERS_FILE} and {BPE_FILE}")
+    path = Path(path)
+    if path.name == CHARACTERS_FILE or (path / CHARACTERS_FILE).is_file():
+        return CharTokenizer.load(path)
+    if not path.exists() or (path.is_dir() and not any((path / name.split(" ")[0]).is_file() for name in LOOKED_FOR)):
+        raise FileNotFoundError(f"no tokenizer in {path}: looked for {', '.join((CHARACTERS_FILE, *LOOKED_FOR))}")
+    return SubwordTokenizer.load(path)
 
 
 class IncrementalDecoder:

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.tokenizers import BPETokenizer, IncrementalDecoder, Tokenizer
+from ..data.tokenizers import IncrementalDecoder, SubwordTokenizer, Tokenizer
 
 
 def decode(tokenizer: Any, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
     """Text of token ids by a tokenizer of this package, of ``tokenizers`` or of ``transformers``."""
     ids = [int(i) for i in ids]
-    if isinstance(tokenizer, BPETokenizer):
+    if isinstance(tokenizer, SubwordTokenizer):
         return tokenizer.decode(ids, skip_special_tokens)
     if hasattr(tokenizer, "save_pretrained"):
         # The clean-up would join what the model wrote apart.

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch import nn as torch_nn
+from typing_extensions import Unpack
 
 from .. import nn
 from .bert import BertConfig, BertModel, BertPreTrainedModel
 from .blocks import activate
+from .inputs import PackedArguments
 from .losses import head_loss, scored_rows, sequence_loss, token_loss
 from .outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 
@@ -116,6 +118,7 @@ class BertForMaskedLM(BertWithHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         skip_logits: bool = False,
+        **packed: Unpack[PackedArguments],
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """Logits of every position's word, and the loss if ``labels`` are given.
 
@@ -136,6 +139,7 @@ class BertForMaskedLM(BertWithHead):
             inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packed,
         )
         logits, loss = None, None
         if skip_logits and labels is not None:
@@ -234,6 +238,7 @@ class BertForTokenClassification(BertClassifier):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **packed: Unpack[PackedArguments],
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Logits of every token's labels, and the loss if ``labels`` are given.
 
@@ -253,6 +258,7 @@ class BertForTokenClassification(BertClassifier):
             inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packed,
         )
         logits = self.classifier(self.dropout(output.last_hidden_state))
         result = TokenClassifierOutput(

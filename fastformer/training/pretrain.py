@@ -10,9 +10,13 @@ from torch import Tensor
 
 from ..data import (
     Corpus,
+    TokenizedCorpus,
     Tokenizer,
+    TokenShards,
     encode_documents,
+    is_tokenized,
     load_corpus,
+    load_tokenized,
     load_tokenizer,
     split_documents,
     train_tokenizer,
@@ -26,16 +30,16 @@ from .trainer import Result, Trainer
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A corpus, its tokenizer, and both parts as int32 token streams."""
+    """A corpus, its tokenizer, and both parts as streams of tokens: int32, or token shards."""
 
-    corpus: Corpus
+    corpus: Corpus | TokenizedCorpus
     tokenizer: Tokenizer
-    train: Tensor
-    validation: Tensor
+    train: Tensor | TokenShards
+    validation: Tensor | TokenShards
 
 
 def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
-    """Reads, splits and encodes ``config.path``.
+    """Reads, splits and encodes ``config.path``; or opens it, if ``fastformer tokenize`` wrote it.
 
     A new tokenizer learns its merges from the training part; its characters are those of the whole corpus, so that
     every held-out character can be scored.
@@ -43,6 +47,9 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Prep
     Raises:
         ValueError: text shorter than a window, or an unknown tokenizer; the message names the setting.
     """
+    if is_tokenized(config.path):
+        shards = load_tokenized(config.path, tokenizer)
+        return _long_enough(PreparedData(shards, shards.train.tokenizer(), shards.train, shards.validation), config)
     corpus = load_corpus(config.path)
     train, validation = split_documents(corpus, config.validation_fraction)
     if tokenizer is None:
@@ -52,13 +59,17 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Prep
         else:
             tokenizer = load_tokenizer(config.tokenizer)
     parts = [encode_documents(tokenizer, documents) for documents in (train, validation)]
-    for name, part in zip(("training", "held-out"), parts):
+    return _long_enough(PreparedData(corpus, tokenizer, *parts), config)
+
+
+def _long_enough(data: PreparedData, config: DataConfig) -> PreparedData:
+    for name, part in (("training", data.train), ("held-out", data.validation)):
         if part.numel() < config.block_size + 1:
             raise ValueError(
                 f"data.block_size: {config.block_size} does not fit the {name} text, which has {part.numel()} tokens; "
                 "use a smaller data.block_size, more text, or another data.validation_fraction"
             )
-    return PreparedData(corpus, tokenizer, *parts)
+    return data
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT2LMHeadModel:
