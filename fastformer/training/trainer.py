@@ -145,6 +145,8 @@ class Trainer:
         self.parallel = parallel or Parallel()
         self.device = resolve_device(run.device)
         self.dtype = resolve_dtype(run.dtype, self.device)
+        if self.dtype == torch.float16 and self.parallel.holds_part():  # the loss's scale would differ between ranks
+            raise ValueError("run.dtype: float16 is not available where ranks share a model; use bfloat16")
         self.model = model
         if run.recompute:
             recompute_blocks(self.model)
@@ -378,8 +380,9 @@ class Trainer:
         self.skipped += 1
         if self.config.run.on_bad_loss == "skip" and self._skipped_in_a_row < MOST_SKIPPED:
             return problem
+        batch = name_batch([sample for samples in self.parallel.gather(step.batch) for sample in samples])
         raise BadLossError(
-            f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {name_batch(step.batch)}. "
+            f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {batch}. "
             "The last checkpoint is from before it. Usual remedies: a look at that batch, a lower "
             "optimizer.learning_rate, a longer schedule.warmup_steps, run.dtype float32, run.on_bad_loss skip"
         )
