@@ -16,6 +16,7 @@ from tests.training.jobs import Traffic, fails, launch
 from tests.training.runs import TOKENS, losses, make_config, make_model, make_trainer, resumed, scored_by
 
 STEPS, SAVED, STOPPED = 10, 4, 6
+RESULTS = ("ddp 2", "ddp 2 x tp 2", "fsdp 2 x tp 2", "ddp 2 to 1", "fsdp 4 to 2", "1 to tp 2")
 
 
 def configure(out, strategy="none", tensor=0, dropout=0.0, **changes):
@@ -132,12 +133,9 @@ def run(out):
     for strategy in ("ddp", "fsdp"):
         results[strategy] = launch(2, extras, out / strategy, strategy)
     whole = {name: GPT2LMHeadModel.from_pretrained(out / "whole" / name).state_dict() for name in ("checkpoint", "ema")}
-    for job in [
-        name
-        for name, value in results.items()
-        if name != "whole" and isinstance(value[0], dict) and "result" in value[0]
-    ]:
+    jobs = {name: value[0] for name, value in results.items() if name in RESULTS}
+    for job, first in jobs.items():
         for name, state in whole.items():
             theirs = GPT2LMHeadModel.from_pretrained(out / job / name).state_dict()
-            results[job][0][name] = max(float((theirs[key] - state[key]).abs().max()) for key in state)
+            first[name] = max(float((theirs[key] - state[key]).abs().max()) for key in state)
     return results
