@@ -61,6 +61,14 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def clean(arguments: Sequence[str]) -> int:
+    """Clean a corpus step by step, without its duplicates, and say what each step did."""
+    from .data.cleaning import CleanConfig, run_clean
+
+    print(run_clean(parse(CleanConfig, arguments, "clean")))
+    return 0
+
+
 def tokenize(arguments: Sequence[str]) -> int:
     """Encode text into token shards, to train on without doing so again."""
     from .data import TokenizeConfig
@@ -144,6 +152,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
+    "clean": clean,
     "tokenize": tokenize,
     "pretrain": pretrain,
     "generate": generate,
@@ -155,6 +164,7 @@ EXAMPLES = """\
 examples:
   fastformer demo
   fastformer demo --minutes 10 --tokenizer bpe --out runs/longer
+  fastformer clean --source raw/ --out cleaned.jsonl --config cleaning.yaml
   fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
   fastformer pretrain --config run.yaml --run.resume
   fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine

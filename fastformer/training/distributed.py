@@ -41,7 +41,7 @@ from .tensor_parallel import Piece, tensor_parallel
 T = TypeVar("T")
 
 # A rank whose connection broke waits so long, in which torchrun notices and names the rank that is the reason.
-SECONDS_FOR_THE_LAUNCHER = 10.0
+SECONDS_FOR_THE_LAUNCHER = 5.0
 BROKEN_CONNECTION = ("closed by peer", "reset by peer", "broken pipe", "connection was likely closed")
 
 
