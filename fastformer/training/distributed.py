@@ -136,12 +136,9 @@ class Distributed(Parallel):
         return DistributedDataParallel(model, process_group=self.data.get_group(), gradient_as_bucket_view=True)
 
     def _shard(self, model: nn.Module) -> None:
-        gathered = DTYPES[self.config.gather_dtype]
-        options: dict[str, Any] = {
-            "mesh": self.data,
-            "reshard_after_forward": True,
-            "mp_policy": MixedPrecisionPolicy(None if gathered == torch.float32 else gathered, torch.float32),
-        }
+        dtype = DTYPES[self.config.gather_dtype]
+        policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+        options: dict[str, Any] = {"mesh": self.data, "reshard_after_forward": True, "mp_policy": policy}
         # About outputs that are changed in place, which no layer does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         for block in find_blocks(model):
