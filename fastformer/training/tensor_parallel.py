@@ -135,6 +135,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> dict[str, Piece]:
     count = mesh.size()
     for module, plan in layers:
         _check(module, plan, count)
+    _rows_per_rank(len(model.get_input_embeddings().weight), count)  # type: ignore[operator]
     splits: dict[int, Piece] = {}  # by parameter
     for module, plan in layers:
         _split_sublayer(module, plan, mesh, splits)
@@ -149,6 +150,8 @@ def _check(module: nn.Module, plan: Sublayer, count: int) -> None:
             raise ValueError(
                 f"parallel.tensor: {count} ranks cannot share {type(module).__name__}'s {name} = {number} equally"
             )
+    if isinstance(module, GatedFeedForward) and module.dropout:
+        raise ValueError("model: GatedFeedForward with dropout after its sum has no tensor parallel plan")
     for name, layer in _attributes(module, (plan.rows,)):
         inputs = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
         if inputs % count:
@@ -303,6 +306,14 @@ def _drops(module: nn.Module) -> bool:
 # ---- the vocabulary --------------------------------------------------------------------------------------------------
 
 
+def _rows_per_rank(vocabulary: int, count: int) -> int:
+    """Of all ranks but the last, which has the rest."""
+    rows = -(-vocabulary // count)
+    if rows * (count - 1) >= vocabulary:
+        raise ValueError(f"parallel.tensor: {count} ranks cannot share a vocabulary of {vocabulary} tokens")
+    return rows
+
+
 def _split_vocabulary(model: nn.Module, mesh: DeviceMesh, splits: dict[int, Piece]) -> None:
     """Gives each rank some rows of the token embedding and of the output layer, which may be the same."""
     get = getattr(model, "get_output_embeddings", lambda: None)
@@ -311,10 +322,7 @@ def _split_vocabulary(model: nn.Module, mesh: DeviceMesh, splits: dict[int, Piec
     if head is not None:
         shared |= {id(p): p for p in head.parameters()}
     pieces = {key: _piece(p, Split(0), mesh, splits) for key, p in shared.items()}
-    step = -(-len(table) // mesh.size())
-    if step * (mesh.size() - 1) >= len(table):
-        raise ValueError(f"parallel.tensor: {mesh.size()} ranks cannot share a vocabulary of {len(table)} tokens")
-    first = step * mesh.get_local_rank()
+    first = _rows_per_rank(len(table), mesh.size()) * mesh.get_local_rank()
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is None or id(p) not in pieces:

@@ -90,6 +90,10 @@ class FourRanks:
             GPT2Model(GPT2Config(vocab_size=8, n_embd=12, n_head=4, n_layer=1, n_inner=10)),
             "4 ranks cannot share the 10 inputs of GPT2MLP's c_proj",
         ),
+        (
+            GPT2Model(GPT2Config(vocab_size=9, n_embd=12, n_head=4, n_layer=1)),  # three ranks have them all
+            "4 ranks cannot share a vocabulary of 9 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_said_before_anything_is_changed(model, message):
