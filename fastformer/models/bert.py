@@ -350,8 +350,12 @@ class BertLayer(torch_nn.Module):
             attentions.append(weights)
         first, last = self.intermediate, self.output
         if is_plain(first, BertIntermediate) and is_plain(last, BertOutput):
-            return last.add_norm(feed_forward(x, first.dense, last.dense, first.activation), x)
+            return last.add_norm(self.feed_forward(x), x)
         return last(first(x), x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x ``(B, S, E)`` -> what is added to it before the norm."""
+        return feed_forward(x, self.intermediate.dense, self.output.dense, self.intermediate.activation)
 
 
 class BertEncoder(torch_nn.Module):

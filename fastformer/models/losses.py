@@ -55,6 +55,8 @@ def head_loss(
 ) -> Tensor | None:
     """:func:`token_loss` of ``head(hidden)``, without the logits where ``head`` is a linear layer and nothing else.
 
+    A ``head`` with a method ``loss(rows, target, num_items)`` is asked for it.
+
     Args:
         hidden: ``(*, E)``.
         head: from E to C.
@@ -63,6 +65,8 @@ def head_loss(
     if labels is None:
         return None
     rows, target = scored_rows(hidden, labels)
+    if hasattr(head, "loss"):
+        return head.loss(rows, target, num_items)
     if not is_plain(head, torch.nn.Linear, nn.Linear):
         return token_loss(head(rows), target, num_items)
     half = rows.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(rows.device.type)
