@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -122,6 +123,22 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure a model on held-out text, labels or answers, with intervals, and write a report."""
+    from .evaluation.command import EvaluateConfig, run
+
+    config = parse(EvaluateConfig, arguments, "evaluate")
+    from .data import load_tokenizer
+    from .models import from_pretrained
+    from .training.checkpoint import find_checkpoint
+    from .training.config import resolve_device
+
+    checkpoint = find_checkpoint(config.model)
+    model = from_pretrained(checkpoint, device=resolve_device(config.device))
+    run(config, model, load_tokenizer(checkpoint), shlex.join(["fastformer", "evaluate", *arguments]))
+    return 0
+
+
 def doctor(arguments: Sequence[str]) -> int:
     """Say what this machine has, which kernels were built, and which of them run."""
     _no_arguments("doctor", arguments)
@@ -147,6 +164,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "tokenize": tokenize,
     "pretrain": pretrain,
     "generate": generate,
+    "evaluate": evaluate,
     "bench": bench,
     "doctor": doctor,
 }
@@ -159,6 +177,7 @@ examples:
   fastformer pretrain --config run.yaml --run.resume
   fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine
   fastformer generate --model runs/demo --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 40 --seed 0
+  fastformer evaluate --model runs/demo --data held-out.txt --stride 32
 """
 
 

@@ -72,6 +72,7 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "pretrain": ["--model.n-layer", "--data.path", "--optimizer.accumulate", "--run.resume", "--config"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
         "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
+        "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],
         "doctor": ["usage: fastformer doctor"],
     }.items():
         with pytest.raises(SystemExit) as exit:

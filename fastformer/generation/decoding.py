@@ -136,7 +136,7 @@ def generate(
 
     # Tensors made in inference mode are of no use to autograd later, nor is a cache.
     leaves = as_output or past_key_values is not None
-    with torch.no_grad() if leaves else torch.inference_mode(), _evaluating(model):
+    with torch.no_grad() if leaves else torch.inference_mode(), evaluating(model):
         encoded = encode(model, read.ids, read.attention_mask, encoder_outputs) if read.has_encoder else None
         decoder = decoder_for(
             model, len(prompts) * repeats, limit, config.use_cache is not False, past_key_values, encoded
@@ -223,7 +223,8 @@ def _sampler(config: GenerationConfig, ends: Sequence[int]) -> Sampler:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
+    """Every module in evaluation mode; those that were training are so again at the end."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastformer
+from fastformer.evaluation import perplexity
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (pip install tokenizers)")
@@ -100,6 +101,26 @@ def test_logits_and_perplexity(smollm2):
     output = ours(ids, labels=ids)
     torch.testing.assert_close(output.logits, theirs(ids).logits, rtol=1e-3, atol=1e-3)
     assert math.exp(output.loss) == pytest.approx(16.0, abs=0.05)
+
+
+def test_strided_perplexity(smollm2):
+    """The same 16.0 in one window, and a little more with half the context, as in a loop over transformers' model."""
+    ours, theirs, tokenizer = smollm2
+    from pydoc_data.topics import topics
+
+    ids = torch.tensor(tokenizer.encode(topics["assignment"]).ids[:512])
+    assert perplexity(ours, ids).compute()["perplexity"] == pytest.approx(16.0, abs=0.05)
+    found = perplexity(ours, ids, context=255, stride=128, batch_size=2).compute()
+    nats, before = 0.0, 0
+    for begin in (0, 128, 256):  # 256 tokens each: 255 whose successor is known
+        end = begin + 256
+        labels = ids[None, begin:end].clone()
+        labels[:, : before - begin] = -100
+        with torch.no_grad():
+            nats += float(theirs(ids[None, begin:end], labels=labels).loss) * int((labels[:, 1:] != -100).sum())
+        before = end
+    assert found["loss"] == pytest.approx(nats / 511, rel=1e-4)
+    assert 16.0 < found["perplexity"] < 25.0
 
 
 def test_it_knows_the_capital_of_france(smollm2):
