@@ -151,3 +151,12 @@ def test_documents_end_with_the_end_of_text_token():
     bpe = BPETokenizer.train([corpus.text], 257)
     ids = encode_documents(bpe, corpus.documents)
     assert ids.dtype == torch.int32 and (ids == bpe.eos_token_id).nonzero().flatten().tolist() == [3, 7]
+
+
+def test_a_window_can_be_found_by_its_number():
+    tokens = torch.arange(100)
+    windows = Windows(tokens, 8, 4, seed=3)
+    for _ in range(5):  # into the second epoch
+        batch = windows.next_batch()
+        for number, row in zip(batch["_ids"], batch["input_ids"], strict=True):
+            assert windows.describe(number) == f"{number} (from token {int(row[0])})"
