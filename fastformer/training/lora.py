@@ -111,6 +111,12 @@ def load_lora(model: PreTrainedModel, directory: str | Path, *, trainable: bool 
     return adapted.train(trainable)
 
 
+def load_adapter(adapted: Any, directory: str | Path) -> None:
+    """Gives the adapters and trained heads of ``adapted`` the values in ``directory``."""
+    weights = require("safetensors.torch", "LoRA").load_file(str(Path(directory, "adapter_model.safetensors")))
+    _peft().set_peft_model_state_dict(adapted, weights)
+
+
 def merge_lora(adapted: Any) -> PreTrainedModel:
     """The model inside, adapters added to its weights, and all parameters to be trained again.
 
