@@ -212,7 +212,9 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(bases, tmp_path, rank):
 
 def test_adapters_alone_in_checkpoints_and_a_whole_model_in_the_end(bases, tmp_path):
     lora = LoraConfig(rank=4, targets=("all",))
-    config = config_for("classification", bases["bert"], tmp_path / "run", rate=2e-2, steps=60, lora=lora, run={"keep_best": True})
+    config = config_for(
+        "classification", bases["bert"], tmp_path / "run", rate=2e-2, steps=60, lora=lora, run={"keep_best": True}
+    )
     trainer = prepare(config, train=reviews(), quiet=True)
     frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     result = finetune(config, train=reviews(), metrics=task_metrics, quiet=True)
