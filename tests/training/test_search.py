@@ -19,22 +19,22 @@ def base(tmp_path_factory):
 
 
 def config(base, out, run=None, **settings):
-    run = {"eval_every": 10, **(run or {})}
-    values = config_for("classification", base, out, steps=30, run=run)
+    run = {"eval_every": 5, **(run or {})}
+    values = config_for("classification", base, out, steps=20, run=run)
     fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    ranges = {"learning_rate": (1e-7, 2e-2), "batch_size": (8, 16), "dropout": (0.0, 0.1), "startup": 3}
+    ranges = {"learning_rate": (1e-7, 2e-2), "batch_size": (8, 16), "dropout": (0.0, 0.1), "startup": 2}
     return SearchConfig(**fields, search=SearchSettings(**{**ranges, **settings}))
 
 
 def test_a_search_that_was_ended_goes_on(base, tmp_path):
-    first = search(config(base, tmp_path, trials=3), train=reviews(), quiet=True)
-    assert len(first.trials) == 3 and (tmp_path / STUDY_FILE).is_file()
-    found = search(config(base, tmp_path, trials=8), train=reviews(), quiet=True)
-    assert found.trials[:3] == first.trials and len(found.trials) == 8
+    first = search(config(base, tmp_path, trials=2), train=reviews(), quiet=True)
+    assert len(first.trials) == 2 and (tmp_path / STUDY_FILE).is_file()
+    found = search(config(base, tmp_path, trials=6), train=reviews(), quiet=True)
+    assert found.trials[:2] == first.trials and len(found.trials) == 6
     values = {t["number"]: t["value"] for t in found.trials if t["state"] == "complete"}
     assert found.value == min(values.values()) <= first.value and found.value < 0.5
-    assert any(t["state"] == "pruned" for t in found.trials), "a rate of 1e-7 learns nothing in thirty steps"
-    assert len({json.dumps(t["settings"]) for t in found.trials}) == 8
+    assert any(t["state"] == "pruned" for t in found.trials), "a rate of 1e-7 learns nothing in twenty steps"
+    assert len({json.dumps(t["settings"]) for t in found.trials}) == 6
     for t in found.trials:
         assert 1e-7 <= t["settings"]["optimizer.learning_rate"] <= 2e-2 and t["settings"]["data.batch_size"] in (8, 16)
     # The best model, its settings as a configuration, and a plot are there; the other trials' models are not.
