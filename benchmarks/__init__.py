@@ -25,4 +25,4 @@ KERNELS = (
     "decode_attention",
     "feed_forward",
 )
-JOBS = ("encoder_layer", "training_step", "generation", "t5", "llama", "overhead")
+JOBS = ("encoder_layer", "training_step", "generation", "t5", "llama", "data_loading", "overhead")

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Goal:
-    """One requirement on every case of ``op`` whose fields match ``where``. Exactly one of the last three is set.
+    """One requirement on every case of ``op`` whose fields match ``where``. Exactly one of ``speedup``,
+    ``extra_us``, ``limit`` and ``rate`` is set.
 
     Attributes:
         peer: the provider compared with (for ``speedup`` and ``extra_us``); "best" is the fastest of ``peers``.
         speedup: peer's time / our time, at least. Below 1 it allows us that much longer: 1 / 1.2 is "within 1.2x".
         extra_us: our time − peer's time in microseconds, at most.
         limit: share of the measured bandwidth or matmul rate, at least.
+        rate: items per second, at least.
     """
 
     op: str
@@ -26,6 +28,7 @@ class Goal:
     device: str = "cpu"
     where: dict[str, object] = field(default_factory=dict)
     peers: tuple[str, ...] = ()
+    rate: float = 0.0
 
     def applies(self, op: str, device: str, case: object) -> bool:
         """Whether this goal is about ``case`` (anything with the attributes named in ``where``)."""
@@ -35,6 +38,8 @@ class Goal:
 
     def text(self) -> str:
         """The goal in a few characters, such as "≤ 1.20× clone" (times) or "≥ 2.00× eager" (speed)."""
+        if self.rate:
+            return f"≥ {self.rate:,.0f} tokens/s"
         if self.limit:
             return f"≥ {self.limit:.0%} of the limit"
         if self.extra_us:
@@ -43,13 +48,16 @@ class Goal:
             return f"≤ {1 / self.speedup:.2f}× {self.peer}'s time"
         return f"≥ {self.speedup:.2f}× {self.peer}'s speed"
 
-    def judge(self, ours: float, times: dict[str, float], share: float | None) -> Verdict | None:
+    def judge(self, ours: float, times: dict[str, float], share: float | None, items: int = 0) -> Verdict | None:
         """The verdict on our median ``ours`` (seconds); None where the peer or the limit was not measured.
 
         Args:
             times: median seconds by provider.
             share: fraction of the machine's limit we reached.
+            items: what the case handles in that time.
         """
+        if self.rate:
+            return Verdict(self, items / ours >= self.rate, f"{items / ours:,.0f}")
         if self.limit:
             return None if share is None else Verdict(self, share >= self.limit, f"{share:.0%}")
         candidates = [times[name] for name in (self.peers or (self.peer,)) if name in times]
@@ -128,6 +136,7 @@ GOALS: tuple[Goal, ...] = (
     Goal("feed_forward", "matmuls", speedup=1 / 1.08),
     Goal("feed_forward", "eager", speedup=1.0),
     # Whole jobs.
+    Goal("data_loading", rate=2e6),
     Goal("encoder_layer", "eager", speedup=1.1, where={"dtype": "float32", "backward": False}),
     Goal("encoder_layer", "eager", speedup=1.05, where={"dtype": "float32", "backward": True}),
     Goal("encoder_layer", "eager", speedup=1.8, where={"dtype": "bfloat16"}),
@@ -158,10 +167,16 @@ GOALS: tuple[Goal, ...] = (
 
 
 def verdicts(
-    op: str, device: str, case: object, times: dict[str, float], share: float | None, goals: Iterable[Goal] = GOALS
+    op: str,
+    device: str,
+    case: object,
+    times: dict[str, float],
+    share: float | None,
+    goals: Iterable[Goal] = GOALS,
+    items: int = 0,
 ) -> list[Verdict]:
     """Every goal on this case, judged. Empty where we were not measured."""
     if "ours" not in times:
         return []
-    judged = [g.judge(times["ours"], times, share) for g in goals if g.applies(op, device, case)]
+    judged = [g.judge(times["ours"], times, share, items) for g in goals if g.applies(op, device, case)]
     return [v for v in judged if v is not None]

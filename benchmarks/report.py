@@ -114,7 +114,7 @@ def judged(op: str, case: Case, by_provider: Mapping[str, Mapping[str, Any]], de
     """The verdicts on one case."""
     times = {name: row["median_s"] for name, row in by_provider.items()}
     share = by_provider.get("ours", {}).get("share_of_limit")
-    return verdicts(op, device, case, times, share)
+    return verdicts(op, device, case, times, share, items=by_provider.get("ours", {}).get("items") or 0)
 
 
 def cells(op: str, cases: Mapping[Case, Mapping[str, Mapping[str, Any]]], device: str) -> list[list[str]]:

@@ -17,7 +17,8 @@ from fastformer.demo import SIZES
 from fastformer.demo_torch import TorchGPT2
 from fastformer.models import GPT2Config, GPT2LMHeadModel
 from fastformer.training.config import OptimizerConfig
-from fastformer.training.trainer import causal_lm_loss, make_optimizer
+from fastformer.training.objectives import model_loss
+from fastformer.training.optimizer import make_optimizer
 
 OP = "training_step"
 CHARACTERS = 96  # about what the demo's corpus has
@@ -94,7 +95,7 @@ def ours(case: Case, problem: Problem):
     model, batch = problem.args
     twin = GPT2LMHeadModel(model.config).to(problem.device)
     twin.load_state_dict(model.state_dict())
-    return _step(twin, causal_lm_loss, case, batch)
+    return _step(twin, model_loss, case, batch)
 
 
 def eager(case: Case, problem: Problem):

@@ -62,6 +62,17 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def tokenize(arguments: Sequence[str]) -> int:
+    """Encode text into token shards, to train on without doing so again."""
+    from .data import TokenizeConfig
+    from .data import tokenize as write_tokens
+
+    written = write_tokens(parse(TokenizeConfig, arguments, "tokenize"))
+    for part in (written.train, written.validation):
+        print(part)
+    return 0
+
+
 def pretrain(arguments: Sequence[str]) -> int:
     """Train a GPT-2 on your text."""
     from .training.config import TrainConfig, load_config
@@ -150,6 +161,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
+    "tokenize": tokenize,
     "pretrain": pretrain,
     "generate": generate,
     "evaluate": evaluate,
@@ -163,6 +175,7 @@ examples:
   fastformer demo --minutes 10 --tokenizer bpe --out runs/longer
   fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
   fastformer pretrain --config run.yaml --run.resume
+  fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine
   fastformer generate --model runs/demo --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 40 --seed 0
   fastformer evaluate --model runs/demo --data held-out.txt --stride 32
 """

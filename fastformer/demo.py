@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from .data import Windows
+from .data import EvaluationWindows, Windows
 from .demo_race import Race, race_generation, race_training
 from .models.gpt2 import GPT2LMHeadModel
 from .training.config import (
@@ -30,10 +30,11 @@ from .training.config import (
     resolve_device,
     resolve_dtype,
 )
+from .training.evaluate import evaluate
 from .training.logs import read_metrics
 from .training.plots import plot_loss, plot_speed
 from .training.pretrain import PreparedData, build_model, count, cpu_threads, describe, prepare_data
-from .training.trainer import Result, Trainer, evaluate
+from .training.trainer import Result, Trainer
 from .writing import write
 
 # nanoGPT's README, "I only have a macbook": 4 layers, 4 heads, 128 wide, context 64, batch 12, 2000 steps.
@@ -98,7 +99,7 @@ def run(config: DemoConfig) -> Race:
     schedule = replace(train_config.schedule, warmup_steps=min(100, steps // 10))
     run_config = replace(train_config.run, max_steps=steps, eval_every=every, log_every=max(1, min(20, every // 4)))
     train_config = replace(train_config, schedule=schedule, run=run_config)
-    trainer = Trainer(
+    trainer = Trainer.on_tokens(
         build_model(train_config, data.tokenizer), data.train, data.validation, train_config, tokenizer=data.tokenizer
     )
     print(describe(data, trainer))
@@ -108,7 +109,9 @@ def run(config: DemoConfig) -> Race:
     result = trainer.fit()
     model = trainer.model
     windows = int(min(1024, 64 + 320 * config.minutes))
-    held_out = evaluate(model, data.validation, train_config.data.block_size, 32, windows, dtype=trainer.dtype)
+    held_out = evaluate(
+        model, EvaluationWindows(data.validation, train_config.data.block_size, 32, windows), dtype=trainer.dtype
+    )
     result = replace(result, validation_loss=held_out)
     print(_training_summary(result, data))
     # The last point is the loss just printed, from more windows than the ones before it.
@@ -175,6 +178,7 @@ def configure(config: DemoConfig, device: torch.device) -> TrainConfig:
             device=config.device,
             max_minutes=config.minutes,
             eval_windows=64,
+            keep=1,
             save_every=0,
         ),
     )
@@ -186,14 +190,13 @@ def measure_speed(config: TrainConfig, data: PreparedData, seconds: float) -> fl
     The upper quartile: a schedule too long for the time is hurried along by the trainer's clock, one too short would
     leave time unused.
     """
-    trainer = Trainer(build_model(config, data.tokenizer), data.train, None, config, quiet=True)
+    trainer = Trainer.on_tokens(build_model(config, data.tokenizer), data.train, None, config, quiet=True)
     trainer.model.train()
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 5 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
-        _, loss, _, _ = trainer.train_step()
-        loss.item()  # waits for the device
+        trainer.train_step().loss.item()  # waits for the device
         times.append(time.perf_counter() - start)
     return 1.0 / statistics.quantiles(times[2:], n=4)[0]
 

@@ -19,8 +19,10 @@ from .data import Batch, Windows, to_device
 from .demo_torch import TorchGPT2
 from .models.gpt2 import GPT2LMHeadModel
 from .training.config import TrainConfig
+from .training.objectives import model_loss
+from .training.optimizer import make_optimizer
 from .training.schedule import learning_rate_factor
-from .training.trainer import causal_lm_loss, long_lived_objects_frozen, make_optimizer
+from .training.trainer import long_lived_objects_frozen
 
 # What the network is made of, besides its matrix products, and the optional part of each that it uses.
 OPS: dict[str, tuple[str, ...]] = {
@@ -99,7 +101,7 @@ def race_training(
         return network.loss(batch["input_ids"], batch["shift_labels"])
 
     runners = [
-        _stepper(model.train(), causal_lm_loss, config, dtype),
+        _stepper(model.train(), model_loss, config, dtype),
         _stepper(twin.train(), torch_loss, config, dtype),
     ]
     losses: list[tuple[float, float]] = []

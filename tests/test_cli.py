@@ -44,6 +44,22 @@ def run(tmp_path_factory, text):
     return out
 
 
+def test_tokenize_writes_shards_that_pretrain_reads(text, tmp_path, capsys):
+    out = tmp_path / "shards"
+    arguments = ["tokenize", "--source", str(text), "--out", str(out), "--vocab-size", "300"]
+    assert cli.main(arguments) == 0
+    assert "TokenShards(" in capsys.readouterr().out
+    assert "exists already" in fails(arguments, capsys, 1)
+    run = ["pretrain", "--data.path", str(out), "--run.out", str(tmp_path / "run"), *TINY, "--run.max-steps", "2"]
+    assert cli.main(run) == 0
+    assert f"{len(TEXT):,} characters" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "run")[-1]["validation_loss"] > 0
+    assert cli.main([*run, "--run.max-steps", "3", "--run.resume"]) == 0
+    run[run.index("--run.out") + 1] = str(tmp_path / "other")
+    assert "does not fit the training text" in fails([*run, "--data.block-size", "4000"], capsys, 1)
+    assert list(tmp_path.glob(".*")) == []
+
+
 def test_help_lists_every_verb_and_each_explains_itself(capsys):
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
@@ -56,6 +72,7 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "pretrain": ["--model.n-layer", "--data.path", "--optimizer.accumulate", "--run.resume", "--config"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
         "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],
+        "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
         "doctor": ["usage: fastformer doctor"],
     }.items():
         with pytest.raises(SystemExit) as exit:
@@ -77,7 +94,7 @@ def test_the_module_is_the_command():
 
 def test_pretrain_leaves_a_run(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoint", "metrics.jsonl", "tensorboard", "loss.png"}
+    assert names == {"checkpoint", "checkpoint-3", "metrics.jsonl", "tensorboard", "loss.png"}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [r["step"] for r in read_metrics(run) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert load_state(run / "checkpoint")["config"]["optimizer"]["learning_rate"] == 1e-2

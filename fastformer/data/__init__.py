@@ -2,6 +2,7 @@
 
 from .batches import (
     Batch,
+    EvaluationWindows,
     Windows,
     encode_documents,
     evaluation_batches,
@@ -23,6 +24,7 @@ from .order import EvaluationLoader, FixedLength, Loader
 from .packing import PackedRows, Packing, pack
 from .shards import TokenShards, write_shards
 from .subword import BPETokenizer, SubwordTokenizer, train_unigram, train_wordpiece
+from .tokenized import TokenizeConfig, TokenizedCorpus, is_tokenized, load_tokenized, tokenize
 from .tokenizers import CharTokenizer, IncrementalDecoder, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Corpus",
     "Document",
     "EvaluationLoader",
+    "EvaluationWindows",
     "FixedLength",
     "IncrementalDecoder",
     "Loader",
@@ -46,11 +49,15 @@ __all__ = [
     "SubwordTokenizer",
     "TokenDeletion",
     "TokenShards",
+    "TokenizeConfig",
+    "TokenizedCorpus",
     "Tokenizer",
     "Windows",
     "encode_documents",
     "evaluation_batches",
+    "is_tokenized",
     "load_corpus",
+    "load_tokenized",
     "load_tokenizer",
     "pack",
     "python_reference",
@@ -59,6 +66,7 @@ __all__ = [
     "span_corruption_lengths",
     "split_documents",
     "to_device",
+    "tokenize",
     "train_tokenizer",
     "train_unigram",
     "train_wordpiece",

@@ -178,6 +178,19 @@ def evaluation_batches(
         yield _gather(tokens, chunk, block_size)
 
 
+class EvaluationWindows:
+    """:func:`evaluation_batches`, the same at every iteration."""
+
+    def __init__(
+        self, tokens: Tensor | TokenShards, block_size: int, batch_size: int, max_windows: int | None = None
+    ) -> None:
+        _check_windows(tokens, block_size, batch_size)
+        self.arguments = (tokens, block_size, batch_size, max_windows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return evaluation_batches(*self.arguments)
+
+
 def _gather(tokens: Tensor | TokenShards, starts: Tensor, block_size: int) -> Batch:
     if isinstance(tokens, Tensor):
         windows = tokens[starts[:, None] + torch.arange(block_size + 1)].long()

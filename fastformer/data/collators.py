@@ -9,7 +9,7 @@
     Classification   texts with a label, or with one per token
 
 A collator is called with a list of samples and a key for each, ``collator(samples, keys)``, and returns what a model
-is called with. What is drawn depends on the key alone (:mod:`.draws`), not on the batch a sample is in, so masks are new
+is called with. What is drawn depends on the key alone (:mod:`.draws`), not on the batch a sample is in: masks are new
 in every epoch and the same in a run that resumes. Without keys they are new at every call, from numpy's generator.
 A sample is a sequence of ids, or a mapping that has one as ``input_ids``.
 """
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .batches import Batch
-from .draws import uniforms, words
+from .draws import as_uniform, uniforms, words, words_at
 
 IGNORED = -100
 CHOICE, FATE, TOKEN = 0, 1, 2  # streams of draws
@@ -162,9 +162,9 @@ class MaskedLM:
         _probability("random", self.random)
         if self.masked + self.random > 1:
             raise ValueError(f"random: {self.random} and masked {self.masked} are more than 1")
-        special = np.zeros(self.vocab_size, dtype=bool)
-        special[np.asarray([*self.special_ids, self.mask_token_id], dtype=np.int64)] = True
-        object.__setattr__(self, "_special", special)
+        ordinary = np.ones(self.vocab_size, dtype=bool)
+        ordinary[np.asarray([*self.special_ids, self.mask_token_id], dtype=np.int64)] = False
+        object.__setattr__(self, "_ordinary", ordinary)
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, *, whole_words: bool = False, **options: Any) -> MaskedLM:
@@ -191,40 +191,50 @@ class MaskedLM:
             begins = self.word_starts[ids]
             begins[:, 0] = True
             chances = np.take_along_axis(chances, begins.cumsum(1) - 1, axis=1)  # one for each word
-        chosen = (chances < self.probability) & real & ~self._special[ids]  # type: ignore[attr-defined]
+        chosen = chances < self.probability
+        chosen &= real
+        chosen &= self._ordinary[ids]  # type: ignore[attr-defined]
         labels = np.where(chosen, ids, IGNORED)
         # The rest is about few tokens, so about them alone.
         at = np.nonzero(chosen)
-        fate = uniforms(keys, ids.shape[1], FATE)[at]
-        tokens = (words(keys, ids.shape[1], TOKEN)[at] % np.uint64(self.vocab_size)).astype(np.int64)
+        fate = as_uniform(words_at(keys[at[0]], at[1], FATE))
+        tokens = (words_at(keys[at[0]], at[1], TOKEN) % np.uint64(self.vocab_size)).astype(np.int64)
         tokens = np.where(fate < self.masked + self.random, tokens, ids[at])
         ids[at] = np.where(fate < self.masked, self.mask_token_id, tokens)
         return _batch(real, input_ids=ids, labels=labels)
 
 
 def noise_mask(length: int, density: float, mean_span: float, keys: np.ndarray) -> np.ndarray:
-    """T5's random spans: ``(length,)`` bool, True = corrupted, for one key ``(1,)``.
+    """T5's random spans for samples of one length: ``(B, length)`` bool, True = corrupted, for keys ``(B,)``.
 
     round(length density) tokens are noise, in round(noise / mean_span) spans. Both the noise and the rest are divided
     into that many parts, each division equally likely, and the parts alternate, the rest first.
     """
     if length < 2:
-        return np.zeros(length, dtype=bool)
+        return np.zeros((len(keys), length), dtype=bool)
+    noise, spans = _noise(length, density, mean_span)
+    draws = words(keys, length - 2, CHOICE)
+    parts = np.empty((len(keys), 2 * spans), dtype=np.int64)
+    parts[:, 0::2] = _divide(length - noise, spans, draws[:, noise - 1 :])
+    parts[:, 1::2] = _divide(noise, spans, draws[:, : noise - 1])
+    edges = np.zeros((len(keys), length), dtype=bool)
+    np.put_along_axis(edges, parts.cumsum(1)[:, :-1], True, axis=1)
+    return np.logical_xor.accumulate(edges, axis=1)
+
+
+def _noise(length: int, density: float, mean_span: float) -> tuple[int, int]:
+    """How many tokens are noise, in how many spans."""
     noise = min(max(round(length * density), 1), length - 1)
-    spans = min(max(round(noise / mean_span), 1), noise, length - noise)
-    draws = words(keys, length - 2, CHOICE)[0]
-    parts = np.empty(2 * spans, dtype=np.int64)
-    parts[0::2] = _divide(length - noise, spans, draws[noise - 1 :])
-    parts[1::2] = _divide(noise, spans, draws[: noise - 1])
-    return np.repeat(np.arange(2 * spans) % 2 == 1, parts)
+    return noise, min(max(round(noise / mean_span), 1), noise, length - noise)
 
 
 def _divide(items: int, parts: int, draws: np.ndarray) -> np.ndarray:
-    """Sizes of ``parts`` parts, at least 1 each, of ``items``: the cuts are where ``draws (items - 1,)`` are least."""
+    """Sizes ``(B, parts)``, at least 1 each, that add up to ``items``: the cuts are where ``draws (B, items - 1)`` are
+    least."""
     if parts == 1:
-        return np.array([items])
-    cuts = np.sort(np.argpartition(draws, parts - 2)[: parts - 1]) + 1
-    return np.diff(np.concatenate([[0], cuts, [items]]))
+        return np.full((len(draws), 1), items)
+    cuts = np.sort(np.argpartition(draws, parts - 2, axis=1)[:, : parts - 1], axis=1) + 1
+    return np.diff(cuts, axis=1, prepend=0, append=items)
 
 
 def span_corruption_lengths(input_length: int, density: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
@@ -234,8 +244,7 @@ def span_corruption_lengths(input_length: int, density: float = 0.15, mean_span:
         raise ValueError(f"input_length: got {input_length}, expected at least 4")
 
     def lengths(tokens: int) -> tuple[int, int]:
-        noise = min(max(round(tokens * density), 1), tokens - 1)
-        spans = min(max(round(noise / mean_span), 1), noise, tokens - noise)
+        noise, spans = _noise(tokens, density, mean_span)
         return tokens - noise + spans + 1, noise + spans + 1
 
     tokens = input_length
@@ -276,26 +285,33 @@ class SpanCorruption:
         """``input_ids`` (B, S), ``labels`` (B, T), ``attention_mask`` where there is padding."""
         rows = [np.asarray(row, dtype=np.int64) for row in _ids(samples)]
         keys = _keys(keys, len(rows))
-        inputs, labels = [], []
-        for i, row in enumerate(rows):
-            noise = noise_mask(len(row), self.density, self.mean_span, keys[i : i + 1])
-            inputs.append(self._behind_sentinels(row, noise))
-            labels.append(self._behind_sentinels(row, ~noise))
+        inputs: list[Any] = [None] * len(rows)
+        labels: list[Any] = [None] * len(rows)
+        lengths = np.array([len(row) for row in rows])
+        for length in np.unique(lengths):  # whose rows have as much noise, and so are one array
+            same = np.flatnonzero(lengths == length)
+            texts = np.stack([rows[i] for i in same])
+            noise = noise_mask(int(length), self.density, self.mean_span, keys[same])
+            for found, hidden in ((inputs, noise), (labels, ~noise)):
+                for i, row in zip(same, self._behind_sentinels(texts, hidden)):
+                    found[i] = row
         ids = pad_rows(inputs, self.pad_token_id)
         return _batch(_real(inputs, ids.shape[1]), input_ids=ids, labels=pad_rows(labels, IGNORED))
 
-    def _behind_sentinels(self, row: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """``row`` with one sentinel for each run of ``hidden``."""
+    def _behind_sentinels(self, texts: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """``texts (B, S)`` with one sentinel for each run of ``hidden``, of which all rows have as many."""
         begins = hidden.copy()
-        begins[1:] &= ~hidden[:-1]
-        at = np.flatnonzero(begins)
+        begins[:, 1:] &= ~hidden[:, :-1]
+        spans = int(begins[0].sum())
         sentinels = self._sentinels  # type: ignore[attr-defined]
-        if len(at) > len(sentinels):
-            raise ValueError(f"sentinel_ids: {len(sentinels)} for {len(at)} spans in a sample of {len(row)} tokens")
-        row = row.copy()
-        row[at] = sentinels[: len(at)]
-        row = row[begins | ~hidden]
-        return row if self.eos_token_id is None else np.append(row, self.eos_token_id)
+        if spans > len(sentinels):
+            raise ValueError(f"sentinel_ids: {len(sentinels)} for {spans} spans in a sample of {texts.shape[1]} tokens")
+        texts = texts.copy()
+        texts[begins] = np.tile(sentinels[:spans], len(texts))
+        texts = texts[begins | ~hidden].reshape(len(texts), -1)
+        return (
+            texts if self.eos_token_id is None else np.pad(texts, ((0, 0), (0, 1)), constant_values=self.eos_token_id)
+        )
 
 
 @dataclass(frozen=True)

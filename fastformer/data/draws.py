@@ -24,16 +24,28 @@ def sample_keys(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarra
 
 def words(keys: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
     """``(B, count)`` uint64, every bit random; ``stream`` tells apart what one sample draws for different ends."""
+    return words_at(keys[:, None], np.arange(count), stream)
+
+
+def words_at(keys: np.ndarray, places: np.ndarray, stream: int = 0) -> np.ndarray:
+    """Number ``places`` of each key alone, of shapes that broadcast."""
     start = _mix(keys + np.uint64(stream)) if stream else keys
-    return _mix(start[:, None] + _STEP * np.arange(1, count + 1, dtype=np.uint64))
+    return _mix(start + _STEP * (places.astype(np.uint64) + np.uint64(1)))
 
 
 def uniforms(keys: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
     """``(B, count)`` float64 in [0, 1)."""
-    return (words(keys, count, stream) >> np.uint64(11)) * 2.0**-53
+    return as_uniform(words(keys, count, stream))
+
+
+def as_uniform(random: np.ndarray) -> np.ndarray:
+    """Random words as float64 in [0, 1)."""
+    return (random >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * _FIRST
-    x = (x ^ (x >> np.uint64(27))) * _SECOND
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(27)
+    x *= _SECOND
+    x ^= x >> np.uint64(31)
+    return x

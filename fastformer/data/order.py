@@ -1,8 +1,8 @@
 """The order in which samples are seen: shuffled, the same for a seed, exact on resuming, at any number of processes.
 
 The samples of a run form one endless sequence: the first epoch in a random order, then the second in another, and so
-on, each order a function of (seed, epoch). Batches are cut from it one after the other, over the end of an epoch too, so
-every sample is seen once before any is seen twice. Without padding to save, batch n is samples n B … n B + B - 1.
+on, each order a function of (seed, epoch). Batches are cut from it one after the other, over the end of an epoch
+too: every sample is seen once before any is seen twice. Without padding to save, batch n is samples n B … n B + B - 1.
 
 To save padding, samples of similar length share a batch: a *pool*, some hundred batches of the sequence, is sorted by
 length, cut into batches, and these are shuffled (as Vaswani et al. 2017, §5.1, batch by length). A batch holds a fixed
@@ -65,7 +65,8 @@ class Order:
         batch_size: samples in a batch; or
         max_tokens: samples in a batch times the longest of them, at most.
         lengths: ``(count,)``, of the samples; needed for ``pool`` and ``max_tokens``.
-        pool: samples that are sorted by length together; None does not sort, with ``max_tokens`` 100 batches.
+        pool: samples that are sorted by length together; None does not sort, with ``max_tokens`` about 100
+            batches. One that holds a whole number of epochs, or a small part of one, leaves the epochs apart best.
         seed: fixes the order.
         shuffle: False takes the samples in the order they are in.
     """
@@ -97,7 +98,7 @@ class Order:
             if max_tokens < longest:
                 raise ValueError(f"max_tokens: {max_tokens} does not hold the longest sample, of {longest} tokens")
             mean = max(1.0, float(self.lengths.mean()))  # type: ignore[union-attr]
-            pool = pool or 100 * max(1, int(max_tokens / mean))
+            pool = pool or min(count, 100 * max(1, int(max_tokens / mean)))
         self.sorts = pool is not None
         self.pool_size = batch_size if pool is None else pool
         if batch_size is not None and self.pool_size % batch_size:

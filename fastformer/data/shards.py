@@ -65,7 +65,8 @@ def write_shards(
     fresh.mkdir(parents=True)
     try:
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        offsets, counts = _write_tokens(fresh, _encoded(documents, tokenizer, add_special_tokens), dtype, shard_tokens)
+        texts = _Texts(documents)
+        offsets, counts = _write_tokens(fresh, _encoded(texts, tokenizer, add_special_tokens), dtype, shard_tokens)
         if not counts:
             raise ValueError("documents: there is no text in them")
         np.save(fresh / DOCUMENTS_FILE, np.frombuffer(offsets, dtype=np.int64))
@@ -75,6 +76,7 @@ def write_shards(
             "dtype": dtype,
             "tokens": offsets[-1],
             "documents": len(offsets) - 1,
+            "characters": texts.characters,
             "vocab_size": tokenizer.vocab_size,
             "eos_token_id": tokenizer.eos_token_id,
             "tokenizer": fingerprint(tokenizer),
@@ -89,14 +91,27 @@ def write_shards(
     return TokenShards(directory)
 
 
-def _encoded(documents: Iterable[str | Document], tokenizer: Tokenizer, special: bool) -> Iterator[list[int]]:
+class _Texts:
+    """The documents that are not empty, as text, and how many characters went by."""
+
+    def __init__(self, documents: Iterable[str | Document]) -> None:
+        self.documents, self.characters = documents, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for document in self.documents:
+            text = document if isinstance(document, str) else document.text
+            self.characters += len(text)
+            if text:
+                yield text
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, special: bool) -> Iterator[list[int]]:
     options = {"add_special_tokens": True} if special else {}
     many = getattr(tokenizer, "encode_batch", None)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = (document if isinstance(document, str) else document.text for document in documents)
-    for batch in _batched(text for text in texts if text):
+    for batch in _batched(texts):
         for ids in many(batch, **options) if many else [tokenizer.encode(text, **options) for text in batch]:
-            yield ids if ids[-1:] == end else ids + end
+            yield ids if not end or list(ids[-1:]) == end else [*ids, *end]
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -144,6 +159,7 @@ class TokenShards:
     Attributes:
         offsets: ``(documents + 1,)`` int64, where each document begins in the one long stream.
         vocab_size, eos_token_id: of the tokenizer.
+        characters: of the text.
 
     Raises:
         FileNotFoundError: not a directory of shards.
@@ -162,6 +178,7 @@ class TokenShards:
             names = [(entry["file"], int(entry["tokens"])) for entry in index["shards"]]
             self.dtype = np.dtype(index["dtype"])
             self.vocab_size, self.eos_token_id = int(index["vocab_size"]), index["eos_token_id"]
+            self.characters = int(index["characters"])
             self._fingerprint = index["tokenizer"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an index of token shards: {error!r}") from error

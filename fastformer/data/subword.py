@@ -2,8 +2,8 @@
 
 * BPE (Sennrich et al. 2016, arXiv:1508.07909) over bytes, as GPT-2's: merges the most frequent pair again and again.
   Any text can be encoded and comes back the same.
-* WordPiece (Devlin et al. 2018, arXiv:1810.04805), as BERT's: the longest piece first, ``##`` before those that continue
-  a word, text in lower case between [CLS] and [SEP].
+* WordPiece (Devlin et al. 2018, arXiv:1810.04805), as BERT's: the longest piece first, ``##`` before those inside a
+  word, text in lower case between [CLS] and [SEP].
 * Unigram (Kudo 2018, arXiv:1804.10959), as T5's: the likeliest segmentation under a distribution over pieces, ``▁`` for
   a space, sentinels <extra_id_0>, <extra_id_1> … for span corruption at the end of the vocabulary. With byte fallback a
   character that was never seen becomes its UTF-8 bytes.

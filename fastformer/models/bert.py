@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch import nn as torch_nn
+from typing_extensions import Unpack
 
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM
@@ -25,8 +26,16 @@ from ..nn._joined import JoinedLayers
 from ..nn.norm import add_norm
 from ..nn.submodules import is_plain, pending_dropout
 from .activations import check_activation
-from .blocks import activate, attend, feed_forward
-from .inputs import check_embeds, check_indices, one_of, padding_mask
+from .blocks import activate, attend, attend_packed, feed_forward
+from .inputs import (
+    PackedArguments,
+    PackedTexts,
+    check_embeds,
+    check_indices,
+    one_of,
+    packed_texts,
+    padding_mask,
+)
 from .losses import PROBLEM_TYPES
 from .outputs import BaseModelOutput, BaseModelOutputWithPooling
 from .pretrained import PreTrainedConfig, PreTrainedModel
@@ -244,17 +253,25 @@ class BertSelfAttention(JoinedLayers):
         self.join()
 
     def forward(
-        self, x: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = False
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        texts: PackedTexts | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x ``(B, S, E)``, key_padding_mask ``(B, S)`` bool, True = ignored -> ``(B, S, E)``, and with
-        ``need_weights`` the attention weights ``(B, H, S, S)``."""
+        ``need_weights`` the attention weights ``(B, H, S, S)``. ``texts`` are those of a packed row."""
         heads = (self.num_heads, self.head_dim)
         dropout_p = self.dropout.p if self.training else 0.0
         options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "dropout_p": dropout_p}
         qkv = self.joined_output(x) if not need_weights and self.head_dim <= MAX_HEAD_DIM else None
-        if qkv is not None:
+        if qkv is not None and texts is None:
             return functional.attention_qkvpacked(qkv.unflatten(2, (3, *heads)), **options).flatten(2), None
-        q, k, v = (layer(x).unflatten(2, heads).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        parts = (self.query, self.key, self.value)
+        q, k, v = (p(x).unflatten(2, heads) for p in parts) if qkv is None else qkv.unflatten(2, (3, *heads)).unbind(2)
+        if texts is not None:
+            return attend_packed(q, k, v, texts, scale=self.head_dim**-0.5, dropout_p=dropout_p).flatten(2), None
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out, weights = attend(q, k, v, scale=self.head_dim**-0.5, need_weights=need_weights, **options)
         return out.transpose(1, 2).flatten(2), weights
 
@@ -287,10 +304,14 @@ class BertAttention(torch_nn.Module):
         self.output = BertOutput(config.hidden_size, config)
 
     def forward(
-        self, x: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = False
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        texts: PackedTexts | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`BertSelfAttention.forward`."""
-        attended, weights = self.self(x, key_padding_mask, need_weights)
+        attended, weights = self.self(x, key_padding_mask, need_weights, texts)
         return self.output(attended, x), weights
 
 
@@ -317,10 +338,14 @@ class BertLayer(torch_nn.Module):
         self.output = BertOutput(config.intermediate_size, config)
 
     def forward(
-        self, x: Tensor, key_padding_mask: Tensor | None = None, attentions: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attentions: list[Tensor] | None = None,
+        texts: PackedTexts | None = None,
     ) -> Tensor:
         """x ``(B, S, E)`` -> ``(B, S, E)``; the attention weights are appended to ``attentions``, if it is given."""
-        x, weights = self.attention(x, key_padding_mask, attentions is not None)
+        x, weights = self.attention(x, key_padding_mask, attentions is not None, texts)
         if attentions is not None:
             attentions.append(weights)
         first, last = self.intermediate, self.output
@@ -342,11 +367,12 @@ class BertEncoder(torch_nn.Module):
         key_padding_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        texts: PackedTexts | None = None,
     ) -> BaseModelOutput:
-        """x ``(B, S, E)``, key_padding_mask ``(B, S)`` bool, True = ignored."""
+        """x ``(B, S, E)``, key_padding_mask ``(B, S)`` bool, True = ignored; ``texts`` are those of a packed row."""
         states, attentions = [x], [] if output_attentions else None
         for layer in self.layer:
-            x = layer(x, key_padding_mask, attentions)
+            x = layer(x, key_padding_mask, attentions, texts)
             states.append(x)
         return BaseModelOutput(
             last_hidden_state=x,
@@ -429,6 +455,7 @@ class BertModel(BertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **packed: Unpack[PackedArguments],
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Runs the encoder.
 
@@ -443,13 +470,18 @@ class BertModel(BertPreTrainedModel):
                 them.
             output_hidden_states: also return the embeddings and every layer's output.
             return_dict: False returns a tuple of the fields that are not None.
+            packed: the texts of one row that do not see each other, :class:`.inputs.PackedArguments`; position_ids
+                that begin anew with each are the caller's to give.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, naming it.
         """
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         key_padding_mask = padding_mask(attention_mask, hidden.shape[0], hidden.shape[1], hidden.device)
-        encoded = self.encoder(hidden, key_padding_mask, bool(output_attentions), bool(output_hidden_states))
+        texts = packed_texts(
+            packed, hidden.shape[0], attention_mask=attention_mask, output_attentions=output_attentions
+        )
+        encoded = self.encoder(hidden, key_padding_mask, bool(output_attentions), bool(output_hidden_states), texts)
         output = BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=None if self.pooler is None else self.pooler(encoded.last_hidden_state),

@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch import nn as torch_nn
+from typing_extensions import Unpack
 
 from .. import nn
 from .bert import BertConfig, BertModel, BertPreTrainedModel
 from .blocks import activate
-from .losses import sequence_loss, token_loss
+from .inputs import PackedArguments
+from .losses import head_loss, scored_rows, sequence_loss, token_loss
 from .outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 
 
@@ -115,11 +117,14 @@ class BertForMaskedLM(BertWithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool = False,
+        **packed: Unpack[PackedArguments],
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """Logits of every position's word, and the loss if ``labels`` are given.
 
         Args:
             labels: ``(B, S)`` int64: the words to find where input_ids has [MASK]; -100, elsewhere, is not counted.
+            skip_logits: with labels, return the loss without the logits, which are then never held as a whole.
             The rest: as in :meth:`BertModel.forward`.
 
         Returns:
@@ -134,10 +139,18 @@ class BertForMaskedLM(BertWithHead):
             inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packed,
         )
-        logits = self.cls(output.last_hidden_state)
+        logits, loss = None, None
+        if skip_logits and labels is not None:
+            # Few positions are scored: the others need not pass through the head's own layer either.
+            rows, target = scored_rows(output.last_hidden_state, labels)
+            loss = head_loss(self.cls.predictions.transform(rows), self.cls.predictions.decoder, target)
+        else:
+            logits = self.cls(output.last_hidden_state)
+            loss = None if labels is None else token_loss(logits, labels)
         result = MaskedLMOutput(
-            loss=None if labels is None else token_loss(logits, labels),
+            loss=loss,
             logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
@@ -225,6 +238,7 @@ class BertForTokenClassification(BertClassifier):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **packed: Unpack[PackedArguments],
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Logits of every token's labels, and the loss if ``labels`` are given.
 
@@ -244,6 +258,7 @@ class BertForTokenClassification(BertClassifier):
             inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packed,
         )
         logits = self.classifier(self.dropout(output.last_hidden_state))
         result = TokenClassifierOutput(

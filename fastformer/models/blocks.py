@@ -1,9 +1,10 @@
 """The steps that the models' layers are made of, fused where the layers are plain ones.
 
     feed_forward     second(activation(first(x))), or down(activation(gate(x)) * up(x))
-    attend           softmax(scale q k^T + biases + masks) v
+    attend           softmax(scale q k^T + biases + masks) v, each row of the batch one text
+    attend_packed    the same of texts that lie end to end in one row
 
-The first is its matmuls with one pass between them, the second one kernel. A layer that was replaced or has a hook
+The first is its matmuls with one pass between them, the others one kernel. A layer that was replaced or has a hook
 is called instead.
 """
 
@@ -25,6 +26,7 @@ from ..nn.positions import bias_by_position
 from ..nn.submodules import is_plain
 from .activations import FUSED_ACTIVATIONS, OTHER_ACTIVATIONS
 from .conv1d import Conv1D
+from .inputs import PackedTexts
 
 LINEAR = (*JOINABLE, Conv1D)
 
@@ -97,6 +99,28 @@ def _weight(layer: torch_nn.Module) -> Tensor:
     """``(out_features, in_features)``."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, texts: PackedTexts, *, causal: bool = False, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """Attention within each of the texts that lie end to end in one row.
+
+    Args:
+        q, k, v: ``(1, S, Hq | Hkv, D)``.
+        texts: where they begin.
+        causal, scale, dropout_p: as in :func:`fastformer.functional.attention_varlen`.
+
+    Returns:
+        ``(1, S, Hq, D)``.
+    """
+    starts, longest = texts
+    q, k, v = (t[0] for t in (q, k, v))
+    out = functional.attention_varlen(
+        q, k, v, starts, starts, longest, longest, causal=causal, scale=scale, dropout_p=dropout_p
+    )
+    assert isinstance(out, Tensor)  # not a pair: return_lse is off
+    return out[None]
 
 
 def attend(

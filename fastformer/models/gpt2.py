@@ -17,17 +17,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch import nn as torch_nn
+from typing_extensions import Unpack
 
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM
 from ..nn.norm import add_norm, add_residual
 from .activations import check_activation
-from .blocks import attend, feed_forward
+from .blocks import attend, attend_packed, feed_forward
 from .cache import KVCache
 from .conv1d import Conv1D
 from .gpt2_decoder import FusedDecoder, fused_decoder
-from .inputs import check_embeds, check_indices, one_of, padding_mask
-from .losses import causal_lm_loss
+from .inputs import (
+    PackedArguments,
+    PackedTexts,
+    check_embeds,
+    check_indices,
+    one_of,
+    packed_texts,
+    padding_mask,
+)
+from .losses import causal_lm_loss, head_loss, next_tokens
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedConfig, PreTrainedModel
 
@@ -129,12 +138,16 @@ class GPT2Attention(torch_nn.Module):
         cache: KVCache | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
+        texts: PackedTexts | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x ``(B, S, E)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored -> ``(B, S, E)``, and with
-        ``need_weights`` the attention weights ``(B, H, S, cached + S)``."""
+        ``need_weights`` the attention weights ``(B, H, S, cached + S)``. ``texts`` are those of a packed row."""
         qkv = self.c_attn(x).view(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim)
         options: dict[str, Any] = {"scale": self.scale, "key_padding_mask": key_padding_mask}
         options["dropout_p"] = self.dropout_p if self.training else 0.0
+        if texts is not None:
+            out = attend_packed(*qkv.unbind(2), texts, causal=True, scale=self.scale, dropout_p=options["dropout_p"])
+            return self.c_proj(out.flatten(2)), None
         if cache is None and not need_weights and self.head_dim <= MAX_HEAD_DIM:
             out = functional.attention_qkvpacked(qkv, causal=True, **options)
             return self.c_proj(out.flatten(2)), None
@@ -177,12 +190,13 @@ class GPT2Block(torch_nn.Module):
         cache: KVCache | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
+        texts: PackedTexts | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """residual, delta ``(B, S, E)`` (delta None in the first layer) -> the same pair for the next layer, and the
         attention weights if they are wanted."""
         dropout_p = self.dropout_p if self.training else 0.0
         normed, residual = add_norm(self.ln_1, delta, residual, dropout_p)
-        delta, weights = self.attn(normed, cache, key_padding_mask, need_weights)
+        delta, weights = self.attn(normed, cache, key_padding_mask, need_weights, texts)
         normed, residual = add_norm(self.ln_2, delta, residual, dropout_p)
         return residual, self.mlp(normed), weights
 
@@ -245,6 +259,7 @@ class GPT2Model(GPT2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **packed: Unpack[PackedArguments],
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Runs the decoder.
 
@@ -261,6 +276,8 @@ class GPT2Model(GPT2PreTrainedModel):
                 computing them.
             output_hidden_states: also return the embeddings and every layer's output, the last one normalised.
             return_dict: False returns a tuple of the fields that are not None.
+            packed: the texts of one row that do not see each other, :class:`.inputs.PackedArguments`; position_ids
+                that begin anew with each are the caller's to give.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, naming it.
@@ -270,7 +287,15 @@ class GPT2Model(GPT2PreTrainedModel):
         batch, length = hidden.shape[:2]
         key_padding_mask = padding_mask(attention_mask, batch, past + length, hidden.device)
         cache = past_key_values
-        if use_cache is None:
+        texts = packed_texts(
+            packed,
+            batch,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+        )
+        if use_cache is None and texts is None:
             use_cache = self.config.use_cache and (cache is not None or not torch.is_grad_enabled())
         if cache is None and use_cache:
             cache = KVCache(self.config.n_layer)
@@ -283,7 +308,7 @@ class GPT2Model(GPT2PreTrainedModel):
             if output_hidden_states:  # wants the sum that the next norm would form
                 hidden, delta = add_residual(delta, hidden, dropout_p), None
                 states.append(hidden)
-            hidden, delta, weights = block(hidden, delta, cache, key_padding_mask, bool(output_attentions))
+            hidden, delta, weights = block(hidden, delta, cache, key_padding_mask, bool(output_attentions), texts)
             attentions.append(weights)
         hidden = add_norm(self.ln_f, delta, hidden, dropout_p)[0]
         output = BaseModelOutputWithPast(
@@ -369,6 +394,8 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        skip_logits: bool = False,
+        **packed: Unpack[PackedArguments],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits for the token after each position, and the loss if ``labels`` are given.
 
@@ -379,6 +406,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             logits_to_keep: compute logits for the last so many positions only; 0 = all.
             num_items_in_batch: divide the summed loss by this instead of the number of labels counted, so that the
                 gradients accumulated over several batches are those of one large batch.
+            skip_logits: with labels, return the loss without the logits, which are then never held as a whole.
             The rest: as in :meth:`GPT2Model.forward`.
 
         Returns:
@@ -400,11 +428,17 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packed,
         )
         hidden = output.last_hidden_state
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        logits, loss = None, None
+        if skip_logits and scored:
+            loss = head_loss(hidden, self.lm_head, next_tokens(labels, shift_labels), num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch)
         result = CausalLMOutputWithPast(
-            loss=causal_lm_loss(logits, labels, shift_labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,

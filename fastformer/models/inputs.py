@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple, TypedDict
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,56 @@ def padding_mask(
     if attention_mask.device != device:
         raise ValueError(f"{name}: is on {attention_mask.device}, but the input is on {device}")
     return attention_mask == 0
+
+
+class PackedArguments(TypedDict, total=False):
+    """How ``transformers`` describes texts that lie end to end in a row (its flash attention's keyword arguments).
+
+    ``cu_seq_lens_q``, ``cu_seq_lens_k``: ``(texts + 1)`` int32, where each text begins, and the end; the two are the
+    same. ``max_length_q``, ``max_length_k``: the longest text; left out, it is looked up.
+    """
+
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    max_length_q: int
+    max_length_k: int
+
+
+class PackedTexts(NamedTuple):
+    """``cu_seqlens (texts + 1)`` int32 and the longest text, for :func:`fastformer.functional.attention_varlen`."""
+
+    cu_seqlens: Tensor
+    max_length: int | None
+
+
+def packed_texts(given: PackedArguments, batch: int, **others: Any) -> PackedTexts | None:
+    """What a model's ``**packed`` says; None if nothing.
+
+    Args:
+        given: the keyword arguments that the model does not name itself.
+        batch: rows of the input, which must be one.
+        others: what cannot be had for packed texts, by name; may be None or False.
+
+    Raises:
+        TypeError: a keyword argument that there is not.
+        ValueError: arguments that do not fit together.
+    """
+    if not given:
+        return None
+    unknown = given.keys() - PackedArguments.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
+    starts, keys = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
+    if starts is None and keys is None:
+        return None
+    if starts is None or keys is None or (starts is not keys and not torch.equal(starts, keys)):
+        raise ValueError("cu_seq_lens_k: expected the same as cu_seq_lens_q; a text attends to itself")
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q: describes one row of packed texts, but input_ids has {batch} rows")
+    for name, value in others.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: not available for packed texts (cu_seq_lens_q)")
+    return PackedTexts(starts, given.get("max_length_q"))
 
 
 def packed_mask(position_ids: Tensor) -> Tensor | None:

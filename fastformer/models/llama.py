@@ -17,17 +17,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch import nn as torch_nn
+from typing_extensions import Unpack
 
 from .. import functional, nn
 from ..nn._joined import JoinedLayers
 from ..nn.norm import add_norm, add_residual
 from .activations import FUSED_ACTIVATIONS
-from .blocks import attend
+from .blocks import attend, attend_packed
 from .cache import KVCache
-from .inputs import check_embeds, check_indices, one_of, packed_mask, padding_mask
+from .inputs import (
+    PackedArguments,
+    PackedTexts,
+    check_embeds,
+    check_indices,
+    one_of,
+    packed_mask,
+    packed_texts,
+    padding_mask,
+)
 from .llama_config import LlamaConfig
 from .llama_decoder import FusedDecoder, fused_decoder
-from .losses import causal_lm_loss
+from .losses import causal_lm_loss, head_loss, next_tokens
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedModel
 
@@ -89,10 +99,11 @@ class LlamaAttention(JoinedLayers):
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         need_weights: bool = False,
+        texts: PackedTexts | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x ``(B, S, E)``, cos, sin ``(B | 1, S, D / 2)``, key_padding_mask ``(B, cached + S)`` bool, True = ignored,
         attn_mask ``(B | 1, 1, S, S)`` bool, True = may look -> ``(B, S, E)``, and with ``need_weights`` the attention
-        weights ``(B, H, S, cached + S)``."""
+        weights ``(B, H, S, cached + S)``. ``texts`` are those of a packed row."""
         shape = (*x.shape[:2], -1, self.head_dim)
         whole = self.joined_output(x)
         if whole is not None:
@@ -101,6 +112,11 @@ class LlamaAttention(JoinedLayers):
             q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
         # A layer's own output may have been kept by a hook.
         q, k = functional.rotary_embedding(q, k, cos, sin, inplace=whole is not None and not whole.requires_grad)
+        dropout_p = self.dropout_p if self.training else 0.0
+        if texts is not None:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = attend_packed(q, k, v, texts, causal=True, scale=self.scale, dropout_p=dropout_p)
+            return self.o_proj(out.flatten(2)), None
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         out, weights = attend(
@@ -111,7 +127,7 @@ class LlamaAttention(JoinedLayers):
             scale=self.scale,
             key_padding_mask=key_padding_mask,
             attn_mask=attn_mask,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_p=dropout_p,
             need_weights=need_weights,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
@@ -142,11 +158,12 @@ class LlamaDecoderLayer(torch_nn.Module):
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         need_weights: bool = False,
+        texts: PackedTexts | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """residual, delta ``(B, S, E)`` (delta None in the first layer) -> the same pair for the next layer, and the
         attention weights if they are wanted."""
         normed, residual = add_norm(self.input_layernorm, delta, residual, 0.0)
-        delta, weights = self.self_attn(normed, cos, sin, cache, key_padding_mask, attn_mask, need_weights)
+        delta, weights = self.self_attn(normed, cos, sin, cache, key_padding_mask, attn_mask, need_weights, texts)
         normed, residual = add_norm(self.post_attention_layernorm, delta, residual, 0.0)
         return residual, self.mlp(normed), weights
 
@@ -206,6 +223,7 @@ class LlamaModel(LlamaPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **packed: Unpack[PackedArguments],
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Runs the decoder.
 
@@ -223,6 +241,8 @@ class LlamaModel(LlamaPreTrainedModel):
                 computing them.
             output_hidden_states: also return the embeddings and every layer's output, the last one normalised.
             return_dict: False returns a tuple of the fields that are not None.
+            packed: the texts of one row that do not see each other, :class:`.inputs.PackedArguments`; position_ids
+                that begin anew with each are the caller's to give.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, naming it.
@@ -233,8 +253,16 @@ class LlamaModel(LlamaPreTrainedModel):
         key_padding_mask = padding_mask(attention_mask, batch, past + length, hidden.device)
         position_ids = _positions(position_ids, batch, length)
         cache = past_key_values
-        caches = self.config.use_cache if use_cache is None else use_cache
-        packs = position_ids is not None and attention_mask is None and cache is None and not caches
+        texts = packed_texts(
+            packed,
+            batch,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+        )
+        caches = texts is None and (self.config.use_cache if use_cache is None else use_cache)
+        packs = texts is None and position_ids is not None and attention_mask is None and cache is None and not caches
         masks = (key_padding_mask, packed_mask(position_ids) if packs else None)
         if use_cache is None:
             use_cache = caches and (cache is not None or not torch.is_grad_enabled())
@@ -249,7 +277,7 @@ class LlamaModel(LlamaPreTrainedModel):
             if output_hidden_states:  # wants the sum that the next norm would form
                 hidden, delta = add_residual(delta, hidden, 0.0), None
                 states.append(hidden)
-            hidden, delta, weights = layer(hidden, delta, cos, sin, cache, *masks, bool(output_attentions))
+            hidden, delta, weights = layer(hidden, delta, cos, sin, cache, *masks, bool(output_attentions), texts)
             attentions.append(weights)
         hidden = add_norm(self.norm, delta, hidden, 0.0)[0]
         output = BaseModelOutputWithPast(
@@ -325,6 +353,8 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        skip_logits: bool = False,
+        **packed: Unpack[PackedArguments],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits for the token after each position, and the loss if ``labels`` are given.
 
@@ -336,6 +366,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
                 0 = all.
             num_items_in_batch: divide the summed loss by this instead of the number of labels counted, so that the
                 gradients accumulated over several batches are those of one large batch.
+            skip_logits: with labels, return the loss without the logits, which are then never held as a whole.
             The rest: as in :meth:`LlamaModel.forward`.
 
         Returns:
@@ -355,13 +386,19 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
             use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packed,
         )
         hidden = output.last_hidden_state
         if chosen or logits_to_keep:
             hidden = hidden[:, logits_to_keep if chosen else slice(-logits_to_keep, None)]
-        logits = self.lm_head(hidden)
+        logits, loss = None, None
+        if skip_logits and scored:
+            loss = head_loss(hidden, self.lm_head, next_tokens(labels, shift_labels), num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden)
+            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch)
         result = CausalLMOutputWithPast(
-            loss=causal_lm_loss(logits, labels, shift_labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import functional
+from .. import functional, nn
+from ..nn.submodules import is_plain
 
 
 def causal_lm_loss(
@@ -16,10 +19,16 @@ def causal_lm_loss(
 
     ``shift_labels (B, S)``, already shifted, go before labels; without either there is no loss.
     """
+    targets = next_tokens(labels, shift_labels)
+    return None if targets is None else token_loss(logits, targets, num_items)
+
+
+def next_tokens(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+    """The target at each position, ``(B, S)``: ``shift_labels``, or ``labels`` shifted, or None without either."""
     if shift_labels is None and labels is not None:
         # The labels are shifted, not the logits: those are large, and a slice of them is not contiguous.
-        shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return None if shift_labels is None else token_loss(logits, shift_labels, num_items)
+        return F.pad(labels[:, 1:], (0, 1), value=-100)
+    return shift_labels
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -39,6 +48,43 @@ def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = 
     if num_items is None:
         return functional.cross_entropy(rows, target)
     return functional.cross_entropy(rows, target, reduction="sum") / num_items
+
+
+def head_loss(
+    hidden: Tensor, head: torch.nn.Module, labels: Tensor | None, num_items: Tensor | int | None = None
+) -> Tensor | None:
+    """:func:`token_loss` of ``head(hidden)``, without the logits where ``head`` is a linear layer and nothing else.
+
+    Args:
+        hidden: ``(*, E)``.
+        head: from E to C.
+        labels: ``(*)`` int64; -100 is not counted. Without them there is no loss.
+    """
+    if labels is None:
+        return None
+    rows, target = scored_rows(hidden, labels)
+    if not is_plain(head, torch.nn.Linear, nn.Linear):
+        return token_loss(head(rows), target, num_items)
+    half = rows.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(rows.device.type)
+    # Under autocast the loss is float32 whatever the hidden states are.
+    with torch.autocast(rows.device.type, dtype=rows.dtype) if half else nullcontext():
+        arguments = (rows, head.weight, target)
+        if num_items is None:
+            return functional.linear_cross_entropy(*arguments, linear_bias=head.bias)
+        return functional.linear_cross_entropy(*arguments, linear_bias=head.bias, reduction="sum") / num_items
+
+
+def scored_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden ``(*, E)`` and labels ``(*)`` as rows; on a CPU those of them whose label counts.
+
+    A GPU would have to say how many these are before the next kernel could start.
+    """
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: shape {tuple(labels.shape)} is not {tuple(hidden.shape[:-1])}")
+    rows, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if rows.device.type == "cpu" and (scored := target != -100).sum() < target.numel():
+        return rows[scored], target[scored]
+    return rows, target
 
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")

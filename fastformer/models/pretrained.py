@@ -278,31 +278,56 @@ class PreTrainedModel(torch.nn.Module):
         prefix = self.base_model_prefix + "."
         return next((name for name in (key, prefix + key, key.removeprefix(prefix)) if name in shapes), None)
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: int | str = "50GB",
+    ) -> None:
         """Writes config.json and model.safetensors into directory ``path``, as ``transformers`` reads them.
 
         And generation_config.json, if the model has one.
 
         Tied weights are stored once. Each file appears complete or not at all.
+
+        Args:
+            state_dict: what to write instead of this model's, such as one gathered from several processes.
+            max_shard_size: bytes, or a number and KB, MB or GB; above it the tensors are spread over several files with
+                an index. A tensor that is larger by itself has a file of its own.
         """
         from safetensors.torch import save_file
 
-        directory = Path(path)
+        directory, limit = Path(path), _bytes(max_shard_size)
         if directory.is_file():
             raise ValueError(f"path: {directory} is a file, not a directory")
         directory.mkdir(parents=True, exist_ok=True)
         ties = self.ties()
-        state = {k: v.detach().contiguous() for k, v in self.state_dict().items() if k not in ties}
+        source = self.state_dict() if state_dict is None else state_dict
+        state = {k: v.detach().contiguous() for k, v in source.items() if k not in ties}
         config = self.config.to_dict()
         config["architectures"] = [type(self).__name__]
         config["dtype"] = str(self.dtype).removeprefix("torch.")
-        with replaced(directory / SAFETENSORS) as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
-        with replaced(directory / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shards = _shards(state, limit)
+        for name, tensors in shards.items():
+            with replaced(directory / name) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+        texts = {"config.json": json.dumps(config, indent=2, sort_keys=True)}
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(t.nbytes for t in state.values())},
+                "weight_map": {key: name for name, tensors in shards.items() for key in tensors},
+            }
+            texts[SAFETENSORS_INDEX] = json.dumps(index, indent=2, sort_keys=True)
         if self._generation_config is not None:
-            with replaced(directory / GENERATION_CONFIG) as temporary:
-                temporary.write_text(json.dumps(self._generation_config.to_dict(), indent=2) + "\n", encoding="utf-8")
+            texts[GENERATION_CONFIG] = json.dumps(self._generation_config.to_dict(), indent=2)
+        for name, text in texts.items():
+            with replaced(directory / name) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+        # What an earlier save left would be read first, or beside these.
+        stale = {SAFETENSORS, SAFETENSORS_INDEX, *(p.name for p in directory.glob("model-*-of-*.safetensors"))}
+        for name in stale - set(shards) - set(texts):
+            (directory / name).unlink(missing_ok=True)
 
 
 class replaced:
@@ -386,6 +411,29 @@ def _tensors(directory: Path) -> Iterator[tuple[str, str, Tensor]]:
                     yield name, key, tensor
         return
     raise FileNotFoundError(f"path: {directory} has none of {SAFETENSORS}, {TORCH} or their .index.json")
+
+
+def _shards(state: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
+    """File name -> its part of ``state``, each of at most ``limit`` bytes where its tensors allow that."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in state.items():
+        if parts[-1] and size + tensor.nbytes > limit:
+            parts.append({})
+            size = 0
+        parts[-1][key] = tensor
+        size += tensor.nbytes
+    if len(parts) == 1:
+        return {SAFETENSORS: parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", str(size).strip().upper())
+    number = float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]] if match else 0
+    if number < 1:
+        raise ValueError(f"max_shard_size: got {size!r}, expected bytes, or a number and KB, MB or GB, above 0")
+    return int(number)
 
 
 def _matches(patterns: tuple[str, ...], name: str) -> bool:

@@ -18,7 +18,7 @@ from torch import nn as torch_nn
 
 from .. import nn
 from .cache import EncoderDecoderCache
-from .losses import token_loss
+from .losses import head_loss, token_loss
 from .outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from .t5_stack import T5Config, T5PreTrainedModel, T5Stack
 
@@ -165,6 +165,7 @@ class T5ForConditionalGeneration(T5Model):
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
     ) -> Seq2SeqLMOutput | tuple[Any, ...]:
         """Logits at each of the decoder's positions, and the loss if ``labels`` are given.
 
@@ -174,6 +175,7 @@ class T5ForConditionalGeneration(T5Model):
             logits_to_keep: compute logits for the last so many positions only; 0 = all.
             num_items_in_batch: divide the summed loss by this instead of the number of labels counted, so that the
                 gradients accumulated over several batches are those of one large batch.
+            skip_logits: with labels, return the loss without the logits, which are then never held as a whole.
             The rest: as in :meth:`T5Model.forward`.
 
         Returns:
@@ -207,9 +209,14 @@ class T5ForConditionalGeneration(T5Model):
             hidden = hidden[:, -logits_to_keep:]
         if self.config.scale_decoder_outputs:
             hidden = hidden * self.config.d_model**-0.5
-        logits = self.lm_head(hidden)
+        logits, loss = None, None
+        if skip_logits and labels is not None:
+            loss = head_loss(hidden, self.lm_head, labels, num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden)
+            loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
         result = Seq2SeqLMOutput(
-            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             decoder_hidden_states=output.decoder_hidden_states,

@@ -1,68 +1,168 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or not there, the newest beside a few before it.
 
-A checkpoint is a Hugging Face model directory (config.json, model.safetensors) with the tokenizer's file and
-``training_state.pt`` (optimizer, random number generators, position in the data, settings) beside them. It is written
-to a temporary directory next to its place and moved there by a rename, so that a process killed at any moment leaves
-the new checkpoint or the one before it, never a mixture.
+A checkpoint is a Hugging Face model directory (config.json, safetensors, in shards where they are large) with the
+tokenizer's files and ``training_state.pt`` (optimizer, random number generators, position in the data, settings). It is
+written to a temporary directory, to the disk, with ``manifest.json`` last, which has the size and checksum of every
+other file; then the newest, ``checkpoint``, is renamed to ``checkpoint-<its step>``, and the new one takes its place.
+A process killed at any moment, or a disk that fills up, leaves the new checkpoint or those before it, never a mixture;
+and one whose files were damaged later is found out and passed over.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import re
 import shutil
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..data import Tokenizer
 
 STATE_FILE = "training_state.pt"
+MANIFEST_FILE = "manifest.json"
+NEWEST = "checkpoint"
+MAX_SHARD_SIZE = "5GB"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def save_checkpoint(
-    directory: str | Path, model: torch.nn.Module, tokenizer: Tokenizer | None, state: dict[str, Any] | None = None
+    directory: str | Path,
+    model: torch.nn.Module,
+    tokenizer: Tokenizer | None,
+    state: dict[str, Any] | None = None,
+    *,
+    keep: int = 1,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Writes ``model`` (by its ``save_pretrained``), ``tokenizer`` and ``state`` as one, replacing what was there."""
+    """Writes ``model`` (by its ``save_pretrained``), ``tokenizer`` and ``state`` as one.
+
+    Args:
+        directory: where; what is there is replaced.
+        keep: how many checkpoints there are afterwards: with 2, the one replaced stays as ``<directory>-<its step>``.
+        weights: instead of the model's own ``state_dict``, passed on to ``save_pretrained``.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, for one). Nothing of it is left, and the checkpoints
+            before it are.
+    """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(f"{directory.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    model.save_pretrained(fresh)
-    if tokenizer is not None:
-        tokenizer.save(fresh)
-    if state is not None:
-        torch.save(state, fresh / STATE_FILE)
-    for path in [*fresh.iterdir(), fresh]:
-        _flush(path)
-    previous = _previous(directory)
+    try:
+        fresh.mkdir()
+        given = {} if weights is None else {"state_dict": weights}
+        model.save_pretrained(fresh, max_shard_size=MAX_SHARD_SIZE, **given)
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+        if state is not None:
+            torch.save(state, fresh / STATE_FILE)
+        _write_manifest(fresh, (state or {}).get("step", 0))
+        for path in [*fresh.rglob("*"), fresh]:
+            _flush(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk, too
+        shutil.rmtree(fresh, ignore_errors=True)
+        free = shutil.disk_usage(directory.parent).free
+        before = f"; {directory} is as it was" if directory.exists() else ""
+        raise CheckpointError(
+            f"could not write the checkpoint {directory} ({error}); {free / 2**20:,.0f} MiB are free there{before}"
+        ) from error
     if directory.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(directory, previous)
+        older = _retired(directory)
+        shutil.rmtree(older, ignore_errors=True)
+        os.rename(directory, older)
     os.rename(fresh, directory)
-    shutil.rmtree(previous, ignore_errors=True)
+    _flush(directory.parent)
+    for old in _older(directory)[max(0, keep - 1) :]:
+        shutil.rmtree(old, ignore_errors=True)
     return directory
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint at ``path`` (the directory itself, or a run that has one in ``checkpoint/``).
+    """The newest whole checkpoint at ``path`` (the directory itself, or a run that has one in ``checkpoint/``).
 
-    Puts the previous one back where a save was killed between its two renames.
+    Warns of each that is damaged and passed over.
 
     Raises:
         FileNotFoundError: there is none; the message lists what was looked for.
+        ValueError: there are, and every one of them is damaged.
     """
     path = Path(path).expanduser()
-    for candidate in (path, path / "checkpoint"):
-        if not candidate.exists() and _previous(candidate).is_dir():
-            os.rename(_previous(candidate), candidate)
-        if (candidate / "config.json").is_file():
-            return candidate
+    damaged = []
+    for place in (path, path / NEWEST):
+        for candidate in (place, *(_older(place) if place.name == NEWEST else ())):
+            if not (candidate / "config.json").is_file():
+                continue
+            problem = find_damage(candidate)
+            if not problem:
+                if damaged:
+                    said = "; ".join(damaged)
+                    warnings.warn(f"fastformer: {said}; going back to {candidate}, before it", stacklevel=2)
+                return candidate
+            damaged.append(f"the checkpoint {candidate} is damaged: {problem}")
+    if damaged:
+        raise ValueError("; ".join(damaged) + "; there is no whole one before it")
     raise FileNotFoundError(
-        f"no checkpoint at {path}: neither {path / 'config.json'} nor {path / 'checkpoint' / 'config.json'} exists. "
+        f"no checkpoint at {path}: neither {path / 'config.json'} nor {path / NEWEST / 'config.json'} exists. "
         "`fastformer demo` and `fastformer pretrain` write one"
     )
+
+
+def restore_checkpoint(run: str | Path) -> Path:
+    """The newest whole checkpoint of ``run``, made its ``checkpoint/``: damaged ones that came after it are deleted.
+
+    Raises:
+        FileNotFoundError, ValueError: as in :func:`find_checkpoint`.
+    """
+    found = find_checkpoint(run)
+    newest = Path(run).expanduser() / NEWEST
+    if found == newest or found.parent != newest.parent:
+        return found
+    for path in (newest, *_older(newest)):
+        if path == found:
+            break
+        shutil.rmtree(path, ignore_errors=True)
+    os.rename(found, newest)
+    return newest
+
+
+def has_checkpoint(run: str | Path) -> bool:
+    """Whether there is something in ``run`` to resume, or to be careful with."""
+    newest = Path(run).expanduser() / NEWEST
+    return newest.is_dir() or bool(_older(newest))
+
+
+def find_damage(directory: Path) -> str:
+    """What is wrong with the files of a checkpoint, in words; "" where they are as they were written.
+
+    A directory without a manifest was not written here, and is taken as it is.
+    """
+    manifest = directory / MANIFEST_FILE
+    if not manifest.is_file():
+        return ""
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST_FILE} cannot be read"
+    for name, (size, checksum) in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if _checksum(path) != checksum:
+            return f"{name} has other contents than were written"
+    return ""
 
 
 def load_state(directory: str | Path) -> dict[str, Any]:
@@ -78,8 +178,8 @@ def load_state(directory: str | Path) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """States of PyTorch's generators, on the CPU and on every GPU."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    """States of PyTorch's generators, on the CPU and on every GPU, and of Python's."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -88,12 +188,46 @@ def random_state() -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any]) -> None:
     """Puts back what :func:`random_state` returned; a GPU's only where there is one."""
     torch.set_rng_state(state["cpu"])
+    random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _previous(directory: Path) -> Path:
-    return directory.with_name(f"{directory.name}.previous")
+def _write_manifest(directory: Path, step: int) -> None:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(directory)): (path.stat().st_size, _checksum(path)) for path in files}
+    text = json.dumps({"step": step, "files": entries}, indent=2) + "\n"
+    (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32: it is to find damage, not a forger, and reads as fast as the disk."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _retired(directory: Path) -> Path:
+    """The name ``directory`` gets when another takes its place."""
+    try:
+        step = int(json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        step = 0
+    return directory.with_name(f"{directory.name}-{step}")
+
+
+def _older(directory: Path) -> list[Path]:
+    """The checkpoints that were at ``directory`` before, newest first."""
+    pattern = re.compile(re.escape(directory.name) + r"-(\d+)")
+    found = []
+    if directory.parent.is_dir():
+        for path in directory.parent.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _flush(path: Path) -> None:

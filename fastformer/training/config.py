@@ -17,6 +17,9 @@ from typing import Any, Literal
 import torch
 
 from ..extras import require
+from .schedule import KINDS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class ModelConfig:
     """Width of the residual stream."""
     dropout: float = 0.0
     """Dropout after the embeddings and every residual branch; attention weights are never dropped."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "model",
+            self,
+            ("n_layer", "at least 1", self.n_layer >= 1),
+            ("n_head", "at least 1", self.n_head >= 1),
+            ("n_embd", f"a multiple of model.n_head = {self.n_head}", _divides(self.n_head, self.n_embd)),
+            ("dropout", "in [0, 1)", 0 <= self.dropout < 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,15 @@ class DataConfig:
     """Windows in a batch (times optimizer.accumulate in a step)."""
     validation_fraction: float = 0.1
     """Share of the text held out, in whole documents where there are ten or more."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "data",
+            self,
+            ("block_size", "at least 1", self.block_size >= 1),
+            ("batch_size", "at least 1", self.batch_size >= 1),
+            ("validation_fraction", "in (0, 1)", 0 < self.validation_fraction < 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -69,18 +91,45 @@ class OptimizerConfig:
     """Largest norm of the gradient of all parameters together; 0 does not clip."""
     accumulate: int = 1
     """Batches whose gradients are summed into one step; the loss is that of the one large batch."""
+    ema_decay: float = 0.0
+    """Weight of the past in a running average of the weights, which is what is evaluated; 0: none."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "optimizer",
+            self,
+            ("learning_rate", "above 0", self.learning_rate > 0),
+            ("weight_decay", "at least 0", self.weight_decay >= 0),
+            ("beta1", "in [0, 1)", 0 <= self.beta1 < 1),
+            ("beta2", "in [0, 1)", 0 <= self.beta2 < 1),
+            ("clip_norm", "at least 0", self.clip_norm >= 0),
+            ("accumulate", "at least 1", self.accumulate >= 1),
+            ("ema_decay", "in [0, 1)", 0 <= self.ema_decay < 1),
+        )
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate over the run."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    kind: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd stays at the peak and decays at the end."""
     warmup_steps: int = 100
     """Steps over which the rate rises to its peak."""
     final_ratio: float = 0.1
     """Share of the peak left at the end."""
+    decay_fraction: float = 0.1
+    """Share of the run over which wsd decays."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "schedule",
+            self,
+            ("kind", f"one of {', '.join(KINDS)}", self.kind in KINDS),
+            ("warmup_steps", "at least 0", self.warmup_steps >= 0),
+            ("final_ratio", "in [0, 1]", 0 <= self.final_ratio <= 1),
+            ("decay_fraction", "in (0, 1]", 0 < self.decay_fraction <= 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -93,8 +142,11 @@ class RunConfig:
     """Seeds weights, batches and dropout."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:1 …"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward pass; auto is bfloat16 autocast on a GPU that has it and float32 on a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward pass by autocast; auto is bfloat16 on a GPU that has it and float32 on a CPU. The loss
+    is scaled for float16."""
+    recompute: bool = False
+    """Keep each block's input only and run it again for the backward pass: less memory, a third more arithmetic."""
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     max_steps: int = 2000
@@ -109,10 +161,47 @@ class RunConfig:
     """Windows of held-out text per measurement."""
     save_every: int = 1000
     """Steps between two checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, the newest included."""
+    keep_best: bool = False
+    """Keep the best of the measured models in best/."""
+    best_metric: str = "validation_loss"
+    """What the best is chosen by, and early stopping: validation_loss, or a metric of the caller's."""
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """Which values of it are good."""
+    patience: int = 0
+    """End the run after so many measurements without a new best; 0: never."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """On a loss or gradient that is not finite, or a spike: stop, or leave that batch out (waits for the GPU at every
+    step). Either way the message names the batch."""
+    spike_zscore: float = 0.0
+    """A loss so many standard deviations above the recent mean is a spike; 0: none is."""
+    spike_window: int = 100
+    """Steps in that mean."""
     resume: bool = False
     """Continue from the checkpoint in run.out, to the bit."""
     tensorboard: bool = True
     """Write a TensorBoard log."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "run",
+            self,
+            ("threads", "at least 0", self.threads >= 0),
+            ("dtype", f"auto or one of {', '.join(DTYPES)}", self.dtype in ("auto", *DTYPES)),
+            ("max_steps", "at least 1", self.max_steps >= 1),
+            ("max_minutes", "at least 0", self.max_minutes >= 0),
+            ("log_every", "at least 1", self.log_every >= 1),
+            ("eval_every", "at least 0", self.eval_every >= 0),
+            ("eval_windows", "at least 1", self.eval_windows >= 1),
+            ("save_every", "at least 0", self.save_every >= 0),
+            ("keep", "at least 1", self.keep >= 1),
+            ("best_is", "lowest or highest", self.best_is in ("lowest", "highest")),
+            ("patience", "at least 0", self.patience >= 0),
+            ("on_bad_loss", "stop or skip", self.on_bad_loss in ("stop", "skip")),
+            ("spike_zscore", "at least 0", self.spike_zscore >= 0),
+            ("spike_window", "at least 8", self.spike_window >= 8),
+        )
 
 
 @dataclass(frozen=True)
@@ -125,38 +214,17 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def __post_init__(self) -> None:
-        m, d, o, s, r = self.model, self.data, self.optimizer, self.schedule, self.run
-        # (what is accepted, field, value, whether it is)
-        checks = [
-            ("at least 1", "model.n_layer", m.n_layer, m.n_layer >= 1),
-            ("at least 1", "model.n_head", m.n_head, m.n_head >= 1),
-            (f"a multiple of model.n_head = {m.n_head}", "model.n_embd", m.n_embd, _divides(m.n_head, m.n_embd)),
-            ("in [0, 1)", "model.dropout", m.dropout, 0 <= m.dropout < 1),
-            ("at least 1", "data.block_size", d.block_size, d.block_size >= 1),
-            ("at least 1", "data.batch_size", d.batch_size, d.batch_size >= 1),
-            ("in (0, 1)", "data.validation_fraction", d.validation_fraction, 0 < d.validation_fraction < 1),
-            ("above 0", "optimizer.learning_rate", o.learning_rate, o.learning_rate > 0),
-            ("at least 0", "optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0),
-            ("in [0, 1)", "optimizer.beta1", o.beta1, 0 <= o.beta1 < 1),
-            ("in [0, 1)", "optimizer.beta2", o.beta2, 0 <= o.beta2 < 1),
-            ("at least 0", "optimizer.clip_norm", o.clip_norm, o.clip_norm >= 0),
-            ("at least 1", "optimizer.accumulate", o.accumulate, o.accumulate >= 1),
-            ("at least 0", "schedule.warmup_steps", s.warmup_steps, s.warmup_steps >= 0),
-            ("in [0, 1]", "schedule.final_ratio", s.final_ratio, 0 <= s.final_ratio <= 1),
-            ("cosine, linear or constant", "schedule.kind", s.kind, s.kind in ("cosine", "linear", "constant")),
-            ("auto, float32 or bfloat16", "run.dtype", r.dtype, r.dtype in ("auto", "float32", "bfloat16")),
-            ("at least 1", "run.max_steps", r.max_steps, r.max_steps >= 1),
-            ("at least 0", "run.max_minutes", r.max_minutes, r.max_minutes >= 0),
-            ("at least 1", "run.log_every", r.log_every, r.log_every >= 1),
-            ("at least 0", "run.eval_every", r.eval_every, r.eval_every >= 0),
-            ("at least 1", "run.eval_windows", r.eval_windows, r.eval_windows >= 1),
-            ("at least 0", "run.save_every", r.save_every, r.save_every >= 0),
-            ("at least 0", "run.threads", r.threads, r.threads >= 0),
-        ]
-        for accepted, name, value, valid in checks:
-            if not valid:
-                raise ValueError(f"{name}: got {value!r}, expected {accepted}")
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets scored in a step."""
+        return self.data.block_size * self.data.batch_size * self.optimizer.accumulate
+
+
+def _check(section: str, values: Any, *rules: tuple[str, str, bool]) -> None:
+    """Raises ValueError for the first of ``rules``, (field, what is accepted, whether it is), that does not hold."""
+    for name, accepted, valid in rules:
+        if not valid:
+            raise ValueError(f"{section}.{name}: got {getattr(values, name)!r}, expected {accepted}")
 
 
 def _divides(divisor: int, number: int) -> bool:
@@ -181,7 +249,7 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Precision of the forward pass: bfloat16 where a GPU computes with it, else float32, unless asked for by name."""
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        return DTYPES[dtype]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
@@ -190,7 +258,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type, values: dict[str, Any], default: Any = None, prefix: str = "") -> Any:
+def from_dict(
+    cls: type, values: dict[str, Any], default: Any = None, prefix: str = "", known: list[str] | None = None
+) -> Any:
     """An instance of the dataclass ``cls`` with ``values`` in place of the defaults, every key and type checked.
 
     Raises:
@@ -200,17 +270,18 @@ def from_dict(cls: type, values: dict[str, Any], default: Any = None, prefix: st
     if not isinstance(values, dict):
         raise ValueError(f"{prefix.rstrip('.') or 'config'}: expected a mapping of settings, got {values!r}")
     hints = typing.get_type_hints(cls)
+    known = _settings(cls) if known is None else known
     changes = {}
     for key, value in values.items():
         key = str(key).replace("-", "_")
         if key not in hints:
             raise ValueError(
-                f"unknown setting {prefix}{key}{_nearest(prefix + key)}; {prefix or 'sections: '}"
+                f"unknown setting {prefix}{key}{_nearest(prefix + key, known)}; {prefix or 'sections: '}"
                 f"{' has ' if prefix else ''}{', '.join(hints)}"
             )
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
-            changes[key] = from_dict(kind, value, getattr(default, key), f"{prefix}{key}.")
+            changes[key] = from_dict(kind, value, getattr(default, key), f"{prefix}{key}.", known)
         else:
             changes[key] = _convert(prefix + key, value, kind)
     return dataclasses.replace(default, **changes)
@@ -236,8 +307,7 @@ def _settings(cls: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _nearest(name: str) -> str:
-    known = _settings(TrainConfig)
+def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     leaf = name.rsplit(".", 1)[-1]
     close = close or [k for k in known if k.rsplit(".", 1)[-1] == leaf]

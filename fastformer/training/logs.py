@@ -6,6 +6,7 @@ In a terminal the progress is one line that updates; in a file or a pipe it is a
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -18,10 +19,14 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's ``metrics.jsonl``: ``{"step", "loss", ...}`` and ``{"step", "validation_loss"}``."""
+    """The records of a run's ``metrics.jsonl``: ``{"step", "loss", ...}`` and ``{"step", "validation_loss"}``.
+
+    A last line that is cut off, by the end of the process that wrote it, is left out.
+    """
     path = Path(path)
     path = path / METRICS_FILE if path.is_dir() else path
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
 
 
 class MetricsLog:
@@ -56,20 +61,25 @@ class MetricsLog:
             self._writer = SummaryWriter(str(events), purge_step=first_step + 1 if first_step else None)
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        """Appends records; the last of them goes to TensorBoard, tag by tag."""
+        """Appends records, null for a number that is not finite; the last goes to TensorBoard, number by number."""
         for record in records:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
         self._file.flush()
         if self._writer is not None and records:
             step = records[-1]["step"]
             for name, value in records[-1].items():
-                if name != "step":
+                if name != "step" and isinstance(value, int | float):
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Progress:
@@ -100,10 +110,13 @@ class Progress:
             self._task = self._bar.add_task("", total=1.0, step="0", loss="–", validation="", speed="", left="")
             self._bar.start()
 
-    def update(self, step: int, share: float, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        """``share`` of the run that is done, in [0, 1]; the other numbers as they stand after ``step``."""
+    def update(
+        self, step: int, share: float, loss: float, tokens_per_second: float, seconds_left: float, mfu: float = math.nan
+    ) -> None:
+        """``share`` of the run that is done, in [0, 1]; the other numbers as they stand after ``step``. ``mfu``, the
+        share of the machine's arithmetic in use, is left out where it is NaN."""
         left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left"
-        speed = f"{tokens_per_second:,.0f} tokens/s"
+        speed = f"{tokens_per_second:,.0f} tokens/s" + (f", {mfu:.0%} MFU" if math.isfinite(mfu) else "")
         if self._bar is not None:
             self._bar.update(
                 self._task,

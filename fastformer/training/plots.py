@@ -28,8 +28,8 @@ def plot_loss(
         title: above the plot.
         reference: (label, loss) of a published result, as a dotted line.
     """
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
     figure, axes = _figure(7.2, 4.2)
     if train:
         steps, losses = zip(*train)

@@ -10,15 +10,19 @@ from torch import Tensor
 
 from ..data import (
     Corpus,
+    TokenizedCorpus,
     Tokenizer,
+    TokenShards,
     encode_documents,
+    is_tokenized,
     load_corpus,
+    load_tokenized,
     load_tokenizer,
     split_documents,
     train_tokenizer,
 )
 from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
-from .checkpoint import find_checkpoint, load_state
+from .checkpoint import NEWEST, has_checkpoint, load_state, restore_checkpoint
 from .config import DataConfig, TrainConfig
 from .logs import read_metrics
 from .trainer import Result, Trainer
@@ -26,16 +30,16 @@ from .trainer import Result, Trainer
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A corpus, its tokenizer, and both parts as int32 token streams."""
+    """A corpus, its tokenizer, and both parts as streams of tokens: int32, or token shards."""
 
-    corpus: Corpus
+    corpus: Corpus | TokenizedCorpus
     tokenizer: Tokenizer
-    train: Tensor
-    validation: Tensor
+    train: Tensor | TokenShards
+    validation: Tensor | TokenShards
 
 
 def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
-    """Reads, splits and encodes ``config.path``.
+    """Reads, splits and encodes ``config.path``; or opens it, if ``fastformer tokenize`` wrote it.
 
     A new tokenizer learns its merges from the training part; its characters are those of the whole corpus, so that
     every held-out character can be scored.
@@ -43,6 +47,9 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Prep
     Raises:
         ValueError: text shorter than a window, or an unknown tokenizer; the message names the setting.
     """
+    if is_tokenized(config.path):
+        shards = load_tokenized(config.path, tokenizer)
+        return _long_enough(PreparedData(shards, shards.train.tokenizer(), shards.train, shards.validation), config)
     corpus = load_corpus(config.path)
     train, validation = split_documents(corpus, config.validation_fraction)
     if tokenizer is None:
@@ -52,13 +59,17 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Prep
         else:
             tokenizer = load_tokenizer(config.tokenizer)
     parts = [encode_documents(tokenizer, documents) for documents in (train, validation)]
-    for name, part in zip(("training", "held-out"), parts):
+    return _long_enough(PreparedData(corpus, tokenizer, *parts), config)
+
+
+def _long_enough(data: PreparedData, config: DataConfig) -> PreparedData:
+    for name, part in (("training", data.train), ("held-out", data.validation)):
         if part.numel() < config.block_size + 1:
             raise ValueError(
                 f"data.block_size: {config.block_size} does not fit the {name} text, which has {part.numel()} tokens; "
                 "use a smaller data.block_size, more text, or another data.validation_fraction"
             )
-    return PreparedData(corpus, tokenizer, *parts)
+    return data
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT2LMHeadModel:
@@ -93,18 +104,18 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if config.run.resume:
-        checkpoint = find_checkpoint(out)
+        checkpoint = restore_checkpoint(out)
         state = load_state(checkpoint)
         data = prepare_data(config.data, load_tokenizer(checkpoint))
         model = GPT2LMHeadModel.from_pretrained(checkpoint)
     else:
-        if (out / "checkpoint").exists():
+        if has_checkpoint(out):
             raise FileExistsError(
                 f"run.out: {out} holds a checkpoint already; continue it with --run.resume, or choose another --run.out"
             )
         data = prepare_data(config.data)
         model = build_model(config, data.tokenizer)
-    trainer = Trainer(model, data.train, data.validation, config, tokenizer=data.tokenizer, quiet=quiet)
+    trainer = Trainer.on_tokens(model, data.train, data.validation, config, tokenizer=data.tokenizer, quiet=quiet)
     if config.run.resume:
         trainer.load_state_dict(state)
     if not quiet:
@@ -117,7 +128,7 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
         print(
             f"{result.steps} steps, {count(result.tokens)} tokens in {result.seconds:.0f} s "
             f"({result.tokens_per_second:,.0f} tokens/s); validation loss {result.validation_loss:.3f}\n"
-            f"{trainer.checkpoint}: try `fastformer generate --model {out}`"
+            f"{out / NEWEST}: try `fastformer generate --model {out}`"
         )
     return result
 
@@ -134,7 +145,7 @@ def describe(data: PreparedData, trainer: Trainer) -> str:
         f"model  GPT-2, {count(parameters)} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
         f"{shape.n_embd} wide, context {config.data.block_size}, {data.tokenizer.vocab_size} tokens\n"
         f"run    {on_cpu if trainer.device.type == 'cpu' else trainer.device}, {str(trainer.dtype)[6:]}; "
-        f"{trainer.tokens_per_step:,} tokens a step, {config.run.max_steps} steps"
+        f"{config.tokens_per_step:,} tokens a step, {config.run.max_steps} steps"
         + (f" or {minutes:g} minutes" if minutes else "")
     )
 

@@ -185,6 +185,14 @@ def test_a_goal_without_its_peer_is_not_judged():
     assert goals.verdicts("layer_norm", "cpu", CASE, {"eager": 1.0}, None) == [], "and none without our own time"
 
 
+def test_a_rate_is_items_over_our_time():
+    case = Case((16, 1024), "int64", False, "windows")
+    for seconds, met in ((0.008, True), (0.009, False)):
+        (verdict,) = goals.verdicts("data_loading", "cpu", case, {"ours": seconds}, None, items=16 * 1024)
+        assert verdict.met is met and verdict.goal.text() == "≥ 2,000,000 tokens/s"
+        assert verdict.measured == f"{16384 / seconds:,.0f}"
+
+
 def _full_cases(device):
     for op in runner.OPS:
         module = getattr(__import__(f"benchmarks.{op}"), op)
@@ -195,8 +203,8 @@ def _full_cases(device):
 def test_every_goal_is_about_a_case_and_a_provider_there_is(goal):
     found = [(case, module) for op, case, module in _full_cases(goal.device) if goal.applies(op, goal.device, case)]
     assert found, "no case is judged by this goal"
-    assert sum(map(bool, (goal.speedup, goal.extra_us, goal.limit))) == 1
-    if not goal.limit:
+    assert sum(map(bool, (goal.speedup, goal.extra_us, goal.limit, goal.rate))) == 1
+    if not (goal.limit or goal.rate):
         assert set(goal.peers or (goal.peer,)) <= set(found[0][1].PROVIDERS)
 
 

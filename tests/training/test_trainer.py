@@ -1,6 +1,5 @@
 """The training loop: accumulation is the large batch, resuming is exact, what goes wrong is named, saves are whole."""
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -10,79 +9,42 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastformer.data import CharTokenizer
-from fastformer.models import GPT2Config, GPT2LMHeadModel
+from fastformer.data import EvaluationWindows
+from fastformer.models import GPT2LMHeadModel
 from fastformer.training import (
-    DataConfig,
-    ModelConfig,
+    BadLossError,
     OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainConfig,
     Trainer,
-    causal_lm_loss,
     evaluate,
     learning_rate_factor,
     make_optimizer,
+    model_loss,
 )
-from fastformer.training import checkpoint as checkpoints
 from fastformer.training import trainer as trainer_module
 from fastformer.training.checkpoint import find_checkpoint, load_state
 from fastformer.training.logs import read_metrics
-from fastformer.training.trainer import NonFiniteLossError
-
-VOCABULARY = 11
-TOKENS = torch.randint(VOCABULARY, (4000,), generator=torch.Generator().manual_seed(7), dtype=torch.int32)
-TOKENIZER = CharTokenizer("abcdefghijk")
-
-
-def make_config(out, *, dropout=0.0, batch_size=4, optimizer=None, **run):
-    run = {"max_steps": 12, "log_every": 1, "eval_every": 0, "save_every": 0, "tensorboard": False, **run}
-    return TrainConfig(
-        model=ModelConfig(n_layer=2, n_head=2, n_embd=16, dropout=dropout),
-        data=DataConfig(block_size=8, batch_size=batch_size),
-        optimizer=optimizer or OptimizerConfig(learning_rate=3e-3),
-        schedule=ScheduleConfig(warmup_steps=3),
-        run=RunConfig(out=str(out), device="cpu", **run),
-    )
+from tests.training.runs import (
+    TOKENIZER,
+    TOKENS,
+    VOCABULARY,
+    losses,
+    make_config,
+    make_model,
+    make_trainer,
+    resumed,
+    scored_by,
+)
 
 
 def make_batch(inputs, targets):
     return {"input_ids": inputs, "shift_labels": targets}
 
 
-def make_model(config, seed=0):
-    torch.manual_seed(seed)
-    shape, p = config.model, config.model.dropout
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=config.data.block_size,
-            n_embd=shape.n_embd,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
-            resid_pdrop=p,
-            embd_pdrop=p,
-            attn_pdrop=0.0,
-        )
-    )
-
-
-def make_trainer(config, model=None, **options):
-    return Trainer(
-        model or make_model(config), TOKENS, TOKENS[:500], config, tokenizer=TOKENIZER, quiet=True, **options
-    )
-
-
-def losses(out):
-    return [r["loss"] for r in read_metrics(out) if "loss" in r]
-
-
 def test_a_run_lowers_the_loss_and_leaves_its_files(tmp_path):
     config = make_config(tmp_path / "run", max_steps=40, eval_every=20, tensorboard=True)
     # A stream that repeats can be learned; random tokens could not.
     tokens = torch.arange(4000, dtype=torch.int32) % VOCABULARY
-    trainer = Trainer(make_model(config), tokens, tokens[:500], config, tokenizer=TOKENIZER, quiet=True)
+    trainer = Trainer.on_tokens(make_model(config), tokens, tokens[:500], config, tokenizer=TOKENIZER, quiet=True)
     result = trainer.fit()
     values = losses(tmp_path / "run")
     assert len(values) == 40 and values[-1] < 0.7 * values[0]
@@ -90,10 +52,10 @@ def test_a_run_lowers_the_loss_and_leaves_its_files(tmp_path):
     assert result.tokens_per_second > 0 and result.validation_loss < 0.7 * values[0]
     assert [r["step"] for r in read_metrics(tmp_path / "run") if "validation_loss" in r] == [20, 40]
     files = {p.name for p in (tmp_path / "run" / "checkpoint").iterdir()}
-    assert files == {"config.json", "model.safetensors", "characters.json", "training_state.pt"}
+    assert files == {"config.json", "model.safetensors", "characters.json", "training_state.pt", "manifest.json"}
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     again = GPT2LMHeadModel.from_pretrained(tmp_path / "run" / "checkpoint")
-    assert evaluate(again, tokens[:500], 8, 4, config.run.eval_windows) == pytest.approx(result.validation_loss)
+    assert evaluate(again, EvaluationWindows(tokens[:500], 8, 4)) == pytest.approx(result.validation_loss)
 
 
 def test_the_learning_rate_follows_the_schedule(tmp_path):
@@ -110,7 +72,7 @@ def test_accumulated_steps_are_the_large_batch(tmp_path):
     trainers = [make_trainer(large), make_trainer(small)]
     for trainer in trainers:
         trainer.fit()
-    assert trainers[0].tokens_per_step == trainers[1].tokens_per_step
+    assert large.tokens_per_step == small.tokens_per_step and trainers[0].tokens == trainers[1].tokens
     assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "large"), rel=2e-5)
     for a, b in zip(trainers[0].model.parameters(), trainers[1].model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -123,18 +85,10 @@ def test_accumulation_weighs_batches_by_the_targets_they_score(tmp_path):
     targets = TOKENS[1:65].long().view(8, 8).clone()
     targets[:4, 1:] = -100  # 4 targets against 32
     trainer = make_trainer(config)
-    expected = causal_lm_loss(trainer.model, make_batch(inputs, targets)).item()
+    expected = model_loss(trainer.model, make_batch(inputs, targets)).item()
     queue = [make_batch(inputs[:4], targets[:4]), make_batch(inputs[4:], targets[4:])]
-    trainer.batches.next_batch = lambda: queue.pop(0)
-    _, loss, _, _ = trainer.train_step()
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
-
-
-def resumed(config, out):
-    checkpoint = find_checkpoint(out)
-    trainer = make_trainer(config, GPT2LMHeadModel.from_pretrained(checkpoint))
-    trainer.load_state_dict(load_state(checkpoint))
-    return trainer
+    trainer.loader.next_batch = lambda: queue.pop(0)
+    assert float(trainer.train_step().loss) == pytest.approx(expected, rel=1e-6)
 
 
 def test_resuming_continues_bit_for_bit(tmp_path):
@@ -151,10 +105,10 @@ def test_resuming_continues_bit_for_bit(tmp_path):
     def dies_in_step_8(model, batch):
         if next(calls) == 7:
             raise Killed
-        return causal_lm_loss(model, batch)
+        return model_loss(model, batch)
 
     with pytest.raises(Killed):
-        make_trainer(part, loss=dies_in_step_8).fit()
+        make_trainer(part, objective=scored_by(dies_in_step_8)).fit()
     assert len(losses(tmp_path / "part")) == 7
     torch.manual_seed(12345)  # what a new process would have
     trainer = resumed(part, tmp_path / "part")
@@ -176,50 +130,15 @@ def test_resuming_refuses_other_settings(tmp_path):
         resumed(other, tmp_path)
 
 
-@pytest.mark.parametrize("moment", ["writing", "first rename", "second rename"])
-def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, moment):
-    config = make_config(tmp_path, max_steps=4)
-    trainer = make_trainer(config)
-    trainer.fit()
-    before = load_state(tmp_path / "checkpoint")["step"]
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    renames = iter(range(10))
-    rename = os.rename
-
-    def dies(source, target):
-        if next(renames) == {"first rename": 0, "second rename": 1}[moment]:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    trainer.step = 99
-    with monkeypatch.context() as patch:
-        if moment == "writing":
-            patch.setattr(checkpoints.torch, "save", killed)
-        else:
-            patch.setattr(checkpoints.os, "rename", dies)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.save_checkpoint(trainer.checkpoint, trainer.model, TOKENIZER, trainer.state_dict())
-    found = find_checkpoint(tmp_path)
-    assert load_state(found)["step"] == before
-    GPT2LMHeadModel.from_pretrained(found)
-    # And the next save works, leaving nothing else behind.
-    checkpoints.save_checkpoint(trainer.checkpoint, trainer.model, TOKENIZER, trainer.state_dict())
-    assert load_state(found)["step"] == 99
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("checkpoint")] == ["checkpoint"]
-
-
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
     config = make_config(tmp_path, log_every=4, save_every=2)
 
     def poisoned(model, batch):
-        loss = causal_lm_loss(model, batch)
+        loss = model_loss(model, batch)
         return loss * float("nan") if trainer.step == 6 else loss  # the seventh step
 
-    trainer = make_trainer(config, loss=poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 7 .*optimizer.learning_rate"):
+    trainer = make_trainer(config, objective=scored_by(poisoned))
+    with pytest.raises(BadLossError, match=r"loss is nan .* at step 7 .* on samples 24, 25, 26, 27\. .*learning_rate"):
         trainer.fit()
     assert load_state(find_checkpoint(tmp_path))["step"] == 6
     assert all(torch.isfinite(p).all() for p in GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint").parameters())
@@ -232,10 +151,10 @@ def test_time_ends_a_run_with_the_schedule_done(tmp_path, monkeypatch):
 
     def one_second(model, batch):
         clock["now"] += 1.0
-        return causal_lm_loss(model, batch)
+        return model_loss(model, batch)
 
     config = make_config(tmp_path, max_steps=1000, max_minutes=10 / 60)
-    result = make_trainer(config, loss=one_second).fit()
+    result = make_trainer(config, objective=scored_by(one_second)).fit()
     assert result.steps == 10 and result.stopped == "minutes"
     rates = [r["learning_rate"] for r in read_metrics(tmp_path) if "loss" in r]
     assert rates[-1] < 0.2 * max(rates) and rates[3:] == sorted(rates[3:], reverse=True)
@@ -253,8 +172,7 @@ def test_decay_groups():
 def test_clipping(tmp_path):
     config = make_config(tmp_path, optimizer=OptimizerConfig(clip_norm=1e-3, learning_rate=3e-3))
     trainer = make_trainer(config)
-    _, _, norm, _ = trainer.train_step()
-    assert float(norm) > 1e-3  # what is logged is the norm before
+    assert float(trainer.train_step().norm) > 1e-3  # what is logged is the norm before
     after = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
     assert float(after) == pytest.approx(1e-3, rel=1e-3)
 
@@ -262,12 +180,12 @@ def test_clipping(tmp_path):
 def test_evaluation_is_the_mean_over_windows_and_leaves_the_mode():
     config = make_config("unused", dropout=0.5)
     model = make_model(config).train()
-    value = evaluate(model, TOKENS[:100], 8, 5)
+    value = evaluate(model, EvaluationWindows(TOKENS[:100], 8, 5))
     assert model.training
     model.eval()
     with torch.no_grad():
         rows = [
-            float(causal_lm_loss(model, make_batch(TOKENS[i : i + 8].long()[None], TOKENS[i + 1 : i + 9].long()[None])))
+            float(model_loss(model, make_batch(TOKENS[i : i + 8].long()[None], TOKENS[i + 1 : i + 9].long()[None])))
             for i in range(0, 96, 8)
         ]
     assert value == pytest.approx(sum(rows) / len(rows), rel=1e-5)
@@ -284,12 +202,14 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint(tmp_path):
         def loss(model, batch):
             if trainer.step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-            return causal_lm_loss(model, batch)
+            return model_loss(model, batch)
         config = TrainConfig(
             model=ModelConfig(n_layer=1, n_head=1, n_embd=8), data=DataConfig(block_size=8, batch_size=2),
             run=RunConfig(out={str(tmp_path)!r}, device="cpu", max_steps=100000, save_every=0, tensorboard=False))
         model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-        trainer = Trainer(model, torch.arange(500, dtype=torch.int32) % 11, None, config, loss=loss, quiet=True)
+        objective = Objective(loss, causal_lm.count)
+        tokens = torch.arange(500, dtype=torch.int32) % 11
+        trainer = Trainer.on_tokens(model, tokens, None, config, objective=objective, quiet=True)
         print(trainer.fit().stopped)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)

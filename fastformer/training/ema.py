@@ -1,0 +1,69 @@
+"""Exponential moving average of the weights, ema = decay ema + (1 - decay) w after every step.
+
+Polyak averaging with a horizon of about 1 / (1 - decay) steps: the average of the noisy weights at the end of training
+is usually better than the last of them, and can be evaluated at any time. The first steps use the smaller decay
+(1 + step) / (10 + step), so that the random initial weights are soon forgotten. The average lives beside the model, in
+one update over all tensors; the model's code knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """The average of the parameters of ``model`` that require a gradient.
+
+    Args:
+        model: its present weights are where the average begins.
+        decay: in (0, 1), weight of the average so far.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"decay: got {decay}, expected in (0, 1)")
+        self.decay = decay
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the weights after ``step`` (from 1) into the average."""
+        decay = min(self.decay, (1.0 + step) / (10.0 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1.0 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the average as its weights."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by parameter name."""
+        return dict(self.average)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continues from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        if state.keys() != self.average.keys():
+            raise ValueError(f"ema: saved for other parameters: {sorted(state.keys() ^ self.average.keys())[:5]}")
+        for name, tensor in state.items():
+            self.average[name].copy_(tensor)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        # Values and not memory: layers keep weights side by side for one matmul, and decoders keep their addresses.
+        for name, parameter in self.parameters.items():
+            weights = parameter.clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(weights)
