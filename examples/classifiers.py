@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 from fastformer.data import Classification as ClassificationBatches
 from fastformer.evaluation import Classification, Evaluation, Record, classify_texts, evaluate
 from fastformer.extras import require
+from fastformer.models import BertForSequenceClassification
 from fastformer.training import Result, check_classes, objectives
 
 from .common import Phase, Recipe, train
@@ -32,10 +34,17 @@ class ClassifierRecipe(Recipe):
 
 def load_task(task: str, recipe: Recipe) -> tuple[Parts, list[str]]:
     """The parts of a data set of :data:`TASKS`, and its classes in alphabetical order."""
-    parts = split(TASKS[task](), lambda e: e["text"], lambda e: [e["text"]])
+    parts = split(TASKS[task](), lambda e: e["text"], lambda e: [e["text"]], test=0.2)
     names = sorted({example["label"] for example in parts.train})
     print(f"{task}: {parts}")
     return parts.reduced(recipe.examples, recipe.held_out), names
+
+
+def with_new_head(folder: str | Path, **changes: Any) -> BertForSequenceClassification:
+    """The BERT in ``folder`` for classification; its head begins at random values."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*this head starts at random values")  # to be trained is what it is here for
+        return BertForSequenceClassification.from_pretrained(folder, **changes)
 
 
 def encode_texts(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path("/")  # of Debian's files
+APT_HELPER = "/usr/lib/apt/apt-helper"  # reads compressed indexes
 
 
 class MissingDataError(FileNotFoundError):
@@ -125,7 +126,7 @@ def debian_descriptions() -> Path:
         if not indexes:
             raise MissingDataError(f"apt-get found no descriptions; needed: {advice}")
         main = max(indexes, key=lambda path: path.stat().st_size)
-        text = _run(["/usr/lib/apt/apt-helper", "cat-file", str(main)], advice)
+        text = _run([APT_HELPER, "cat-file", str(main)], advice)
         (fresh / "Translation-en").write_bytes(text)
 
     return _fetched("debian-descriptions", fetch) / "Translation-en"

@@ -16,7 +16,7 @@ from fastformer.data import MaskedLM, train_tokenizer
 from fastformer.models import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from fastformer.training import objectives
 
-from ..classifiers import ClassifierRecipe, encode_texts, finetune, label, load_task, tf_idf
+from ..classifiers import ClassifierRecipe, encode_texts, finetune, label, load_task, tf_idf, with_new_head
 from ..common import Phase, conclude, seeded, start, train
 from ..datasets import Example, Parts, evenly, package_descriptions, unlabelled_reviews, wordnet_glosses
 
@@ -82,7 +82,7 @@ def run(recipe: BertFromScratch) -> dict[str, Any]:
     trained = Path(recipe.out, "pretrain", "checkpoint")
     models = {
         "random": lambda: BertForSequenceClassification(config),
-        "finetune": lambda: BertForSequenceClassification.from_pretrained(trained),
+        "finetune": lambda: with_new_head(trained),
     }
     found = {}
     for name, make in models.items():

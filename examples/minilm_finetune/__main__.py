@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastformer.data import load_tokenizer
-from fastformer.models import BertForSequenceClassification
 
-from ..classifiers import ClassifierRecipe, finetune, label, load_task, tf_idf
+from ..classifiers import ClassifierRecipe, finetune, label, load_task, tf_idf, with_new_head
 from ..common import conclude, seeded, start
 from ..packages import python_package
 
@@ -38,7 +37,7 @@ def run(recipe: FinetuneMiniLM) -> dict[str, Any]:
     folder = Path(recipe.weights) if recipe.weights else python_package(*WEIGHTS)
     tokenizer = load_tokenizer(folder)
     changes = {"hidden_dropout_prob": recipe.dropout, "id2label": dict(enumerate(names))}
-    model = seeded(recipe, lambda: BertForSequenceClassification.from_pretrained(folder, **changes))
+    model = seeded(recipe, lambda: with_new_head(folder, **changes))
     model, result = finetune(model, parts, names, tokenizer, recipe, f"MiniLM, {recipe.task}", recipe.phase("finetune"))
     return conclude(
         label(model, parts.test, names, tokenizer, recipe, Path(recipe.out, "records.jsonl")),

@@ -26,7 +26,7 @@ def run(recipe: Summarise) -> dict[str, Any]:
     print(parts)
     parts = parts.reduced(recipe.examples, recipe.held_out)
     texts = (example[side] for example in parts.train for side in ("source", "target"))
-    tokenizer = train_tokenizer("unigram", texts, recipe.vocab_size)
+    tokenizer = train_tokenizer("unigram", texts, recipe.vocab_size, sentinels=0)
     model, result = finetune(build(recipe, tokenizer), parts, tokenizer, recipe, ROUGE, title="Synopses")
     found = answer(
         model, parts.test, tokenizer, recipe, ROUGE(), num_beams=recipe.num_beams, records=records_file(recipe)

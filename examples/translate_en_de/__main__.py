@@ -26,7 +26,7 @@ def run(recipe: Translate) -> dict[str, Any]:
     print(parts)
     parts = parts.reduced(recipe.examples, recipe.held_out)
     texts = (example[side] for example in parts.train for side in ("source", "target"))
-    tokenizer = train_tokenizer("unigram", texts, recipe.vocab_size)
+    tokenizer = train_tokenizer("unigram", texts, recipe.vocab_size, sentinels=0)
     model, result = finetune(build(recipe, tokenizer), parts, tokenizer, recipe, ChrF, title="English to German")
     found = answer(
         model, parts.test, tokenizer, recipe, [BLEU(), ChrF()], num_beams=recipe.num_beams, records=records_file(recipe)

@@ -1,0 +1,126 @@
+"""Every recipe from data to report, at its smoke size, on a few lines in the formats of the real packages."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+for package in ("jiwer", "matplotlib", "rouge_score", "sacrebleu", "sklearn", "tokenizers", "tyro", "yaml"):
+    pytest.importorskip(package, reason="the recipes need fastformer[train,eval]")
+
+from examples.common import Recipe, configure
+from fastformer.cli import main
+from fastformer.training import TrainConfig, load_config
+from tests.examples.small_data import ENGLISH_GERMAN, SOUNDS, fill_cache
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+RECIPES = sorted(path.parent.name for path in EXAMPLES.glob("*/__main__.py"))
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A cache with the data of all recipes."""
+    place = tmp_path_factory.mktemp("data") / "cache"
+    before = os.environ.get("FASTFORMER_DATA")
+    os.environ["FASTFORMER_DATA"] = str(place)
+    fill_cache()
+    if before is None:
+        del os.environ["FASTFORMER_DATA"]
+    else:
+        os.environ["FASTFORMER_DATA"] = before
+    return place
+
+
+@pytest.fixture
+def data(filled, monkeypatch):
+    monkeypatch.setenv("FASTFORMER_DATA", str(filled))
+
+
+def recipe_of(name):
+    """The recipe's module and its configuration class."""
+    module = import_module(f"examples.{name}.__main__")
+    (cls,) = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Recipe) and c.__module__ == module.__name__)  # fmt: skip  # noqa: E501
+    return module, cls
+
+
+def smoke(name, out, *flags):
+    """Runs the recipe as ``--smoke`` does; returns its results."""
+    module, cls = recipe_of(name)
+    return module.run(configure(cls, EXAMPLES / name, ["--smoke", "--out", str(out), *flags]))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_runs_and_reports(name, data, tmp_path, capsys):
+    results = smoke(name, tmp_path / "out")
+    assert json.loads((tmp_path / "out/results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["examples"] >= 8 and len(results["scores"]) >= 2  # ours, and a baseline at least
+    report = (tmp_path / "out/report.md").read_text()
+    assert all(baseline in report for baseline in results["scores"] if baseline != "this")
+    assert (tmp_path / "out/finetune/loss.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert all(who in printed for who in results["scores"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_full_configuration_is_read_and_takes_flags(name, tmp_path):
+    _, cls = recipe_of(name)
+    config = configure(cls, EXAMPLES / name, ["--out", "elsewhere", "--finetune.run.max-steps", "17"])
+    assert config.out == "elsewhere" and config.finetune.run.max_steps == 17
+    assert config.phase("finetune").run.out == os.path.join("elsewhere", "finetune")
+    assert config.examples == 0 and configure(cls, EXAMPLES / name, ["--smoke"]).examples > 0
+
+
+def test_every_recipe_says_what_it_shows_and_how_to_run_it():
+    folders = {path.parent.name for path in EXAMPLES.glob("*/config.yaml")}
+    assert set(RECIPES) < folders
+    overview = (EXAMPLES / "README.md").read_text()
+    for name in folders:
+        text = (EXAMPLES / name / "README.md").read_text()
+        assert f"examples.{name}" in text or f"examples/{name}" in text
+        assert "GPU" in text and f"({name}/README.md)" in overview
+
+
+def test_gpt_shakespeare_is_nanogpts_setting_and_trains(tmp_path, monkeypatch):
+    file = EXAMPLES / "gpt_shakespeare/config.yaml"
+    config = load_config(file, TrainConfig)
+    assert (config.data.block_size, config.data.batch_size, config.run.max_steps) == (64, 12, 2000)
+    assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == (4, 4, 128)
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("To be, or not to be: that is the question.\n" * 60)
+    flags = "--data.path text.txt --data.block-size 16 --model.n-layer 1 --model.n-embd 32 --run.eval-windows 4"
+    assert main(["pretrain", "--config", str(file), *flags.split(), "--run.max-steps", "3"]) == 0
+    assert Path("runs/gpt-shakespeare/checkpoint/model.safetensors").is_file()
+
+
+def test_a_tiny_t5_learns_regular_spelling(data, tmp_path):
+    """What the recipe is for, at a size that takes seconds: words that it has not seen, after a few hundred steps."""
+    flags = "--examples 0 --held-out 0 --no-pretraining --model.width 48 --finetune.run.max-steps 220"
+    flags += " --finetune.batch-size 64 --finetune.run.eval-every 110 --finetune.optimizer.ema-decay 0.9 --num-beams 1"
+    results = smoke("t5_g2p", tmp_path / "out", *flags.split())
+    assert len(SOUNDS) == 26
+    ours, gru = (results["scores"][who]["PER"] for who in ("this", "GRU of g2p-en"))
+    assert ours < 0.25 < gru  # the GRU's weights are random here
+    first, last = results["curve"][0], results["curve"][-1]
+    assert last["word_error"] < first["word_error"] and last["flops"] == pytest.approx(2 * first["flops"])
+
+
+def test_a_recipe_resumes(data, tmp_path, capsys):
+    whole = smoke("translate_en_de", tmp_path / "whole")
+    smoke("translate_en_de", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/finetune/best")
+    again = smoke("translate_en_de", tmp_path / "parts", "--resume")
+    assert again["steps"] == whole["steps"] and again["scores"] == whole["scores"]
+    assert len(ENGLISH_GERMAN) == 6
+
+
+def test_missing_data_is_one_line(tmp_path):
+    environment = {**os.environ, "PATH": str(tmp_path), "FASTFORMER_DATA": str(tmp_path), "PIP_NO_INDEX": "1"}
+    command = [sys.executable, "-m", "examples.summarise_packages", "--smoke", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "needs apt-get" in done.stderr.splitlines()[-1]
