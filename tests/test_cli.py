@@ -9,6 +9,7 @@ import pytest
 
 import fastformer
 from fastformer import cli, extras
+from fastformer.data import load_tokenized
 from fastformer.training.checkpoint import load_state
 from fastformer.training.logs import read_metrics
 
@@ -60,6 +61,19 @@ def test_tokenize_writes_shards_that_pretrain_reads(text, tmp_path, capsys):
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_tokenize_streams_records_and_holds_documents_out(tmp_path):
+    records = [{"body": f"{i:03d} " + "to be or not to be " * (1 + i % 3)} for i in range(60)]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["--source", str(source), "--text-field", "body", "--tokenizer", "char", "--validation-fraction", "0.2"]
+    assert cli.main(["tokenize", *arguments, "--out", str(tmp_path / "shards")]) == 0
+    data = load_tokenized(tmp_path / "shards")
+    tokenizer = data.train.tokenizer()
+    train, held_out = ([tokenizer.decode(d) for d in part] for part in (data.train, data.validation))
+    assert sorted(train + held_out) == [record["body"] for record in records]
+    assert 0.15 < data.validation.characters / len(data) < 0.25
+
+
 def test_help_lists_every_verb_and_each_explains_itself(capsys):
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
@@ -71,8 +85,8 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "demo": ["--minutes", "--tokenizer", "--out", "--seed", "--device"],
         "pretrain": ["--model.n-layer", "--data.path", "--optimizer.accumulate", "--run.resume", "--config"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
-        "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],
         "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
+        "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],
         "doctor": ["usage: fastformer doctor"],
     }.items():
         with pytest.raises(SystemExit) as exit:
@@ -94,8 +108,8 @@ def test_the_module_is_the_command():
 
 def test_pretrain_leaves_a_run(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoint", "checkpoint-3", "metrics.jsonl", "tensorboard", "loss.png"}
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert names == {"checkpoint", "checkpoint-3", "metrics.jsonl", "tensorboard", "loss.png", "run.png"}
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "run.png"))
     assert [r["step"] for r in read_metrics(run) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert load_state(run / "checkpoint")["config"]["optimizer"]["learning_rate"] == 1e-2
 

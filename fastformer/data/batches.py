@@ -8,7 +8,7 @@ out, and a resumed run continues with the very next one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,11 +25,12 @@ Batch = dict[str, Any]
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """``batch`` with its tensors on ``device``; from pinned memory the copy to a GPU does not wait."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+    """``batch`` with its tensors on ``device``; from pinned memory the copy to a GPU does not wait.
+
+    What is one tensor under two names stays one.
+    """
+    moved = {id(v): v.to(device, non_blocking=True) for v in batch.values() if isinstance(v, Tensor)}
+    return {name: moved.get(id(value), value) for name, value in batch.items()}
 
 
 def split_documents(
@@ -57,18 +58,23 @@ def split_documents(
             train.append(Document(document.name, document.text[:cut]))
             held_out.append(Document(document.name, document.text[cut:]))
         return tuple(train), tuple(held_out)
-    # A document is held out when the characters held out so far fall behind the share asked for of those passed.
-    train, held_out, passed, held = [], [], 0, 0
-    for document in documents:
-        passed += len(document.text)
-        if held + len(document.text) / 2 <= validation_fraction * passed and passed < len(corpus):
-            held_out.append(document)
-            held += len(document.text)
-        else:
-            train.append(document)
+    train, held_out = [], []
+    for document, held in held_out_documents(documents, validation_fraction):
+        (held_out if held and document is not documents[-1] else train).append(document)
     if not held_out:
         held_out.append(train.pop())
     return tuple(train), tuple(held_out)
+
+
+def held_out_documents(documents: Iterable[Document], validation_fraction: float) -> Iterator[tuple[Document, bool]]:
+    """Each document of a stream, and whether it is held out: when the characters held out so far fall behind
+    ``validation_fraction`` of those that went by."""
+    passed = held = 0
+    for document in documents:
+        passed += len(document.text)
+        out = held + len(document.text) / 2 <= validation_fraction * passed
+        held += len(document.text) * out
+        yield document, out
 
 
 def encode_documents(tokenizer: Tokenizer, documents: tuple[Document, ...]) -> Tensor:
@@ -141,6 +147,11 @@ class Windows:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self.next_batch()
+
+    def describe(self, window: int) -> str:
+        """Where the window of this number is, so that its text can be found."""
+        epoch, place = divmod(window, self.windows_per_epoch)
+        return f"{window} (from token {int(self._start(epoch)[place])})"
 
     def state_dict(self) -> dict[str, int]:
         """All that a resumed run needs, besides the same tokens."""

@@ -15,18 +15,26 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One play, file or chapter: the smallest part that a train/validation split keeps whole."""
+    """One play, file or chapter: the smallest part that a train/validation split keeps whole.
+
+    Attributes:
+        name: what reports and messages call it.
+        text: all of it.
+        metadata: what else its source says of it, such as the other fields of a record.
+    """
 
     name: str
     text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

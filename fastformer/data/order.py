@@ -65,8 +65,8 @@ class Order:
         batch_size: samples in a batch; or
         max_tokens: samples in a batch times the longest of them, at most.
         lengths: ``(count,)``, of the samples; needed for ``pool`` and ``max_tokens``.
-        pool: samples that are sorted by length together; None does not sort, with ``max_tokens`` about 100
-            batches. One that holds a whole number of epochs, or a small part of one, leaves the epochs apart best.
+        pool: samples that are sorted by length together. None does not sort; with ``max_tokens`` it is about 100
+            batches, an epoch at most.
         seed: fixes the order.
         shuffle: False takes the samples in the order they are in.
     """
@@ -92,47 +92,53 @@ class Order:
             raise ValueError(
                 f"lengths: needed, one for each of {count} samples, to put those of similar length together"
             )
-        self.lengths = None if lengths is None else np.asarray(lengths)
+        self.lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
         if max_tokens is not None:
             longest = int(self.lengths.max())  # type: ignore[union-attr]
             if max_tokens < longest:
                 raise ValueError(f"max_tokens: {max_tokens} does not hold the longest sample, of {longest} tokens")
             mean = max(1.0, float(self.lengths.mean()))  # type: ignore[union-attr]
-            pool = pool or min(count, 100 * max(1, int(max_tokens / mean)))
+            pool = min(count, 100 * max(1, int(max_tokens / mean))) if pool is None else pool
         self.sorts = pool is not None
         self.pool_size = batch_size if pool is None else pool
-        if batch_size is not None and self.pool_size % batch_size:
-            raise ValueError(f"pool: {pool} is not a multiple of batch_size {batch_size}")
+        if self.pool_size < 1 or (batch_size is not None and self.pool_size % batch_size):
+            wanted = "at least 1" if batch_size is None else f"a multiple of batch_size {batch_size}"
+            raise ValueError(f"pool: got {pool}, expected {wanted}")
         self.count, self.batch_size, self.max_tokens = count, batch_size, max_tokens
         self.seed, self.shuffle = seed, shuffle
         self.pool = self.place = 0
         self._epochs: dict[int, np.ndarray] = {}
-        self._batches: tuple[int, list[np.ndarray]] | None = None
+        self._batches: tuple[int, list[tuple[np.ndarray, np.ndarray]]] | None = None
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and indices of the samples of the next batch, each ``(B,)`` int64."""
         if self._batches is None or self._batches[0] != self.pool:
             self._batches = (self.pool, self._cut(self.pool))
         batches = self._batches[1]
-        positions = batches[self.place]
+        batch = batches[self.place]
         self.place += 1
         if self.place == len(batches):
             self.pool, self.place = self.pool + 1, 0
-        return positions // self.count, self._samples(positions)
+        return batch
 
-    def _cut(self, pool: int) -> list[np.ndarray]:
-        """The batches of a pool as positions in the endless sequence."""
+    def seek(self, seed: int, pool: int, place: int) -> None:
+        """The next batch is number ``place`` of ``pool``, in the order of ``seed``."""
+        self.seed, self.pool, self.place = seed, pool, place
+        self._epochs, self._batches = {}, None
+
+    def _cut(self, pool: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The batches of a pool: epochs and indices of their samples."""
         positions = np.arange(pool * self.pool_size, (pool + 1) * self.pool_size)
+        epochs, samples = positions // self.count, self._samples(positions)
         if not self.sorts:
-            return [positions]
-        lengths = self.lengths[self._samples(positions)]  # type: ignore[index]
-        order = np.argsort(-lengths, kind="stable")
-        positions, lengths = positions[order], lengths[order]
+            return [(epochs, samples)]
+        order = np.argsort(-self.lengths[samples], kind="stable")  # type: ignore[index]
+        epochs, samples = epochs[order], samples[order]
         if self.batch_size is not None:
             ends = list(range(self.batch_size, self.pool_size + 1, self.batch_size))
         else:
-            ends = _ends(lengths, self.max_tokens)  # type: ignore[arg-type]
-        batches = np.split(positions, ends[:-1])
+            ends = _ends(self.lengths[samples], self.max_tokens)  # type: ignore[arg-type,index]
+        batches = list(zip(np.split(epochs, ends[:-1]), np.split(samples, ends[:-1])))
         if not self.shuffle:
             return batches
         return [batches[i] for i in np.random.default_rng((self.seed % 2**64, pool, 1)).permutation(len(batches))]
@@ -141,7 +147,7 @@ class Order:
         epochs = positions // self.count
         if not self.shuffle:
             return positions % self.count
-        needed = range(int(epochs[0]) if len(epochs) == 1 else int(epochs.min()), int(epochs.max()) + 1)
+        needed = range(int(epochs.min()), int(epochs.max()) + 1)
         self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in needed}
         samples = np.empty_like(positions)
         for epoch in needed:
@@ -155,14 +161,13 @@ class Order:
 
 def _ends(lengths: np.ndarray, max_tokens: int) -> list[int]:
     """Where batches end among samples of falling length: each as large as its first, the longest, lets it be."""
-    ends, begin = [], 0
-    while begin < len(lengths):
-        begin = min(len(lengths), begin + max_tokens // max(1, int(lengths[begin])))
-        ends.append(begin)
-    if len(ends) > 1:  # the last may be left with few samples, and there may be many processes to share them
-        start = ends[-3] if len(ends) > 2 else 0
-        ends[-2] = start + (ends[-1] - start + 1) // 2
-    return ends
+    ends = [0]
+    while ends[-1] < len(lengths):
+        ends.append(min(len(lengths), ends[-1] + max_tokens // max(1, int(lengths[ends[-1]]))))
+    if len(ends) > 2 and ends[-1] - ends[-2] < ends[-2] - ends[-3]:
+        # The last was left with fewer samples than the one before, perhaps fewer than there are processes: they share.
+        ends[-2] = (ends[-3] + ends[-1] + 1) // 2
+    return ends[1:]
 
 
 class Loader:
@@ -204,6 +209,10 @@ class Loader:
         )
         if max_tokens is not None and world_size > 1:
             longest = int(np.max(self.order.lengths))  # type: ignore[arg-type]
+            if self.order.pool_size < world_size:
+                raise ValueError(
+                    f"pool: {self.order.pool_size} samples for {world_size} processes; expected one for each"
+                )
             if max_tokens < 2 * world_size * longest:
                 raise ValueError(
                     f"max_tokens: {max_tokens} does not give each of {world_size} processes a sample of {longest} "
@@ -248,9 +257,7 @@ class Loader:
         for name in ("samples", "batch_size", "max_tokens", "pool_size", "shuffle"):
             if state[name] != mine[name]:
                 raise ValueError(f"cannot resume: the saved run had {name} = {state[name]}, this one has {mine[name]}")
-        if state["seed"] != self.order.seed:
-            self.order.seed, self.order._epochs = state["seed"], {}
-        self.order.pool, self.order.place, self.order._batches = state["pool"], state["place"], None
+        self.order.seek(state["seed"], state["pool"], state["place"])
         self._state = self._position()
 
     def _prepare(self) -> tuple[Batch, dict[str, Any]]:

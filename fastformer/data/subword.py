@@ -155,6 +155,9 @@ class SubwordTokenizer:
                 tokenizer = _tokenizers().Tokenizer.from_file(str(file))
             except Exception as error:  # the package raises Exception itself
                 raise ValueError(f"{file} is not a tokenizer: {error}") from error
+            # Some files were saved with the batching of a fine-tuned model, and would cut every text short.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         elif (directory / WORDPIECE_FILE).is_file():
             tokenizer = _wordpiece_from(directory / WORDPIECE_FILE, config.get("do_lower_case", True))
         else:

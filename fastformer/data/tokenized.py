@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .batches import split_documents
-from .corpora import load_corpus
+from .batches import held_out_documents, split_documents
+from .corpora import Corpus, Document
 from .shards import TokenShards, write_shards
+from .sources import open_source
 from .tokenizers import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 
 PARTS = ("train", "validation")
+FEW = 10  # documents; of fewer the ends are held out
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,9 @@ class TokenizeConfig:
     """Encode text into token shards, which `fastformer pretrain --data.path` reads."""
 
     source: str = "shakespeare"
-    """A text file, a directory of text files, or the name of a built-in corpus: shakespeare, python."""
+    """What open_source reads: text, JSON Lines, Parquet, a directory of these, hf:name, shakespeare, python."""
+    text_field: str = "text"
+    """The field of a record that holds its text."""
     out: str = "data/tokens"
     """A new directory, for the shards of both parts and the tokenizer."""
     tokenizer: str = "bpe"
@@ -61,21 +67,34 @@ def tokenize(config: TokenizeConfig) -> TokenizedCorpus:
     out = Path(config.out)
     if out.exists():
         raise FileExistsError(f"out: {out} exists already; choose another --out, or remove it")
-    corpus = load_corpus(config.source)
-    parts = split_documents(corpus, config.validation_fraction)
+    if not 0.0 < config.validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction: got {config.validation_fraction}, expected a number between 0 and 1")
     if config.tokenizer in KINDS or not Path(config.tokenizer).exists():
-        documents = corpus.documents if config.tokenizer == "char" else parts[0]  # every character can be encoded
-        tokenizer = train_tokenizer(config.tokenizer, [d.text for d in documents], config.vocab_size)
+        parts = (False, True) if config.tokenizer == "char" else (False,)  # every character can be encoded
+        texts = (document.text for held_out in parts for document in _part(config, held_out))
+        tokenizer = train_tokenizer(config.tokenizer, texts, config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        for name, documents in zip(PARTS, parts):
-            write_shards(documents, tokenizer, fresh / name, shard_tokens=config.shard_tokens)
+        for name, held_out in zip(PARTS, (False, True)):
+            write_shards(_part(config, held_out), tokenizer, fresh / name, shard_tokens=config.shard_tokens)
         os.rename(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load_tokenized(out)
+
+
+def _part(config: TokenizeConfig, held_out: bool) -> Iterator[Document]:
+    """The documents of one part, streamed; as :func:`split_documents` where there are few."""
+    source = iter(open_source(config.source, text_field=config.text_field))
+    first = tuple(itertools.islice(source, FEW))
+    if len(first) < FEW:
+        yield from split_documents(Corpus(str(config.source), first), config.validation_fraction)[held_out]
+        return
+    for document, held in held_out_documents(itertools.chain(first, source), config.validation_fraction):
+        if held is held_out:
+            yield document
 
 
 def is_tokenized(path: str | Path) -> bool:

@@ -58,6 +58,7 @@ class CharTokenizer:
     """
 
     eos_token_id = None
+    pad_token_id = None
 
     def __init__(self, characters: Sequence[str], unknown: str | None = None) -> None:
         self.characters = tuple(characters)
@@ -141,7 +142,10 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, **o
         options: more of :meth:`BPETokenizer.train`, :func:`train_wordpiece` or :func:`train_unigram`.
     """
     if kind == "char":
-        return CharTokenizer(sorted(set().union(*texts)))
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return CharTokenizer(sorted(characters))
     if kind not in KINDS:
         raise ValueError(f"tokenizer: got {kind!r}, expected one of {', '.join(KINDS)}, or a directory that holds one")
     train = {"bpe": BPETokenizer.train, "wordpiece": train_wordpiece, "unigram": train_unigram}[kind]

@@ -5,6 +5,7 @@ In memory are the metrics' few numbers per example (metric.py), a number per exa
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import math
@@ -35,6 +36,7 @@ class Evaluation:
         slices: of each slicing its names, and the number of the name for each example (N,).
         worst: the records with the worst scores by the first metric, worst first.
         records: file with a line of JSON per example, if one was written.
+        references: SHA-256 of all references in order.
         seconds: of the whole loop.
     """
 
@@ -42,6 +44,7 @@ class Evaluation:
     slices: dict[str, tuple[list[str], np.ndarray]] = field(default_factory=dict)
     worst: list[dict[str, Any]] = field(default_factory=list)
     records: Path | None = None
+    references: str = ""
     seconds: float = 0.0
 
     def __len__(self) -> int:
@@ -78,9 +81,11 @@ class Evaluation:
             options: of :func:`fastformer.evaluation.compare`.
 
         Raises:
-            ValueError: a published score that no metric here has.
+            ValueError: an evaluation of other examples, or in another order; a published score that no metric here has.
         """
         if isinstance(other, Evaluation):
+            if other.references != self.references:
+                raise ValueError(f"baseline {name}: its references are not the same ones in the same order")
             pairs = zip(self.metrics, other.metrics, strict=True)
             return [compare(ours, theirs, name=name, **options) for ours, theirs in pairs]
         owner = {score: metric for metric in self.metrics for score in metric.compute()}
@@ -141,6 +146,7 @@ def evaluate(
         metric.check()
     found.slices = {name: (list(names), np.asarray(numbers)) for name, (names, numbers) in counter.slices.items()}
     found.worst = [line for _, _, line in sorted(counter.heap, key=lambda entry: entry[:2], reverse=True)]
+    found.references = counter.references.hexdigest()
     found.seconds = time.perf_counter() - begin
     return found
 
@@ -193,11 +199,14 @@ class _Counter:
         self.slices: dict[str, tuple[dict[str, int], array]] = {name: ({}, array("i")) for name in slices}
         self.keep = worst
         self.count = 0
+        self.references = hashlib.sha256()
         self.heap: list[tuple[tuple[float, float], int, dict[str, Any]]] = []  # the least bad on top
 
     def add(self, record: Record) -> dict[str, Any]:
         """Returns the line for the file."""
         scores = [metric.add(record.prediction, record.reference) for metric in self.metrics]
+        reference = self.metrics[0].identity(record.reference)
+        self.references.update(json.dumps(reference, default=_plain).encode() + b"\n")
         line = {"index": self.count, "prediction": record.prediction, "reference": record.reference}
         line["scores"] = {metric.name: _finite(score) for metric, score in zip(self.metrics, scores)}
         if record.loss is not None:

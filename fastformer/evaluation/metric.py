@@ -52,6 +52,10 @@ class Metric(ABC):
         """``s`` of every example, ``(N, K)`` float64."""
         return np.array(self._rows, dtype=np.float64).reshape(-1, self.columns)
 
+    def identity(self, reference: Any) -> Any:
+        """What of a reference is the same for every system, so that evaluations of other examples are told apart."""
+        return reference
+
     def check(self) -> None:
         """Raises ValueError where what was added leaves the scores undefined; :meth:`compute` calls it."""
         if not len(self):

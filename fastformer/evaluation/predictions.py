@@ -125,12 +125,12 @@ def generate_texts(
     batch_size: int = 16,
     **options: Any,
 ) -> Iterator[Record]:
-    """What ``generate`` writes for each source: greedily unless ``options`` ask for something else.
+    """What ``generate`` writes for each source, without spaces at its ends; greedily unless ``options`` ask otherwise.
 
     Args:
         model: an encoder-decoder model, or a causal one, which continues the prompt.
         examples: mappings with a source, and a target: a text or several.
-        prompt: the text the model reads, ``{}`` in the place of the source.
+        prompt: the text that the model reads, ``{}`` in the place of the source.
         max_length: tokens of the prompt that are read (a causal model's last ones); None takes all.
         options: more of :func:`fastformer.generation.generate`, such as ``num_beams`` or ``stop_strings``.
 

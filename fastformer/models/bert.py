@@ -394,6 +394,9 @@ class BertPooler(torch_nn.Module):
         return self.activation(self.dense(x[:, 0]))
 
 
+HEADS = (r"^classifier\.", r"^qa_outputs\.")  # of the classes in bert_heads.py
+
+
 class BertPreTrainedModel(PreTrainedModel):
     """Initialisation and checkpoint conventions of all BERT classes."""
 
@@ -402,8 +405,8 @@ class BertPreTrainedModel(PreTrainedModel):
     # TensorFlow's names, in checkpoints converted from it.
     renamed_keys = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
     # Old checkpoints carry these constants; a pooler or head that the class has is loaded all the same.
-    ignored_keys = (r"(^|\.)embeddings\.(position|token_type)_ids$", r"(^|\.)pooler\.", r"^cls\.", r"^classifier\.")
-    head_keys = (r"(^|\.)pooler\.", r"^cls\.", r"^classifier\.")
+    ignored_keys = (r"(^|\.)embeddings\.(position|token_type)_ids$", r"(^|\.)pooler\.", r"^cls\.", *HEADS)
+    head_keys = (r"(^|\.)pooler\.", r"^cls\.", *HEADS)
 
     def init_module(self, name: str, module: torch_nn.Module) -> None:
         """Normal(0, initializer_range), zero biases, a zero row for padding."""

@@ -118,6 +118,22 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None = Non
     return F.binary_cross_entropy_with_logits(scores, target)
 
 
+def span_loss(start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    """Mean of the cross-entropies of where an answer begins and where it ends.
+
+    Args:
+        start_logits, end_logits: ``(B, S)``.
+        start_positions, end_positions: ``(B)`` or ``(B, 1)`` int64; S or more is not counted, below 0 is taken as 0.
+
+    Returns:
+        A scalar in float32, float64 for float64 logits.
+    """
+    batch, length = start_logits.shape
+    targets = [_shaped(p, (batch,), (batch, 1)).clamp(0, length) for p in (start_positions, end_positions)]
+    start, end = (p.masked_fill(p == length, -100) for p in targets)
+    return (token_loss(start_logits, start) + token_loss(end_logits, end)) / 2
+
+
 def _shaped(labels: Tensor, wanted: tuple[int, ...], *others: tuple[int, ...]) -> Tensor:
     if labels.shape not in (wanted, *others):
         raise ValueError(f"labels: shape {tuple(labels.shape)} is not {wanted}")

@@ -258,6 +258,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def decisive(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings, by full name, that decide what a step computes: not how long the run is, on how many processes, nor
+    what it writes."""
+    chosen = {}
+    for key, value in config.items():
+        name = prefix + key
+        if isinstance(value, dict):
+            chosen |= decisive(value, f"{name}.")
+        elif name in ("run.seed", "run.dtype") or not name.startswith(("run.", "schedule.", "parallel.")):
+            chosen[name] = value
+    return chosen
+
+
 def from_dict(
     cls: type, values: dict[str, Any], default: Any = None, prefix: str = "", known: list[str] | None = None
 ) -> Any:

@@ -5,6 +5,7 @@ In a terminal the progress is one line that updates; in a file or a pipe it is a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -63,8 +64,12 @@ class MetricsLog:
     def write(self, records: list[dict[str, Any]]) -> None:
         """Appends records, null for a number that is not finite; the last goes to TensorBoard, number by number."""
         for record in records:
-            self._file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
-        self._file.flush()
+            line = {name: _finite(value) for name, value in record.items()}
+            self._file.write(json.dumps(line, default=str) + "\n")
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"could not write the log: {error.strerror}", self._file.name) from error
         if self._writer is not None and records:
             step = records[-1]["step"]
             for name, value in records[-1].items():
@@ -72,7 +77,8 @@ class MetricsLog:
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -14,6 +14,7 @@ import resource
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,9 +123,9 @@ def tokens_in(batch: Batch) -> int:
     return batch["input_ids"].numel() if "input_ids" in batch else 0
 
 
-def name_batch(samples: list[Any], shown: int = 16) -> str:
-    """The samples of a batch, in words."""
+def name_batch(samples: list[Any], describe: Callable[[Any], str] = str, shown: int = 16) -> str:
+    """The samples of a batch, in words; ``describe`` is the loader's for one of them."""
     if not samples:
         return "a batch whose samples the loader does not name"
     more = f" and {len(samples) - shown} more" if len(samples) > shown else ""
-    return f"samples {', '.join(map(str, samples[:shown]))}{more}"
+    return f"samples {', '.join(map(describe, samples[:shown]))}{more}"

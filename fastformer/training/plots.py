@@ -12,6 +12,14 @@ from ..extras import require
 
 OURS, THEIRS, INK, GRID = "#2563a8", "#b8bec7", "#30343b", "#e4e7eb"
 
+# field of a record, its name to read, what it is divided by
+PANELS = (
+    ("learning_rate", "learning rate", 1),
+    ("gradient_norm", "norm of the gradient", 1),
+    ("tokens_per_second", "tokens per second", 1),
+    ("peak_memory", "peak memory (GiB)", 2**30),
+)
+
 
 def plot_loss(
     records: Sequence[Mapping[str, Any]],
@@ -85,6 +93,26 @@ def plot_curve(
     axes.set_ylabel(labels[1])
     axes.legend(frameon=False)
     return _save(figure, axes, path, title)
+
+
+def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, *, title: str) -> Path:
+    """Learning rate, norm of the gradient, tokens per second and peak memory over the steps of a run, a panel each.
+
+    Args:
+        records: of ``metrics.jsonl`` (:func:`fastformer.training.logs.read_metrics`).
+        path: the PNG to write.
+        title: above the panels.
+    """
+    figure, panels = _figure(12.8, 3.2, columns=4)
+    for axes, (name, label, unit) in zip(panels, PANELS):
+        points = [(r["step"], r[name] / unit) for r in records if r.get(name) is not None]
+        if points:
+            steps, values = zip(*points)
+            axes.plot(steps, values, color=OURS, linewidth=1.2)
+        axes.set_title(label, fontsize=10, color=INK)
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+    return _save(figure, panels[0], path, title, suptitle=True)
 
 
 def plot_speed(

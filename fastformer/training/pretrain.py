@@ -93,7 +93,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT2LMHeadModel:
 
 
 def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
-    """Trains a model as ``config`` says and leaves checkpoint, logs and loss.png in ``config.run.out``.
+    """Trains a model as ``config`` says; leaves checkpoints, logs, loss.png and run.png in ``config.run.out``.
 
     Raises:
         FileExistsError: ``run.out`` holds a checkpoint already and ``run.resume`` is not set.
@@ -121,13 +121,19 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
     if not quiet:
         print(describe(data, trainer))
     result = trainer.fit()
-    from .plots import plot_loss
+    if not trainer.parallel.writes:
+        return result
+    from .plots import plot_loss, plot_run
 
-    plot_loss(read_metrics(out), out / "loss.png", title=f"GPT-2 on {data.corpus.name}")
+    records = read_metrics(out)
+    plot_loss(records, out / "loss.png", title=f"GPT-2 on {data.corpus.name}")
+    plot_run(records, out / "run.png", title=f"GPT-2 on {data.corpus.name}")
     if not quiet:
+        used = result.tokens_per_second * trainer.flops_per_token / trainer.peak
         print(
             f"{result.steps} steps, {count(result.tokens)} tokens in {result.seconds:.0f} s "
-            f"({result.tokens_per_second:,.0f} tokens/s); validation loss {result.validation_loss:.3f}\n"
+            f"({result.tokens_per_second:,.0f} tokens/s, {used:.0%} of {trainer.peak_source}); "
+            f"validation loss {result.validation_loss:.3f}\n"
             f"{out / NEWEST}: try `fastformer generate --model {out}`"
         )
     return result

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..data import Batch, EvaluationWindows, Tokenizer, Windows, to_device
 from .checkpoint import NEWEST, random_state, restore_random_state, save_checkpoint
-from .config import resolve_device, resolve_dtype, to_dict
+from .config import decisive, resolve_device, resolve_dtype, to_dict
 from .ema import Ema
 from .evaluate import evaluate
 from .logs import MetricsLog, Progress
@@ -42,7 +42,8 @@ MOST_SKIPPED = 10  # in a row; a model that is lost does not come back by leavin
 
 
 class Loader(Protocol):
-    """Batches without end, the n-th a function of the seed and n alone."""
+    """Batches without end, the n-th a function of the seed and n alone. With ``describe(sample)``, messages have its
+    words for an entry of a batch's ``_ids``."""
 
     def next_batch(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -194,7 +195,7 @@ class Trainer:
     def fit(self) -> Result:
         """Runs to the end, leaving the checkpoints and the logs in ``config.run.out``.
 
-        Ctrl-C ends the run after the current step, with a checkpoint.
+        Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
 
         Raises:
             BadLossError: the loss or the gradient is not finite, or jumped; checkpoints stay as they were before.
@@ -223,7 +224,8 @@ class Trainer:
                 if self._saved != self.step:
                     self.save()
                 if self.ema is not None:
-                    self._save_weights("ema")
+                    with self.ema.applied():
+                        self._save_weights("ema")
         finally:
             self.progress.close()
             if self.log is not None:
@@ -278,6 +280,11 @@ class Trainer:
                 self.ema.update(self.step)
         self.scaler.update()
         return done
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of training, in the last batch; NaN where the model does not say."""
+        return flops_per_token(self.model, self._length)
 
     def elapsed(self) -> float:
         """Seconds of training so far, those before a resume included."""
@@ -378,8 +385,9 @@ class Trainer:
         self.skipped += 1
         if self.config.run.on_bad_loss == "skip" and self._skipped_in_a_row < MOST_SKIPPED:
             return problem
+        batch = name_batch(step.batch, getattr(self.loader, "describe", str))
         raise BadLossError(
-            f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {name_batch(step.batch)}. "
+            f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {batch}. "
             "The last checkpoint is from before it. Usual remedies: a look at that batch, a lower "
             "optimizer.learning_rate, a longer schedule.warmup_steps, run.dtype float32, run.on_bad_loss skip"
         )
@@ -401,7 +409,7 @@ class Trainer:
         if run.on_bad_loss == "stop" and not run.spike_zscore:  # else each step has been looked at
             for step, loss, norm in zip(steps, losses, norms):
                 self._problem(step, loss, norm)
-        mfu = speed * flops_per_token(self.model, self._length) / (self.peak * self.parallel.world_size)
+        mfu = speed * self.flops_per_token / (self.peak * self.parallel.world_size)
         memory = peak_memory(self.device)
         records: list[dict[str, Any]] = []
         for step, loss, norm in zip(steps, losses, norms):
@@ -463,24 +471,19 @@ class Trainer:
 
     @contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:
-        """Ctrl-C asks the loop to end after this step; pressed again, it interrupts at once."""
+        """Ctrl-C asks the loop to end after this step; pressed again, it interrupts at once. So does SIGTERM, by which a
+        cluster announces the end of a job's time."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def stop(_signal, _frame) -> None:
+        def stop(number, _frame) -> None:
             self.stopped = "interrupted"
-            signal.signal(signal.SIGINT, before)
+            signal.signal(number, before[number])
 
-        before = signal.signal(signal.SIGINT, stop)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
-
-
-def decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings, by full name, that decide what a step computes: not how long the run is, nor what it writes."""
-    names = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
-    chosen = ("run.seed", "run.dtype")
-    return {name: v for name, v in names.items() if name in chosen or not name.startswith(("run.", "schedule."))}
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -12,6 +12,7 @@ from fastformer.data import (
     encode_documents,
     evaluation_batches,
     split_documents,
+    to_device,
 )
 
 TOKENS = torch.arange(1000, dtype=torch.int32)
@@ -90,6 +91,20 @@ def test_ranks_share_the_batch_of_one_process(world_size):
         Windows(TOKENS, 8, 6, rank=2, world_size=2)
 
 
+def test_a_batch_on_another_device():
+    starts = torch.tensor([0, 2], dtype=torch.int32)
+    batch = {
+        "input_ids": torch.ones(1, 2),
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": 2,
+        "_ids": [5],
+    }
+    moved = to_device(batch, "meta")
+    assert moved["input_ids"].device.type == "meta" and moved["_ids"] == [5] and moved["max_length_q"] == 2
+    assert moved["cu_seq_lens_q"] is moved["cu_seq_lens_k"]  # so that nobody has to compare them
+
+
 def test_evaluation_windows_are_fixed_and_spread():
     batches = list(evaluation_batches(TOKENS, 10, 4))
     assert [len(b["input_ids"]) for b in batches] == [4] * 24 + [3]
@@ -136,3 +151,12 @@ def test_documents_end_with_the_end_of_text_token():
     bpe = BPETokenizer.train([corpus.text], 257)
     ids = encode_documents(bpe, corpus.documents)
     assert ids.dtype == torch.int32 and (ids == bpe.eos_token_id).nonzero().flatten().tolist() == [3, 7]
+
+
+def test_a_window_can_be_found_by_its_number():
+    tokens = torch.arange(100)
+    windows = Windows(tokens, 8, 4, seed=3)
+    for _ in range(5):  # into the second epoch
+        batch = windows.next_batch()
+        for number, row in zip(batch["_ids"], batch["input_ids"], strict=True):
+            assert windows.describe(number) == f"{number} (from token {int(row[0])})"

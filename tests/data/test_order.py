@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fastformer.data import CausalLM, EvaluationLoader, FixedLength, Loader, MaskedLM, write_shards
-from fastformer.data.order import Order
+from fastformer.data.order import Order, _ends
 from fastformer.data.tokenizers import CharTokenizer
 
 SAMPLES = [np.full(n, i) for i, n in enumerate(np.random.default_rng(0).integers(1, 60, 103))]
-LENGTHS = np.array([len(s) for s in SAMPLES])
+LENGTHS = np.array([len(s) for s in SAMPLES], dtype=np.uint16)  # as narrow as a dataset may have them
 WAYS = {
     "plain": {"batch_size": 8},
     "pools": {"batch_size": 8, "pool": 32, "lengths": LENGTHS},
@@ -117,6 +117,21 @@ def test_a_batch_stays_below_the_tokens_it_may_have():
     assert widths != sorted(widths) and widths != sorted(widths, reverse=True)  # shuffled between
 
 
+@pytest.mark.parametrize(
+    "lengths, ends",
+    [
+        ([50] * 6 + [1] * 100, [6, 106]),  # many short ones at the end: no room for them in the batch before
+        ([50] * 6 + [40] * 7 + [39], [6, 10, 14]),  # one left over: the last two share
+        ([300, 300], [1, 2]),
+        ([10], [1]),
+    ],
+)
+def test_where_batches_end(lengths, ends):
+    assert _ends(np.array(lengths), 300) == ends
+    for begin, end in zip([0, *ends], ends):
+        assert lengths[begin] * (end - begin) <= 300
+
+
 def test_windows_of_a_stream(tmp_path):
     shards = write_shards(["abcdefghij" * 9], CharTokenizer("abcdefghij"), tmp_path / "s")
     for tokens in (shards, torch.arange(90) % 10, np.arange(90) % 10):
@@ -153,11 +168,14 @@ def test_errors_of_the_dataset_come_through_the_thread():
         ("give one of them", {}),
         ("give one of them", {"batch_size": 2, "max_tokens": 100}),
         ("batch_size: got 0", {"batch_size": 0}),
-        ("pool: 12 is not a multiple of batch_size 8", {"batch_size": 8, "pool": 12, "lengths": LENGTHS}),
+        ("pool: got 12, expected a multiple of batch_size 8", {"batch_size": 8, "pool": 12, "lengths": LENGTHS}),
+        ("pool: got 0, expected a multiple", {"batch_size": 8, "pool": 0, "lengths": LENGTHS}),
+        ("pool: got -1, expected at least 1", {"max_tokens": 100, "pool": -1, "lengths": LENGTHS}),
         ("lengths: needed, one for each of 103", {"max_tokens": 100}),
         ("lengths: needed, one for each of 103", {"batch_size": 2, "pool": 4, "lengths": LENGTHS[:5]}),
         ("max_tokens: 20 does not hold the longest sample, of 59", {"max_tokens": 20, "lengths": LENGTHS}),
         ("expected at least 236", {"max_tokens": 200, "lengths": LENGTHS, "world_size": 2}),
+        ("pool: 3 samples for 4 processes", {"max_tokens": 600, "pool": 3, "lengths": LENGTHS, "world_size": 4}),
         ("batch_size: 8 rows cannot be shared equally by world_size = 3", {"batch_size": 8, "world_size": 3}),
     ],
 )

@@ -205,6 +205,19 @@ def test_vocabulary_files_of_bert_and_gpt2(wordpiece, bpe, tmp_path):
         load_tokenizer(gpt2)
 
 
+def test_a_file_that_truncates_and_pads_does_not_do_so_here(bpe, tmp_path):
+    """Checkpoints of sentence encoders are saved like that."""
+    bpe.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["truncation"] = {"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    content["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    again = load_tokenizer(tmp_path)
+    assert again.encode(TEXT) == bpe.encode(TEXT) and again.encode_batch(["to", TEXT])[0] == bpe.encode("to")
+    assert fingerprint(again) == fingerprint(bpe)
+
+
 def test_a_fingerprint_tells_tokenizers_apart(bpe, wordpiece):
     others = [CharTokenizer("ab"), CharTokenizer("ba"), CharTokenizer("ab", unknown="a")]
     prints = [fingerprint(t) for t in (bpe, wordpiece, *others)]

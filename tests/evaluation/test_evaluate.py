@@ -230,6 +230,15 @@ def test_report(tmp_path):
     assert "precision positive" not in text.split("## Classes")[0]
 
 
+def test_a_baseline_on_other_examples_is_refused(tmp_path):
+    """The same number of examples, in another order: every pair would be wrong."""
+    pairs = [("a b", "a b"), ("c", "d")]
+    ours, same, turned = (evaluate(None, (), BLEU(), predict=answers(*p)) for p in (pairs, pairs, pairs[::-1]))
+    assert ours.compare(same, "same", resamples=20)[0].difference.score == 0
+    with pytest.raises(ValueError, match="baseline other: its references are not the same ones in the same order"):
+        ours.compare(turned, "other")
+
+
 def test_a_report_of_text_has_signatures(tmp_path):
     found = evaluate(None, (), [BLEU(), ChrF()], predict=answers(("a | b", "a b"), ("c", "c")), worst=1)
     text = write_report(found, tmp_path, title="t", resamples=20).read_text(encoding="utf-8")

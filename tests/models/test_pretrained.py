@@ -65,6 +65,36 @@ def test_sharded_checkpoints(tmp_path):
         GPT2LMHeadModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("limit, files", [("100KB", 4), (1, 28), ("1.5 MB", 1)])
+def test_shards_of_ours(tmp_path, limit, files):
+    """transformers reads them, and no file of an earlier save stays beside them."""
+    torch.manual_seed(0)
+    ours = GPT2LMHeadModel(GPT2Config(**fields()))
+    ours.save_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path, max_shard_size=limit)
+    written = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert len(written) == files  # the tied tensor is stored once
+    if len(written) > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert sorted(set(index["weight_map"].values())) == written and "model.safetensors" not in written
+        assert index["metadata"]["total_size"] == sum(p.nbytes for p in ours.parameters())
+    else:
+        assert written == ["model.safetensors"] and not list(tmp_path.glob("*.index.json"))
+    for again in (fastformer.from_pretrained(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)):
+        state = again.state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in ours.state_dict().items())
+    doubled = {key: 2 * tensor for key, tensor in ours.state_dict().items()}
+    ours.save_pretrained(tmp_path, state_dict=doubled)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.equal(fastformer.from_pretrained(tmp_path).lm_head.weight, 2 * ours.lm_head.weight)
+
+
+def test_a_shard_size_that_is_none():
+    for size in ("big", 0, "-1GB"):
+        with pytest.raises(ValueError, match="max_shard_size: got"):
+            GPT2LMHeadModel(GPT2Config(**fields())).save_pretrained("unused", max_shard_size=size)
+
+
 def test_old_checkpoints(tmp_path):
     """pytorch_model.bin with keys of the base model, the causal masks as buffers, no architectures."""
     theirs = theirs_of()

@@ -4,7 +4,7 @@
 
 In each precision, whole/ is trained by this process, without a stop. Then killed/: each life is forked from this
 process, which on one thread has nothing that a fork would lose, and goes on from what the one before it left. After
-some kills the next life may run to its end. Prints how many there were, and how many while a checkpoint was being written.
+some kills the next life may run to its end. Prints how many there were, and how many in a save.
 """
 
 import os

@@ -16,6 +16,7 @@ from fastformer.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
+from fastformer.training.logs import read_metrics
 from tests.training.runs import TOKENIZER, make_config, make_model, make_trainer, resumed
 
 
@@ -152,6 +153,18 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, room):
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, largest))
     assert [name for name in names(tmp_path) if "checkpoint" in name] == ["checkpoint"]
     assert load_state(find_checkpoint(tmp_path))["step"] == 2
+
+
+def test_a_disk_too_full_for_the_log(tmp_path):
+    trainer = make_trainer(make_config(tmp_path, max_steps=400, save_every=1))
+    before, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer.save = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, largest))
+    try:
+        with pytest.raises(OSError, match=r"could not write the log: File too large: .*metrics.jsonl"):
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, largest))
+    assert [record["step"] for record in read_metrics(tmp_path)][:3] == [1, 2, 3]  # whole lines, as far as they go
 
 
 def test_a_run_that_has_not_saved_yet_has_no_checkpoint(tmp_path, model):

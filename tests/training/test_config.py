@@ -1,5 +1,7 @@
 """Configuration: YAML in, unknown keys with the nearest name out, values checked before anything runs."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
@@ -37,6 +39,11 @@ def test_an_empty_file_is_the_defaults(tmp_path):
             {"schedule": {"kind": "sawtooth"}},
             r"schedule.kind: got 'sawtooth', expected one of cosine, linear",
         ),
+        ({"optimizer": {"ema_decay": 1}}, r"optimizer.ema_decay: got 1.0, expected in \[0, 1\)"),
+        ({"schedule": {"decay_fraction": 0.0}}, r"schedule.decay_fraction: got 0.0, expected in \(0, 1\]"),
+        ({"run": {"on_bad_los": "skip"}}, r"unknown setting run.on_bad_los; did you mean run.on_bad_loss\?"),
+        ({"run": {"keep": 0}}, r"run.keep: got 0, expected at least 1"),
+        ({"run": {"dtype": "int8"}}, r"run.dtype: got 'int8', expected one of auto, float32, bfloat16, float16"),
         ({"model": {"n_embd": 130}}, r"model.n_embd: got 130, expected a multiple of model.n_head = 4"),
         ({"optimizer": {"learning_rate": -1.0}}, r"optimizer.learning_rate: got -1.0, expected above 0"),
         ({"data": {"validation_fraction": 1}}, r"data.validation_fraction: got 1.0, expected in \(0, 1\)"),
@@ -62,6 +69,21 @@ def test_a_config_made_in_python_is_checked_too():
         TrainConfig(optimizer=OptimizerConfig(accumulate=0))
 
 
+def test_other_configs_have_their_own_names(tmp_path):
+    @dataclass(frozen=True)
+    class Task:
+        labels: int = 2
+
+    @dataclass(frozen=True)
+    class Config:
+        task: Task = field(default_factory=Task)
+        optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    assert from_dict(Config, {"task": {"labels": 3}}).task.labels == 3
+    with pytest.raises(ValueError, match=r"task.label; did you mean task.labels\?"):
+        from_dict(Config, {"task": {"label": 3}})
+
+
 def test_device_and_precision():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,3 +93,4 @@ def test_device_and_precision():
         resolve_device("cuda:99")
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16

@@ -41,8 +41,30 @@ def test_held_at_the_end():
         ("cosine", 0, 0, {}),
         ("cosine", 0, 10, {"warmup": -1}),
         ("cosine", 0, 10, {"final_ratio": 1.5}),
+        ("wsd", 0, 10, {"decay_fraction": 0.0}),
     ],
 )
 def test_bad_input(kind, position, total, options):
     with pytest.raises(ValueError):
         learning_rate_factor(kind, position, total, **options)
+
+
+def test_inverse_square_root():
+    """Attention Is All You Need, equation 3: min(step^-0.5, step warmup^-1.5), here as a share of its peak."""
+    warmup = 40  # steps that rise; the peak is the one after them
+    for position in (0, 5, 39, 40, 41, 100, 1000):
+        step, peak = position + 1, warmup + 1
+        expected = min(step**-0.5, step * peak**-1.5) / peak**-0.5
+        assert learning_rate_factor("inverse_sqrt", position, 2000, warmup=warmup) == pytest.approx(expected)
+
+
+def test_warm_up_stable_decay():
+    options = {"warmup": 10, "final_ratio": 0.01, "decay_fraction": 0.2}
+    values = [learning_rate_factor("wsd", s, 100, **options) for s in range(101)]
+    assert set(values[10:81]) == {1.0}
+    # Exponential from the peak to a hundredth of it over the last 20 steps.
+    assert values[81:] == pytest.approx([0.01 ** ((s - 80) / 20) for s in range(81, 101)])
+    linear = [learning_rate_factor("wsd", s, 100, final_ratio=0.0, decay_fraction=0.5) for s in (50, 75, 100, 200)]
+    assert linear == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    # A warm-up that reaches into the decay's part leaves it the rest.
+    assert learning_rate_factor("wsd", 90, 100, warmup=90, decay_fraction=0.5) == 1.0

@@ -1,5 +1,6 @@
 """The training loop: accumulation is the large batch, resuming is exact, what goes wrong is named, saves are whole."""
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from fastformer.training import (
 )
 from fastformer.training import trainer as trainer_module
 from fastformer.training.checkpoint import find_checkpoint, load_state
+from fastformer.training.config import decisive
 from fastformer.training.logs import read_metrics
 from tests.training.runs import (
     TOKENIZER,
@@ -125,9 +127,17 @@ def test_resuming_continues_bit_for_bit(tmp_path):
 def test_resuming_refuses_other_settings(tmp_path):
     config = make_config(tmp_path)
     make_trainer(config).fit()
-    other = replace(config, optimizer=replace(config.optimizer, learning_rate=1.0))
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.003 there, 1.0 here"):
+    other = replace(config, optimizer=replace(config.optimizer, learning_rate=1.0), run=replace(config.run, seed=3))
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.003 there, 1.0 here; run.seed: 0 there, 3 here"):
         resumed(other, tmp_path)
+    # How long it runs, and what it writes, may change.
+    longer = replace(config, run=replace(config.run, max_steps=14, log_every=7, keep=3))
+    assert resumed(longer, tmp_path).fit().steps == 14
+
+
+def test_settings_of_other_configs_decide_too():
+    config = {"task": {"head": {"bias": True}, "name": "ner"}, "run": {"seed": 1, "out": "x"}, "parallel": {"size": 2}}
+    assert decisive(config) == {"task.head.bias": True, "task.name": "ner", "run.seed": 1}
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
@@ -138,7 +148,10 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
         return loss * float("nan") if trainer.step == 6 else loss  # the seventh step
 
     trainer = make_trainer(config, objective=scored_by(poisoned))
-    with pytest.raises(BadLossError, match=r"loss is nan .* at step 7 .* on samples 24, 25, 26, 27\. .*learning_rate"):
+    with pytest.raises(
+        BadLossError,
+        match=r"loss is nan .* at step 7 .* on samples 24 \(from token \d+\), 25 ",
+    ):
         trainer.fit()
     assert load_state(find_checkpoint(tmp_path))["step"] == 6
     assert all(torch.isfinite(p).all() for p in GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint").parameters())
@@ -189,6 +202,25 @@ def test_evaluation_is_the_mean_over_windows_and_leaves_the_mode():
             for i in range(0, 96, 8)
         ]
     assert value == pytest.approx(sum(rows) / len(rows), rel=1e-5)
+
+
+def test_a_cluster_that_ends_the_job_gets_a_checkpoint(tmp_path):
+    handled = []
+    before = signal.signal(signal.SIGTERM, lambda *_: handled.append("by the caller"))
+
+    def told_to_end(model, batch):
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return model_loss(model, batch)
+
+    try:
+        trainer = make_trainer(make_config(tmp_path), objective=scored_by(told_to_end))
+        assert trainer.fit().stopped == "interrupted" and not handled
+        signal.raise_signal(signal.SIGTERM)
+        assert handled == ["by the caller"]  # the handler from before is back
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert load_state(find_checkpoint(tmp_path))["step"] == 4
 
 
 def test_ctrl_c_ends_the_run_with_a_checkpoint(tmp_path):
