@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastformer.data import EvaluationLoader, Loader
+from fastformer.data import EvaluationLoader, Loader, load_tokenizer
 from fastformer.evaluation import Evaluation, write_report
 from fastformer.extras import MissingPackageError, require
 from fastformer.models import from_pretrained
@@ -165,6 +165,17 @@ def conclude(
         print(f"{who:34s}{named}")
     print(f"{len(evaluation):,} test examples; {report}")
     return results
+
+
+def tokenizer_of(recipe: Recipe, make: Callable[[], Any]) -> Any:
+    """A new tokenizer, kept in ``recipe.out``; a run that is continued takes that one."""
+    folder = Path(recipe.out, "tokenizer")
+    if recipe.resume and folder.is_dir():
+        return load_tokenizer(folder)
+    tokenizer = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    return tokenizer
 
 
 def seeded(recipe: Recipe, make: Callable[[], nn.Module]) -> nn.Module:

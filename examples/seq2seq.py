@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastformer.data import Seq2Seq
+from fastformer.data import Seq2Seq, train_tokenizer
 from fastformer.evaluation import Evaluation, Metric, evaluate, generate_texts
 from fastformer.models import T5Config, T5ForConditionalGeneration
 from fastformer.training import Result, objectives
 
-from .common import Phase, Recipe, seeded, train
+from .common import Phase, Recipe, seeded, tokenizer_of, train
 from .datasets import Example, Parts, evenly
 
 
@@ -50,6 +50,12 @@ class Seq2SeqRecipe(Recipe):
     model: Shape = field(default_factory=Shape)
     finetune: Phase = field(default_factory=Phase)
     """Training on the pairs."""
+
+
+def train_on_both_sides(parts: Parts, recipe: Seq2SeqRecipe) -> Any:
+    """A unigram tokenizer, as T5's, for sources and targets alike."""
+    texts = (example[side] for example in parts.train for side in ("source", "target"))
+    return tokenizer_of(recipe, lambda: train_tokenizer("unigram", texts, recipe.vocab_size, sentinels=0))
 
 
 def build(recipe: Seq2SeqRecipe, tokenizer: Any) -> T5ForConditionalGeneration:

@@ -17,7 +17,7 @@ from fastformer.models import BertConfig, BertForMaskedLM, BertForSequenceClassi
 from fastformer.training import objectives
 
 from ..classifiers import ClassifierRecipe, encode_texts, finetune, label, load_task, tf_idf, with_new_head
-from ..common import Phase, conclude, seeded, start, train
+from ..common import Phase, conclude, seeded, start, tokenizer_of, train
 from ..datasets import Example, Parts, evenly, package_descriptions, unlabelled_reviews, wordnet_glosses
 
 
@@ -55,7 +55,8 @@ def run(recipe: BertFromScratch) -> dict[str, Any]:
     parts, names = load_task("sentiment", recipe)
     texts = unlabelled(parts, recipe.examples)
     print(f"{len(texts):,} unlabelled texts, {sum(len(e['text']) for e in texts) / 1e6:.1f} M characters")
-    tokenizer = train_tokenizer("wordpiece", (e["text"] for e in texts), recipe.vocab_size)
+    words = (e["text"] for e in texts)
+    tokenizer = tokenizer_of(recipe, lambda: train_tokenizer("wordpiece", words, recipe.vocab_size))
     shape = recipe.model
     config = BertConfig(
         vocab_size=tokenizer.vocab_size,

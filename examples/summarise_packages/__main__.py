@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastformer.data import train_tokenizer
 from fastformer.evaluation import ROUGE, Record, evaluate
 
 from ..common import conclude, start
 from ..datasets import Example, long_paragraphs, package_descriptions, split
-from ..seq2seq import Seq2SeqRecipe, answer, build, finetune, records_file
+from ..seq2seq import Seq2SeqRecipe, answer, build, finetune, records_file, train_on_both_sides
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ def run(recipe: Summarise) -> dict[str, Any]:
     parts = split(package_descriptions(), lambda e: e["source"].split("\n")[0], long_paragraphs)
     print(parts)
     parts = parts.reduced(recipe.examples, recipe.held_out)
-    texts = (example[side] for example in parts.train for side in ("source", "target"))
-    tokenizer = train_tokenizer("unigram", texts, recipe.vocab_size, sentinels=0)
+    tokenizer = train_on_both_sides(parts, recipe)
     model, result = finetune(build(recipe, tokenizer), parts, tokenizer, recipe, ROUGE, title="Synopses")
     found = answer(
         model, parts.test, tokenizer, recipe, ROUGE(), num_beams=recipe.num_beams, records=records_file(recipe)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastformer.data import train_tokenizer
 from fastformer.evaluation import BLEU, ChrF
 
 from ..common import conclude, start
 from ..datasets import help_pages, split
-from ..seq2seq import Seq2SeqRecipe, answer, build, finetune, records_file
+from ..seq2seq import Seq2SeqRecipe, answer, build, finetune, records_file, train_on_both_sides
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ def run(recipe: Translate) -> dict[str, Any]:
     parts = split(help_pages(), lambda e: e["page"], lambda e: [e["source"]])
     print(parts)
     parts = parts.reduced(recipe.examples, recipe.held_out)
-    texts = (example[side] for example in parts.train for side in ("source", "target"))
-    tokenizer = train_tokenizer("unigram", texts, recipe.vocab_size, sentinels=0)
+    tokenizer = train_on_both_sides(parts, recipe)
     model, result = finetune(build(recipe, tokenizer), parts, tokenizer, recipe, ChrF, title="English to German")
     found = answer(
         model, parts.test, tokenizer, recipe, [BLEU(), ChrF()], num_beams=recipe.num_beams, records=records_file(recipe)

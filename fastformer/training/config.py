@@ -332,6 +332,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if value not in typing.get_args(kind):
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, typing.get_args(kind)))}")
         return value
+    if typing.get_origin(kind) is tuple:  # of any number of one type
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}: got {value!r}, expected a list")
+        return tuple(_convert(f"{name}[{i}]", entry, typing.get_args(kind)[0]) for i, entry in enumerate(value))
     accepted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in accepted and not isinstance(value, bool):
         try:

@@ -133,8 +133,25 @@ def bert(root):
     BertModel(BertConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=32, **shape)).save_pretrained(folder)
 
 
+def llama(root):
+    """A Llama of sixteen hidden units in the place of SmolLM2."""
+    import torch
+
+    from examples.smollm2_lora.__main__ import CONVERTED
+    from fastformer.data import train_tokenizer
+    from fastformer.models import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer("bpe", [reviews(40)], 400, special_tokens=["<|im_start|>", "<|im_end|>"])
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    end = tokenizer.encode("<|im_end|>")[0]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.vocab_size, eos_token_id=end, pad_token_id=end, **shape))
+    model.save_pretrained(root / CONVERTED)
+    tokenizer.save(root / CONVERTED)
+
+
 def fill_cache():
     """All of it, in the cache that the environment names."""
     root = cache()
-    for make in (sentiment, wordnet, dictionary, gru, help_text, descriptions, bert):
+    for make in (sentiment, wordnet, dictionary, gru, help_text, descriptions, bert, llama):
         make(root)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -10,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-for package in ("jiwer", "matplotlib", "rouge_score", "sacrebleu", "sklearn", "tokenizers", "tyro", "yaml"):
-    pytest.importorskip(package, reason="the recipes need fastformer[train,eval]")
+for package in ("jiwer", "matplotlib", "peft", "rouge_score", "sacrebleu", "sklearn", "tokenizers", "tyro", "yaml"):
+    pytest.importorskip(package, reason="the recipes need fastformer[train,eval,finetune]")
 
 from examples.common import Recipe, configure
 from fastformer.cli import main
 from fastformer.training import TrainConfig, load_config
-from tests.examples.small_data import ENGLISH_GERMAN, SOUNDS, fill_cache
+from fastformer.training.logs import read_metrics
+from tests.examples.small_data import fill_cache
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(path.parent.name for path in EXAMPLES.glob("*/__main__.py"))
@@ -72,7 +72,8 @@ def test_full_configuration_is_read_and_takes_flags(name, tmp_path):
     config = configure(cls, EXAMPLES / name, ["--out", "elsewhere", "--finetune.run.max-steps", "17"])
     assert config.out == "elsewhere" and config.finetune.run.max_steps == 17
     assert config.phase("finetune").run.out == os.path.join("elsewhere", "finetune")
-    assert config.examples == 0 and configure(cls, EXAMPLES / name, ["--smoke"]).examples > 0
+    reduced = configure(cls, EXAMPLES / name, ["--smoke"])
+    assert 0 < reduced.examples < (config.examples or 1_000_000) and reduced.finetune.run.max_steps < 10
 
 
 def test_every_recipe_says_what_it_shows_and_how_to_run_it():
@@ -99,23 +100,24 @@ def test_gpt_shakespeare_is_nanogpts_setting_and_trains(tmp_path, monkeypatch):
 
 def test_a_tiny_t5_learns_regular_spelling(data, tmp_path):
     """What the recipe is for, at a size that takes seconds: words that it has not seen, after a few hundred steps."""
-    flags = "--examples 0 --held-out 0 --no-pretraining --model.width 48 --finetune.run.max-steps 220"
-    flags += " --finetune.batch-size 64 --finetune.run.eval-every 110 --finetune.optimizer.ema-decay 0.9 --num-beams 1"
+    flags = "--examples 0 --held-out 0 --no-pretraining --model.width 48 --finetune.run.max-steps 160"
+    flags += " --finetune.batch-size 64 --finetune.run.eval-every 80 --finetune.optimizer.ema-decay 0.9 --num-beams 1"
+    flags += " --finetune.schedule.warmup-steps 20 --finetune.optimizer.learning-rate 4e-3"
     results = smoke("t5_g2p", tmp_path / "out", *flags.split())
-    assert len(SOUNDS) == 26
     ours, gru = (results["scores"][who]["PER"] for who in ("this", "GRU of g2p-en"))
-    assert ours < 0.25 < gru  # the GRU's weights are random here
+    assert ours < 0.6 < gru  # always the same sounds score 0.75; the GRU's weights are random here
     first, last = results["curve"][0], results["curve"][-1]
     assert last["word_error"] < first["word_error"] and last["flops"] == pytest.approx(2 * first["flops"])
 
 
-def test_a_recipe_resumes(data, tmp_path, capsys):
-    whole = smoke("translate_en_de", tmp_path / "whole")
-    smoke("translate_en_de", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts/finetune/best")
-    again = smoke("translate_en_de", tmp_path / "parts", "--resume")
+def test_a_recipe_resumes(data, tmp_path):
+    whole = smoke("translate_en_de", tmp_path / "out")
+    (tmp_path / "out/report.md").unlink()
+    again = smoke("translate_en_de", tmp_path / "out", "--resume")  # nothing is left to train
     assert again["steps"] == whole["steps"] and again["scores"] == whole["scores"]
-    assert len(ENGLISH_GERMAN) == 6
+    longer = smoke("translate_en_de", tmp_path / "out", "--resume", "--finetune.run.max-steps", "8")
+    assert longer["steps"] == 8
+    assert len(read_metrics(tmp_path / "out/finetune")) > 8
 
 
 def test_missing_data_is_one_line(tmp_path):
