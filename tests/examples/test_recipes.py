@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -84,6 +86,19 @@ def test_every_recipe_says_what_it_shows_and_how_to_run_it():
         text = (EXAMPLES / name / "README.md").read_text()
         assert f"examples.{name}" in text or f"examples/{name}" in text
         assert "GPU" in text and f"({name}/README.md)" in overview
+
+
+COMMAND = re.compile(r"python -m examples\.(?P<name>\w+)(?P<flags>[^\n]*)|`(?P<alone>--[^`]+)`")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_commands_in_the_readmes_are_understood(name):
+    _, cls = recipe_of(name)
+    text = (EXAMPLES / name / "README.md").read_text()
+    found = [shlex.split(match["alone"] or match["flags"]) for match in COMMAND.finditer(text)]
+    assert len(found) >= 2 and [] in found  # the plain command, and what a GPU is given
+    for flags in found:
+        assert configure(cls, EXAMPLES / name, flags) is not None
 
 
 def test_gpt_shakespeare_is_nanogpts_setting_and_trains(tmp_path, monkeypatch):
