@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .. import functional
 from ..data.collators import IGNORED, Classification, pad_rows
+from ..data.tokenizers import check_tokenizer, encode
 from ..generation.decoding import evaluating, generate
 from ..generation.text import to_text
 from ..models.losses import in_float32
-from .inputs import check_tokenizer, encode
 
 
 @dataclass

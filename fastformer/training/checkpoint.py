@@ -28,6 +28,7 @@ from ..data import Tokenizer
 STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
 NEWEST = "checkpoint"
+CONFIG_FILES = ("config.json", "adapter_config.json")
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -101,7 +102,7 @@ def find_checkpoint(path: str | Path) -> Path:
     damaged = []
     for place in (path, path / NEWEST):
         for candidate in (place, *(_older(place) if place.name == NEWEST else ())):
-            if not (candidate / "config.json").is_file():
+            if not any((candidate / name).is_file() for name in CONFIG_FILES):
                 continue
             problem = find_damage(candidate)
             if not problem:

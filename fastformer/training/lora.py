@@ -11,6 +11,7 @@ is as fast as before.
 from __future__ import annotations
 
 import difflib
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,12 @@ def load_lora(model: PreTrainedModel, directory: str | Path, *, trainable: bool 
     return adapted.train(trainable)
 
 
+def load_adapter(adapted: Any, directory: str | Path) -> None:
+    """Gives the adapters and trained heads of ``adapted`` the values in ``directory``."""
+    weights = require("safetensors.torch", "LoRA").load_file(str(Path(directory, "adapter_model.safetensors")))
+    _peft().set_peft_model_state_dict(adapted, weights)
+
+
 def merge_lora(adapted: Any) -> PreTrainedModel:
     """The model inside, adapters added to its weights, and all parameters to be trained again.
 
@@ -129,13 +136,20 @@ def _with_conv1d(settings: Any, model: nn.Module) -> Any:
     """peft knows transformers' Conv1D, whose weights lie as in ours."""
     if any(isinstance(module, Conv1D) for module in model.modules()):
         settings.fan_in_fan_out = True
-        settings._register_custom_module({Conv1D: _adapt_conv1d})
+        settings._register_custom_module({Conv1D: _adapted_conv1d()})
     return settings
 
 
-def _adapt_conv1d(layer: Conv1D, name: str, config: Any, **options: Any) -> nn.Module:
-    linear = require("peft.tuners.lora", "LoRA", "finetune").Linear
-    return linear(layer, name, config=config, is_target_conv_1d_layer=True, **options)
+@functools.cache
+def _adapted_conv1d() -> type[nn.Module]:
+    class AdaptedConv1D(require("peft.tuners.lora", "LoRA", "finetune").Linear):  # type: ignore[misc]
+        def __init__(self, layer: Conv1D, name: str, **options: Any) -> None:
+            super().__init__(layer, name, is_target_conv_1d_layer=True, **options)
+
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+            return tuple(module.weight.shape)
+
+    return AdaptedConv1D
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:
