@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastformer.data import Classification as ClassificationBatches
 from fastformer.evaluation import Classification, Evaluation, Record, classify_texts, evaluate
 from fastformer.extras import require
-from fastformer.models import BertForSequenceClassification
-from fastformer.training import Result, check_classes, objectives
+from fastformer.training import Result
+from fastformer.training.finetune import FinetuneConfig
 
-from .common import Phase, Recipe, train
+from .common import Recipe, tune
 from .datasets import Example, Parts, movie_reviews, split, wordnet_glosses
 
 TASKS = {"sentiment": movie_reviews, "topics": wordnet_glosses}
@@ -26,9 +24,7 @@ PENALTIES = (1.0, 4.0, 16.0)
 class ClassifierRecipe(Recipe):
     """What the recipes with labels can be told."""
 
-    max_length: int = 64
-    """Tokens of a text that are read."""
-    finetune: Phase = field(default_factory=Phase)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Training on the labels."""
 
 
@@ -40,46 +36,15 @@ def load_task(task: str, recipe: Recipe) -> tuple[Parts, list[str]]:
     return parts.reduced(recipe.examples, recipe.held_out), names
 
 
-def with_new_head(folder: str | Path, **changes: Any) -> BertForSequenceClassification:
-    """The BERT in ``folder`` for classification; its head begins at random values."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*this head starts at random values")  # to be trained is what it is here for
-        return BertForSequenceClassification.from_pretrained(folder, **changes)
-
-
-def encode_texts(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, names: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """``input_ids`` between [CLS] and [SEP], cut to ``max_length``; with ``names``, ``labels``."""
-    rows = tokenizer.encode_batch([e["text"] for e in examples], add_special_tokens=True)
-    rows = [[*ids[: max_length - 1], ids[-1]] if len(ids) > max_length else ids for ids in rows]
-    if not names:
-        return [{"input_ids": ids} for ids in rows]
-    number = {name: i for i, name in enumerate(names)}
-    return [{"input_ids": ids, "labels": number[e["label"]]} for ids, e in zip(rows, examples)]
-
-
-def finetune(
-    model: Any, parts: Parts, names: Sequence[str], tokenizer: Any, recipe: ClassifierRecipe, title: str, phase: Phase
+def tune_classifier(
+    recipe: ClassifierRecipe, start: Path, parts: Parts, names: Sequence[str], tokenizer: Any, folder: str = "finetune"
 ) -> tuple[Any, Result]:
-    """Trains on the labels, measuring accuracy on the validation part."""
-    training = encode_texts(parts.train, tokenizer, recipe.max_length, names)
-    check_classes((sample["labels"] for sample in training), len(names))
+    """Fine-tunes the model in ``start`` on the labels, measuring accuracy on the validation part."""
 
     def measure(model: Any) -> dict[str, float]:
         return {"accuracy": label(model, parts.validation, names, tokenizer, recipe).scores()["accuracy"]}
 
-    return train(
-        model,
-        training,
-        ClassificationBatches(tokenizer.pad_token_id),
-        phase,
-        objective=objectives.sequence_classification,
-        held_out=encode_texts(parts.validation, tokenizer, recipe.max_length, names),
-        metrics=measure,
-        tokenizer=tokenizer,
-        title=title,
-    )
+    return tune(recipe, recipe.finetune, start, parts.train, parts.validation, measure, folder)
 
 
 def label(
@@ -91,7 +56,8 @@ def label(
     records: Path | None = None,
 ) -> Evaluation:
     """The model's labels, scored."""
-    predict = partial(classify_texts, tokenizer=tokenizer, names=names, max_length=recipe.max_length, batch_size=64)
+    limit = recipe.finetune.data.max_length or None
+    predict = partial(classify_texts, tokenizer=tokenizer, names=names, max_length=limit, batch_size=64)
     return evaluate(model, _by_length(examples), Classification(names), predict=predict, records=records)
 
 

@@ -1,4 +1,4 @@
-"""What all recipes share: a configuration from YAML, flags and ``--smoke``, one training run, and its report.
+"""What all recipes share: a configuration from YAML, flags and ``--smoke``, training runs, and the report.
 
 ``python -m examples.NAME`` reads ``config.yaml`` beside the recipe; ``--smoke`` then ``smoke.yaml``, the size at which
 the recipe is tested in seconds; and ``--section.key value`` changes any of it.
@@ -15,17 +15,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from fastformer.data import EvaluationLoader, Loader, load_tokenizer
+from fastformer.data.tasks import lengths_of
 from fastformer.evaluation import Evaluation, write_report
 from fastformer.extras import MissingPackageError, require
 from fastformer.models import from_pretrained
 from fastformer.training import Objective, OptimizerConfig, Result, RunConfig, ScheduleConfig, Trainer
-from fastformer.training.checkpoint import has_checkpoint, load_state, restore_checkpoint
-from fastformer.training.config import load_config
+from fastformer.training.checkpoint import has_checkpoint, load_state, restore_checkpoint, save_checkpoint
+from fastformer.training.config import load_config, resolve_device
+from fastformer.training.finetune import FinetuneConfig, finetune
 from fastformer.training.logs import read_metrics
 from fastformer.training.plots import plot_loss
 
@@ -34,7 +35,7 @@ Config = TypeVar("Config", bound="Recipe")
 
 @dataclass(frozen=True)
 class Phase:
-    """One training run of a recipe."""
+    """Training on samples without labels."""
 
     batch_size: int = 32
     """Examples in a batch (times optimizer.accumulate in a step), of about the same length."""
@@ -60,16 +61,22 @@ class Recipe:
     held_out: int = 0
     """Use so many examples for validation, and as many for the test; 0: all."""
 
-    def phase(self, name: str, folder: str = "") -> Phase:
-        """The phase ``name``, told what the recipe was told; it writes to ``folder`` (or its name) in ``out``."""
-        phase = getattr(self, name)
-        told = {
-            "out": str(Path(self.out, folder or name)),
-            "seed": self.seed,
-            "device": self.device,
-            "resume": self.resume,
-        }
-        return replace(phase, run=replace(phase.run, **told))
+
+Settings = TypeVar("Settings", Phase, FinetuneConfig)
+
+
+def told(settings: Settings, recipe: Recipe, folder: str) -> Settings:
+    """The settings of a training run, with what the recipe was told; it writes to ``folder`` in ``recipe.out``.
+
+    Raises:
+        FileExistsError: an earlier run is there and is not to be continued.
+    """
+    out = Path(recipe.out, folder)
+    there = has_checkpoint(out)
+    if there and not recipe.resume:
+        raise FileExistsError(f"{out} holds a checkpoint already; continue it with --resume, or choose another --out")
+    options = {"out": str(out), "seed": recipe.seed, "device": recipe.device, "resume": there}
+    return replace(settings, run=replace(settings.run, **options))
 
 
 def configure(cls: type[Config], folder: Path, arguments: Sequence[str] | None = None) -> Config:
@@ -89,7 +96,7 @@ def configure(cls: type[Config], folder: Path, arguments: Sequence[str] | None =
     return tyro.cli(cls, args=arguments, default=config, prog=f"python -m examples.{folder.name}", description=about)
 
 
-def start(run: Callable[[Any], Any], cls: type[Recipe], file: str) -> None:
+def main(run: Callable[[Any], Any], cls: type[Recipe], file: str) -> None:
     """Runs the recipe whose ``__main__.py`` is ``file``; what is wrong with data or settings is one line."""
     try:
         run(configure(cls, Path(file).parent))
@@ -99,46 +106,74 @@ def start(run: Callable[[Any], Any], cls: type[Recipe], file: str) -> None:
         sys.exit(f"{Path(file).parent.name}: {error}")
 
 
-def train(
-    model: nn.Module,
-    samples: Sequence[Mapping[str, Any]],
-    collator: Any,
+def fresh(recipe: Recipe, tokenizer: Callable[[], Any], model: Callable[[Any], nn.Module]) -> Path:
+    """A directory with a new tokenizer and a model for it, its weights drawn from the recipe's seed.
+
+    A recipe that is continued takes those it began with.
+    """
+    folder = Path(recipe.out, "start")
+    if not (recipe.resume and folder.is_dir()):
+        made = tokenizer()
+        torch.manual_seed(recipe.seed)
+        save_checkpoint(folder, model(made), made)
+    return folder
+
+
+def pretrain(
+    recipe: Recipe,
     phase: Phase,
-    *,
-    objective: Objective,
+    start: Path,
+    samples: Sequence[Mapping[str, Any]],
     held_out: Sequence[Mapping[str, Any]],
-    metrics: Callable[[nn.Module], dict[str, float]] | None = None,
-    tokenizer: Any = None,
-    title: str = "",
-) -> tuple[nn.Module, Result]:
-    """Trains on ``samples``, which are sorted into batches by length; the model returned is the best, or the average,
-    where ``phase.run`` and ``phase.optimizer`` say so."""
+    collator: Any,
+    objective: Objective,
+    title: str,
+) -> tuple[Path, Result]:
+    """Trains the model in ``start`` on unlabelled samples; returns where the result is."""
+    phase = told(phase, recipe, "pretrain")
     out = Path(phase.run.out)
-    resuming = phase.run.resume and has_checkpoint(out)
-    checkpoint = restore_checkpoint(out) if resuming else None
-    if checkpoint is not None:
-        model = from_pretrained(checkpoint)
+    checkpoint = restore_checkpoint(out) if phase.run.resume else None
     loader = Loader(
         samples,
         collator,
         phase.batch_size,
         seed=phase.run.seed,
         pool=50 * phase.batch_size,
-        lengths=np.array([len(sample["input_ids"]) for sample in samples]),
+        lengths=lengths_of(samples),
     )
-    validation = EvaluationLoader(held_out, collator, phase.batch_size)
     trainer = Trainer(
-        model, loader, phase, objective=objective, validation=validation, metrics=metrics, tokenizer=tokenizer
+        from_pretrained(checkpoint or start),
+        loader,
+        phase,
+        objective=objective,
+        validation=EvaluationLoader(held_out, collator, phase.batch_size),
+        tokenizer=load_tokenizer(start),
     )
     if checkpoint is not None:
         trainer.load_state_dict(load_state(checkpoint))
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{title}: {parameters / 1e6:.2f} M parameters, {len(samples):,} examples, {trainer.device}")
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{title}: {parameters / 1e6:.2f} M parameters, {len(samples):,} samples, {trainer.device}")
     result = trainer.fit()
     plot_loss(read_metrics(out), out / "loss.png", title=title)
-    print(f"{result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s")
-    kept = "best" if phase.run.keep_best else "ema" if phase.optimizer.ema_decay else ""
-    return (from_pretrained(out / kept, device=trainer.device) if kept else trainer.model.eval()), result
+    print(f"{result.steps} steps in {result.seconds:.0f} s; loss on held-out samples {result.validation_loss:.3f}")
+    return out / "checkpoint", result
+
+
+def tune(
+    recipe: Recipe,
+    settings: FinetuneConfig,
+    start: Path,
+    train: Sequence[Mapping[str, Any]],
+    validation: Sequence[Mapping[str, Any]],
+    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    folder: str = "finetune",
+) -> tuple[Any, Result]:
+    """Fine-tunes the model in ``start``; the model returned is the best one, where the settings keep that."""
+    settings = replace(told(settings, recipe, folder), model=str(start))
+    metrics = None if measure is None else lambda data, batch_size: measure
+    result = finetune(settings, train=train, validation=validation, metrics=metrics)
+    kept = "merged" if settings.lora.rank else "best" if settings.run.keep_best else "checkpoint"
+    return from_pretrained(Path(settings.run.out, kept), device=resolve_device(recipe.device)), result
 
 
 def conclude(
@@ -165,23 +200,6 @@ def conclude(
         print(f"{who:34s}{named}")
     print(f"{len(evaluation):,} test examples; {report}")
     return results
-
-
-def tokenizer_of(recipe: Recipe, make: Callable[[], Any]) -> Any:
-    """A new tokenizer, kept in ``recipe.out``; a run that is continued takes that one."""
-    folder = Path(recipe.out, "tokenizer")
-    if recipe.resume and folder.is_dir():
-        return load_tokenizer(folder)
-    tokenizer = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder)
-    return tokenizer
-
-
-def seeded(recipe: Recipe, make: Callable[[], nn.Module]) -> nn.Module:
-    """A model whose weights are drawn from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    return make()
 
 
 def _command() -> str:

@@ -7,17 +7,17 @@ so that one sees what the masked words were good for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastformer.data import MaskedLM, train_tokenizer
-from fastformer.models import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from fastformer.data import MaskedLM, load_tokenizer, train_tokenizer
+from fastformer.models import BertConfig, BertForMaskedLM
 from fastformer.training import objectives
 
-from ..classifiers import ClassifierRecipe, encode_texts, finetune, label, load_task, tf_idf, with_new_head
-from ..common import Phase, conclude, seeded, start, tokenizer_of, train
+from ..classifiers import ClassifierRecipe, label, load_task, tf_idf, tune_classifier
+from ..common import Phase, conclude, fresh, main, pretrain
 from ..datasets import Example, Parts, evenly, package_descriptions, unlabelled_reviews, wordnet_glosses
 
 
@@ -41,6 +41,8 @@ class Shape:
 class BertFromScratch(ClassifierRecipe):
     """Train a BERT from nothing on masked words, then on sentiment."""
 
+    max_length: int = 64
+    """Tokens of a text that are read."""
     vocab_size: int = 8192
     """Tokens of the WordPiece tokenizer that is trained."""
     whole_words: bool = True
@@ -56,40 +58,26 @@ def run(recipe: BertFromScratch) -> dict[str, Any]:
     texts = unlabelled(parts, recipe.examples)
     print(f"{len(texts):,} unlabelled texts, {sum(len(e['text']) for e in texts) / 1e6:.1f} M characters")
     words = (e["text"] for e in texts)
-    tokenizer = tokenizer_of(recipe, lambda: train_tokenizer("wordpiece", words, recipe.vocab_size))
-    shape = recipe.model
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.feed_forward,
-        hidden_dropout_prob=shape.dropout,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=recipe.max_length,
-        pad_token_id=tokenizer.pad_token_id,
-        id2label=dict(enumerate(names)),
+    start = fresh(
+        recipe,
+        lambda: train_tokenizer("wordpiece", words, recipe.vocab_size),
+        lambda tokenizer: build(recipe, tokenizer),
     )
-    _, pretraining = train(
-        seeded(recipe, lambda: BertForMaskedLM(config)),
+    tokenizer = load_tokenizer(start)
+    trained, pretraining = pretrain(
+        recipe,
+        recipe.pretrain,
+        start,
         encode_texts(texts, tokenizer, recipe.max_length),
+        encode_texts(parts.validation, tokenizer, recipe.max_length),
         MaskedLM.for_tokenizer(tokenizer, whole_words=recipe.whole_words),
-        recipe.phase("pretrain"),
-        objective=objectives.masked_lm,
-        held_out=encode_texts(parts.validation, tokenizer, recipe.max_length),
-        tokenizer=tokenizer,
-        title="Masked words",
+        objectives.masked_lm,
+        "Masked words",
     )
-    trained = Path(recipe.out, "pretrain", "checkpoint")
-    models = {
-        "random": lambda: BertForSequenceClassification(config),
-        "finetune": lambda: with_new_head(trained),
-    }
     found = {}
-    for name, make in models.items():
-        phase = recipe.phase("finetune", name)
-        model, result = finetune(seeded(recipe, make), parts, names, tokenizer, recipe, f"Sentiment ({name})", phase)
-        found[name] = label(model, parts.test, names, tokenizer, recipe, Path(recipe.out, f"{name}.jsonl"))
+    for folder, begin in (("random", start), ("finetune", trained)):
+        model, result = tune_classifier(recipe, begin, parts, names, tokenizer, folder)
+        found[folder] = label(model, parts.test, names, tokenizer, recipe, Path(recipe.out, f"{folder}.jsonl"))
     return conclude(
         found["finetune"],
         recipe,
@@ -100,6 +88,30 @@ def run(recipe: BertFromScratch) -> dict[str, Any]:
         },
         more={"masked_lm_loss": pretraining.validation_loss, "seconds": pretraining.seconds + result.seconds},
     )
+
+
+def build(recipe: BertFromScratch, tokenizer: Any) -> BertForMaskedLM:
+    """A BERT for the tokenizer."""
+    shape = recipe.model
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=shape.feed_forward,
+            hidden_dropout_prob=shape.dropout,
+            attention_probs_dropout_prob=0.0,
+            max_position_embeddings=recipe.max_length,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def encode_texts(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """``input_ids`` between [CLS] and [SEP], cut to ``max_length``."""
+    rows = tokenizer.encode_batch([e["text"] for e in examples], add_special_tokens=True)
+    return [{"input_ids": [*ids[: max_length - 1], ids[-1]] if len(ids) > max_length else ids} for ids in rows]
 
 
 def unlabelled(parts: Parts, most: int = 0) -> list[Example]:
@@ -117,4 +129,4 @@ def unlabelled(parts: Parts, most: int = 0) -> list[Example]:
 
 
 if __name__ == "__main__":
-    start(run, BertFromScratch, __file__)
+    main(run, BertFromScratch, __file__)

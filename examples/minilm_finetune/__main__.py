@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from fastformer.data import load_tokenizer
 
-from ..classifiers import ClassifierRecipe, finetune, label, load_task, tf_idf, with_new_head
-from ..common import conclude, seeded, start
+from ..classifiers import ClassifierRecipe, label, load_task, tf_idf, tune_classifier
+from ..common import conclude, main
 from ..packages import python_package
 
 WEIGHTS = (
@@ -24,8 +24,6 @@ class FinetuneMiniLM(ClassifierRecipe):
 
     task: Literal["sentiment", "topics"] = "sentiment"
     """Sentiment of sentences from film reviews, or which of 26 topics a definition of WordNet has."""
-    dropout: float = 0.1
-    """Of hidden states and of the classifier."""
     weights: str = ""
     """Directory of another BERT to start from; default MiniLM, from its package."""
 
@@ -36,9 +34,7 @@ def run(recipe: FinetuneMiniLM) -> dict[str, Any]:
     baseline = tf_idf(parts, names)
     folder = Path(recipe.weights) if recipe.weights else python_package(*WEIGHTS)
     tokenizer = load_tokenizer(folder)
-    changes = {"hidden_dropout_prob": recipe.dropout, "id2label": dict(enumerate(names))}
-    model = seeded(recipe, lambda: with_new_head(folder, **changes))
-    model, result = finetune(model, parts, names, tokenizer, recipe, f"MiniLM, {recipe.task}", recipe.phase("finetune"))
+    model, result = tune_classifier(recipe, folder, parts, names, tokenizer)
     return conclude(
         label(model, parts.test, names, tokenizer, recipe, Path(recipe.out, "records.jsonl")),
         recipe,
@@ -49,4 +45,4 @@ def run(recipe: FinetuneMiniLM) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    start(run, FinetuneMiniLM, __file__)
+    main(run, FinetuneMiniLM, __file__)

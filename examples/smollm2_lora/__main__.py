@@ -10,21 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastformer.data import CausalLM, EvaluationLoader, load_tokenizer
+from fastformer.data import EvaluationLoader, load_tokenizer
+from fastformer.data.tasks import Encoder, collator_of
 from fastformer.evaluation import ROUGE, Evaluation, evaluate, generate_texts
 from fastformer.evaluation.text import Mean
 from fastformer.extras import require
 from fastformer.models import LlamaConfig, LlamaForCausalLM
 from fastformer.training import evaluate as mean_loss
-from fastformer.training import objectives
-from fastformer.training.lora import LoraConfig, add_lora, merge_lora, trainable_parameters
+from fastformer.training.finetune import FinetuneConfig
 
-from ..common import Phase, Recipe, conclude, seeded, start, train
+from ..common import Recipe, conclude, main, tune
 from ..datasets import Example, long_paragraphs, package_descriptions, split
 from ..packages import cache, python_package
 
@@ -47,15 +47,10 @@ class SmolLM2(Recipe):
     """Characters of a description that are read."""
     max_answer: int = 32
     """Tokens of an answer."""
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=8, targets=("all",)))
-    finetune: Phase = field(default_factory=Phase)
+    finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(task="instruction"))
     """Training on the instructions."""
     weights: str = ""
     """Directory of another Llama to start from; default SmolLM2, converted from its package's file."""
-
-    def __post_init__(self) -> None:
-        if self.resume:
-            raise ValueError("resume: the adapters of this recipe are trained in one go")
 
 
 def run(recipe: SmolLM2) -> dict[str, Any]:
@@ -63,71 +58,50 @@ def run(recipe: SmolLM2) -> dict[str, Any]:
     parts = split(package_descriptions(), lambda e: e["source"].split("\n")[0], long_paragraphs)
     print(parts)
     parts = parts.reduced(recipe.examples, recipe.held_out)
+    train, validation, test = (instructions(part, recipe) for part in (parts.train, parts.validation, parts.test))
     folder = Path(recipe.weights) if recipe.weights else smollm2()
-    tokenizer, model = load_tokenizer(folder), LlamaForCausalLM.from_pretrained(folder)
-    test = encode(parts.test, tokenizer, recipe)
-    loss_before = answer_loss(model, test, tokenizer)
-    before = answer(model, parts.test, tokenizer, recipe, "before")
-    adapted = seeded(recipe, lambda: add_lora(model, recipe.lora, base=folder))
-    trained, all_parameters = trainable_parameters(adapted)
-    print(f"{trained:,} of {all_parameters:,} parameters are trained")
-    adapted, result = train(
-        adapted,
-        encode(parts.train, tokenizer, recipe),
-        CausalLM(tokenizer.pad_token_id or 0),
-        recipe.phase("finetune"),
-        objective=objectives.causal_lm,
-        held_out=encode(parts.validation, tokenizer, recipe),
-        tokenizer=tokenizer,
-        title="Synopses by LoRA",
-    )
-    model = merge_lora(adapted).eval()
-    model.save_pretrained(Path(recipe.out, "merged"))
-    tokenizer.save(Path(recipe.out, "merged"))
+    recipe = replace(recipe, finetune=replace(recipe.finetune, data=replace(recipe.finetune.data, prompt=PROMPT)))
+    before, loss_before = measure(LlamaForCausalLM.from_pretrained(folder), test, folder, recipe, "before")
+    model, result = tune(recipe, recipe.finetune, folder, train, validation)
+    after, loss_after = measure(model, test, folder, recipe, "after")
     return conclude(
-        answer(model, parts.test, tokenizer, recipe, "after"),
+        after,
         recipe,
         title="SmolLM2-135M-Instruct, LoRA on package synopses",
         baselines={"before": before},
         more={
-            "answer_loss": {"before": loss_before, "after": answer_loss(model, test, tokenizer)},
-            "trained_parameters": trained,
+            "answer_loss": {"before": loss_before, "after": loss_after},
             "steps": result.steps,
             "seconds": result.seconds,
         },
     )
 
 
-def instruction(example: Example, recipe: SmolLM2) -> str:
-    """What the user asks: the whole description, or as many of its words as are read."""
-    text = example["source"]
-    return INSTRUCTION + (text if len(text) <= recipe.max_source else text[: recipe.max_source].rsplit(" ", 1)[0])
+def instructions(examples: Sequence[Example], recipe: SmolLM2) -> list[Example]:
+    """``source`` is what the user asks, about the whole description or as many of its words as are read."""
+    found = []
+    for example in examples:
+        text = example["source"]
+        text = text if len(text) <= recipe.max_source else text[: recipe.max_source].rsplit(" ", 1)[0]
+        found.append({"source": INSTRUCTION + text, "target": example["target"]})
+    return found
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, recipe: SmolLM2) -> list[dict[str, Any]]:
-    """Chats as ``input_ids``, and ``labels`` that score the answer and its end alone."""
-    prompts = tokenizer.encode_batch([PROMPT.replace("{}", instruction(e, recipe)) for e in examples])
-    answers = tokenizer.encode_batch([e["target"] + END for e in examples])
-    return [
-        {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + list(answer)}
-        for prompt, answer in zip(prompts, answers)
-    ]
-
-
-def answer_loss(model: Any, samples: Sequence[dict[str, Any]], tokenizer: Any) -> float:
-    """Mean loss of a token of the wanted answers."""
-    return mean_loss(model, EvaluationLoader(samples, CausalLM(tokenizer.pad_token_id or 0), 16))
-
-
-def answer(model: Any, examples: Sequence[Example], tokenizer: Any, recipe: SmolLM2, name: str) -> Evaluation:
-    """What the model writes, greedily."""
-    asked = [{"source": instruction(e, recipe), "target": e["target"]} for e in examples]
+def measure(
+    model: Any, examples: Sequence[Example], folder: Path, recipe: SmolLM2, name: str
+) -> tuple[Evaluation, float]:
+    """What the model writes, greedily, and the mean loss of a token of the wanted answers."""
+    tokenizer = load_tokenizer(folder)
     predict = partial(
         generate_texts, tokenizer=tokenizer, prompt=PROMPT, max_new_tokens=recipe.max_answer, batch_size=16
     )
     metrics = [ROUGE(), Mean("keeps the form", lambda text, _: keeps_the_form(text))]
     records = Path(recipe.out, f"{name}.jsonl")
-    return evaluate(model, sorted(asked, key=lambda e: len(e["source"])), metrics, predict=predict, records=records)
+    examples = sorted(examples, key=lambda e: len(e["source"]))
+    found = evaluate(model, examples, metrics, predict=predict, records=records)
+    samples = Encoder("instruction", tokenizer, recipe.finetune.data.max_length, prompt=PROMPT)(examples)
+    batches = EvaluationLoader(samples, collator_of("instruction", tokenizer.pad_token_id or 0), 16)
+    return found, mean_loss(model, batches)
 
 
 def keeps_the_form(text: str) -> bool:
@@ -164,4 +138,4 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    start(run, SmolLM2, __file__)
+    main(run, SmolLM2, __file__)

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fastformer.data import load_tokenizer
 from fastformer.evaluation import ROUGE, Record, evaluate
 
-from ..common import conclude, start
+from ..common import conclude, main
 from ..datasets import Example, long_paragraphs, package_descriptions, split
-from ..seq2seq import Seq2SeqRecipe, answer, build, finetune, records_file, train_on_both_sides
+from ..seq2seq import Seq2SeqRecipe, answer, by_length, fresh_t5, records_file, train_on_pairs
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,17 @@ def run(recipe: Summarise) -> dict[str, Any]:
     parts = split(package_descriptions(), lambda e: e["source"].split("\n")[0], long_paragraphs)
     print(parts)
     parts = parts.reduced(recipe.examples, recipe.held_out)
-    tokenizer = train_on_both_sides(parts, recipe)
-    model, result = finetune(build(recipe, tokenizer), parts, tokenizer, recipe, ROUGE, title="Synopses")
+    start = fresh_t5(recipe, parts)
+    tokenizer = load_tokenizer(start)
+    model, result = train_on_pairs(recipe, start, tokenizer, parts.train, parts.validation, ROUGE)
     found = answer(
         model, parts.test, tokenizer, recipe, ROUGE(), num_beams=recipe.num_beams, records=records_file(recipe)
     )
-    test = sorted(parts.test, key=lambda e: len(e["source"]))  # as the answers are
     return conclude(
         found,
         recipe,
         title="Package descriptions to synopses",
-        baselines={"first sentence": evaluate(None, test, ROUGE(), predict=first_sentences)},
+        baselines={"first sentence": evaluate(None, by_length(parts.test), ROUGE(), predict=first_sentences)},
         more={"steps": result.steps, "seconds": result.seconds},
     )
 
@@ -47,4 +48,4 @@ def first_sentences(_model: Any, examples: Iterable[Example]) -> Iterator[Record
 
 
 if __name__ == "__main__":
-    start(run, Summarise, __file__)
+    main(run, Summarise, __file__)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastformer.data import SpanCorruption, SubwordTokenizer
+from fastformer.data import SpanCorruption, SubwordTokenizer, load_tokenizer
 from fastformer.data.subword import T5_TOKENS
 from fastformer.evaluation import ErrorRate, evaluate
 from fastformer.extras import require
@@ -21,9 +21,9 @@ from fastformer.training import objectives
 from fastformer.training.logs import read_metrics
 from fastformer.training.plots import plot_curve
 
-from ..common import Phase, conclude, start, train
+from ..common import Phase, conclude, fresh, main, pretrain
 from ..datasets import Example, Parts, pronunciations, split_pronunciations
-from ..seq2seq import Seq2SeqRecipe, answer, build, finetune, records_file
+from ..seq2seq import Seq2SeqRecipe, answer, build, by_length, records_file, train_on_pairs
 from .gru import pronounce
 
 ERRORS = "examples with an error"
@@ -45,29 +45,27 @@ def run(recipe: GraphemeToPhoneme) -> dict[str, Any]:
     """The whole recipe; returns what it wrote to results.json."""
     everything = split_pronunciations(pronunciations())
     print(everything)
-    tokenizer = symbols(everything.train)
     parts = Parts(*(spelled(part) for part in (everything.train, everything.validation, everything.test)))
     parts = parts.reduced(recipe.examples, recipe.held_out)
-    pairs = [{**e, "target": target} for e in parts.train for target in e["targets"]]
-    model = build(recipe, tokenizer)
+    pairs = [{**e, "target": target} for e in parts.train for target in e["target"]]
+    start = fresh(recipe, lambda: symbols(everything.train), lambda tokenizer: build(recipe, tokenizer))
+    tokenizer = load_tokenizer(start)
     if recipe.pretraining:
-        model, _ = train(
-            model,
+        start, _ = pretrain(
+            recipe,
+            recipe.pretrain,
+            start,
             unlabelled(pairs, tokenizer),
+            unlabelled([{**e, "target": e["target"][0]} for e in parts.validation], tokenizer),
             SpanCorruption(tokenizer.sentinel_ids, density=0.3, mean_span=2.0),
-            recipe.phase("pretrain"),
-            objective=objectives.seq2seq,
-            held_out=unlabelled([{**e, "target": e["targets"][0]} for e in parts.validation], tokenizer),
-            tokenizer=tokenizer,
-            title="Span corruption",
+            objectives.seq2seq,
+            "Span corruption",
         )
-    model, result = finetune(model, answered(parts), tokenizer, recipe, lambda: ErrorRate("PER"), pairs, "Pairs")
+    model, result = train_on_pairs(recipe, start, tokenizer, pairs, parts.validation, lambda: ErrorRate("PER"))
     curve = compute_curve(recipe, model, pairs)
     options = {"num_beams": recipe.num_beams, "records": records_file(recipe)}
-    test = answered(parts).test
-    found = answer(model, test, tokenizer, recipe, ErrorRate("PER"), **options)
-    words = sorted(test, key=lambda e: len(e["source"]))  # as the answers are
-    gru = evaluate(None, words, ErrorRate("PER"), predict=pronounce)
+    found = answer(model, parts.test, tokenizer, recipe, ErrorRate("PER"), **options)
+    gru = evaluate(None, by_length(parts.test), ErrorRate("PER"), predict=pronounce)
     published = {name: {ERRORS: error} for name, error in PUBLISHED.items()}
     return conclude(
         found,
@@ -79,14 +77,8 @@ def run(recipe: GraphemeToPhoneme) -> dict[str, Any]:
 
 
 def spelled(examples: Sequence[Example]) -> list[Example]:
-    """With spaces between the letters, as there are between phonemes; ``word`` is the word."""
-    return [{"source": " ".join(e["source"]), "targets": e["targets"], "word": e["source"]} for e in examples]
-
-
-def answered(parts: Parts) -> Parts:
-    """What is measured has all its pronunciations under ``target``: any of them is right."""
-    held_out = ([{**e, "target": e["targets"]} for e in part] for part in (parts.validation, parts.test))
-    return Parts(parts.train, *held_out)
+    """``source`` with spaces between the letters, ``target`` all pronunciations, any of which is right; ``word``."""
+    return [{"source": " ".join(e["source"]), "target": e["targets"], "word": e["source"]} for e in examples]
 
 
 def symbols(examples: Sequence[Example]) -> SubwordTokenizer:
@@ -123,7 +115,7 @@ def compute_curve(recipe: GraphemeToPhoneme, model: Any, pairs: Sequence[Example
     head = model.config.vocab_size * model.config.d_model
     read, written = (sum(len(e[side].split()) + 1 for e in pairs) / len(pairs) for side in ("source", "target"))
     example = 6 * (read * reader + written * (writer + head))
-    each = example * recipe.finetune.batch_size * recipe.finetune.optimizer.accumulate
+    each = example * recipe.finetune.data.batch_size * recipe.finetune.optimizer.accumulate
     records = [r for r in read_metrics(Path(recipe.out, "finetune")) if ERRORS in r]
     points = [{"step": r["step"], "flops": r["step"] * each, "word_error": r[ERRORS]} for r in records]
     plot_curve(
@@ -138,4 +130,4 @@ def compute_curve(recipe: GraphemeToPhoneme, model: Any, pairs: Sequence[Example
 
 
 if __name__ == "__main__":
-    start(run, GraphemeToPhoneme, __file__)
+    main(run, GraphemeToPhoneme, __file__)

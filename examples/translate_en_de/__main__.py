@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastformer.data import load_tokenizer
 from fastformer.evaluation import BLEU, ChrF
 
-from ..common import conclude, start
+from ..common import conclude, main
 from ..datasets import help_pages, split
-from ..seq2seq import Seq2SeqRecipe, answer, build, finetune, records_file, train_on_both_sides
+from ..seq2seq import Seq2SeqRecipe, answer, fresh_t5, records_file, train_on_pairs
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ def run(recipe: Translate) -> dict[str, Any]:
     parts = split(help_pages(), lambda e: e["page"], lambda e: [e["source"]])
     print(parts)
     parts = parts.reduced(recipe.examples, recipe.held_out)
-    tokenizer = train_on_both_sides(parts, recipe)
-    model, result = finetune(build(recipe, tokenizer), parts, tokenizer, recipe, ChrF, title="English to German")
+    start = fresh_t5(recipe, parts)
+    tokenizer = load_tokenizer(start)
+    model, result = train_on_pairs(recipe, start, tokenizer, parts.train, parts.validation, ChrF)
     found = answer(
         model, parts.test, tokenizer, recipe, [BLEU(), ChrF()], num_beams=recipe.num_beams, records=records_file(recipe)
     )
@@ -49,4 +51,4 @@ def answer_with_source(examples: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    start(run, Translate, __file__)
+    main(run, Translate, __file__)
