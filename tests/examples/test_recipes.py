@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 for package in ("jiwer", "matplotlib", "peft", "rouge_score", "sacrebleu", "sklearn", "tokenizers", "tyro", "yaml"):
     pytest.importorskip(package, reason="the recipes need fastformer[train,eval,finetune]")
 
-from examples.common import Recipe, configure, told
+from examples.common import Recipe, check_out, configure, told
 from fastformer.cli import main
 from fastformer.training import TrainConfig, load_config
 from fastformer.training.logs import read_metrics
@@ -137,6 +138,15 @@ def test_a_recipe_resumes(data, tmp_path):
     longer = smoke("translate_en_de", tmp_path / "out", "--resume", "--finetune.run.max-steps", "8")
     assert longer["steps"] == 8
     assert len(read_metrics(tmp_path / "out/finetune")) > 8
+
+
+def test_an_earlier_run_is_not_replaced(data, tmp_path):
+    smoke("translate_en_de", tmp_path / "out")
+    recipe = configure(recipe_of("translate_en_de")[1], EXAMPLES / "translate_en_de", ["--out", str(tmp_path / "out")])
+    with pytest.raises(FileExistsError, match="finetune holds a checkpoint; continue it with --resume"):
+        check_out(recipe)
+    check_out(replace(recipe, resume=True))
+    check_out(replace(recipe, out=str(tmp_path / "elsewhere")))
 
 
 def test_missing_data_is_one_line(tmp_path):
