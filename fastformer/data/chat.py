@@ -61,7 +61,9 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Any) -> dict[str
         asked = render(messages[:i], tokenizer, add_generation_prompt=True)
         answered = render(messages[: i + 1], tokenizer)
         if not (asked.startswith(written) and answered.startswith(asked)):
-            raise ValueError("chat_template: it changes what it wrote for earlier messages; answers cannot be told apart")
+            raise ValueError(
+                "chat_template: it changes what it wrote for earlier messages; answers cannot be told apart"
+            )
         question, answer = (tokenizer.encode(text) for text in (asked[len(written) :], answered[len(asked) :]))
         ids += question + answer
         labels += [IGNORED] * len(question) + answer

@@ -21,8 +21,8 @@ import torch
 from .. import functional
 from ..data import load_tokenizer
 from ..data.collators import IGNORED, pad_rows
-from ..extras import require
 from ..data.tokenizers import check_tokenizer, encode
+from ..extras import require
 from ..generation.decoding import evaluating, generate
 from ..generation.text import decode, to_text
 from ..models import from_pretrained

@@ -116,6 +116,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(TASKS)}")
+        if self.freeze and self.lora.rank:
+            raise ValueError(f"freeze: got {self.freeze!r} beside lora.rank, which freezes all but adapters and head")
         if self.epochs < 0:
             raise ValueError(f"epochs: got {self.epochs}, expected at least 0")
         if self.dropout != -1 and not 0 <= self.dropout < 1:
@@ -209,7 +211,7 @@ def prepare(
     check_tokenizer(model, tokenizer)
     if config.lora.rank:
         model = load_lora(model, checkpoint, trainable=True) if checkpoint else add_lora(model, config.lora, base)
-    if config.freeze:
+    elif config.freeze:
         freeze(model, config.freeze)
     config = _with_steps(config, len(data.train))
     trainer = trainer_class(
@@ -256,7 +258,7 @@ def prepare_data(
         label = data.columns.label if config.task == "classification" else None
         examples, measured = split_examples(examples, data.validation_fraction, config.run.seed, label)
     known = tuple(map(str, (values.get("id2label") or {}).values()))
-    if set(labels) <= set(known):
+    if labels and set(labels) <= set(known):
         labels = known  # a model that has learnt these classes already keeps their order
     encoder = Encoder(
         config.task,

@@ -14,7 +14,19 @@ from fastformer.models import (
     BertForTokenClassification,
     BertModel,
 )
-from tests.models.bert_pairs import CLASSES, SEGMENTS, SMALL, VOCAB, draw, ids, labels_of, mask, ours_of, targets_of, theirs_of
+from tests.models.bert_pairs import (
+    CLASSES,
+    SEGMENTS,
+    SMALL,
+    VOCAB,
+    draw,
+    ids,
+    labels_of,
+    mask,
+    ours_of,
+    targets_of,
+    theirs_of,
+)
 from tests.models.parity import assert_as_accurate, assert_equal, assert_equal_loss, twin_of
 
 # name -> fields that differ from a small BERT
