@@ -327,8 +327,8 @@ def from_dict(
     return dataclasses.replace(default, **changes)
 
 
-def load_config(path: str | Path, cls: type = TrainConfig) -> Any:
-    """Reads a YAML file of sections and keys into ``cls``; what it leaves out keeps its default."""
+def load_config(path: str | Path, cls: type = TrainConfig, default: Any = None) -> Any:
+    """Reads a YAML file of sections and keys into ``cls``; what it leaves out is as in ``default``, or in ``cls()``."""
     yaml = require("yaml", "reading a config file")
     path = Path(path)
     if not path.is_file():
@@ -337,7 +337,7 @@ def load_config(path: str | Path, cls: type = TrainConfig) -> Any:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"config: {path} is not valid YAML: {error}") from error
-    return from_dict(cls, values or {})
+    return from_dict(cls, values or {}, default)
 
 
 def _settings(cls: type, prefix: str = "") -> list[str]:

@@ -68,6 +68,33 @@ def plot_loss(
     return _save(figure, axes, path, title)
 
 
+def plot_curve(
+    points: Sequence[tuple[float, float]],
+    path: str | Path,
+    *,
+    title: str,
+    labels: tuple[str, str],
+    references: Mapping[str, float] | None = None,
+) -> Path:
+    """One measured number against another, such as an error against the arithmetic spent.
+
+    Args:
+        points: (x, y).
+        path: the PNG to write.
+        title: above the plot.
+        labels: of the two axes.
+        references: published values of y by name, as dotted lines.
+    """
+    figure, axes = _figure(7.2, 4.2)
+    axes.plot(*zip(*points), "o-", color=OURS, markersize=4, linewidth=1.6, label="measured")
+    for (name, value), style in zip((references or {}).items(), itertools.cycle((":", "--", "-."))):
+        axes.axhline(value, color=INK, linewidth=1.0, linestyle=style, label=f"{name}: {value:.3g}")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.legend(frameon=False)
+    return _save(figure, axes, path, title)
+
+
 def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, *, title: str) -> Path:
     """Learning rate, norm of the gradient, tokens per second and peak memory over the steps of a run, a panel each.
 
