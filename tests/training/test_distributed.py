@@ -19,7 +19,6 @@ from tests.training.jobs import ROOT, results_of
 
 SAME = {"rel_tol": 0, "abs_tol": 3e-6}  # float32 roundings of a loss of 2.4, and of ten steps
 
-
 pytestmark = pytest.mark.slow
 
 
