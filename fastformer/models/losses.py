@@ -65,8 +65,9 @@ def head_loss(
     if labels is None:
         return None
     rows, target = scored_rows(hidden, labels)
-    if hasattr(head, "loss"):
-        return head.loss(rows, target, num_items)
+    own_loss = getattr(head, "loss", None)
+    if own_loss is not None:
+        return own_loss(rows, target, num_items)
     if not is_plain(head, torch.nn.Linear, nn.Linear):
         return token_loss(head(rows), target, num_items)
     half = rows.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(rows.device.type)

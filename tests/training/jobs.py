@@ -7,6 +7,9 @@ ranks return, or (the message, seconds) of a job that failed. This process impor
 from it, as ``torchrun`` would start them; on one thread there is nothing that a fork would lose.
 """
 
+import fcntl
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +18,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parents[2]
 
 
 class Traffic(TorchDispatchMode):
@@ -56,6 +61,20 @@ def fails(ranks, function, *arguments):
     except ChildFailedError as error:
         return str(error), time.monotonic() - begin
     raise AssertionError("the job did not fail")
+
+
+def results_of(suite, tmp_path_factory):
+    """What the jobs of ``suite`` return, which are run once, however many processes pytest has."""
+    out = tmp_path_factory.getbasetemp()
+    out = (out.parent if "PYTEST_XDIST_WORKER" in os.environ else out) / f"jobs-{suite}"
+    out.mkdir(exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "results.pt").is_file():
+            script = [sys.executable, "-m", "tests.training.jobs", suite, str(out)]
+            done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, timeout=400)
+            assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(out / "results.pt")
 
 
 if __name__ == "__main__":

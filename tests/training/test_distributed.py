@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +15,16 @@ from fastformer.training import ParallelConfig
 from fastformer.training.checkpoint import load_state
 from fastformer.training.distributed import Distributed, connect
 from fastformer.training.logs import read_metrics
+from tests.training.jobs import ROOT, results_of
 
-ROOT = Path(__file__).parents[2]
 SAME = {"rel_tol": 0, "abs_tol": 3e-6}  # float32 roundings of a loss of 2.4, and of ten steps
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    out = tmp_path_factory.mktemp("training")
-    script = [sys.executable, "-m", "tests.training.jobs", "training", str(out)]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(out / "results.pt")
+    return results_of("training", tmp_path_factory)
 
 
 @pytest.mark.parametrize("job", ["ddp 2", "ddp 2 x tp 2", "fsdp 2 x tp 2", "ddp 2 to 1", "fsdp 4 to 2", "1 to tp 2"])

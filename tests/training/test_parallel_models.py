@@ -1,29 +1,22 @@
 """A model split by tensor parallel over 2 and 4 processes, or sharded over 2, is the whole one, in float64."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fastformer.models import GPT2Config, GPT2Model
 from fastformer.training.tensor_parallel import tensor_parallel
+from tests.training.jobs import results_of
 
-ROOT = Path(__file__).parents[2]
 MODELS = ("gpt2", "bert", "t5", "t5 gated", "llama")
-BLOCKS = {"t5": 2 + 2, "t5 gated": 2 + 2}  # else 2
-SUBLAYERS = {"t5": 2 * 2 + 2 * 3, "t5 gated": 2 * 2 + 2 * 3}  # else 2 in each block
+T5 = {"t5", "t5 gated"}
 HIDDEN = 2 * 8 * 16 * 8  # bytes of batch, length and width in float64
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    out = tmp_path_factory.mktemp("models")
-    script = [sys.executable, "-m", "tests.training.jobs", "models", str(out)]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(out / "results.pt")
+    return results_of("models", tmp_path_factory)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -49,9 +42,9 @@ def test_two_reductions_of_the_stream_per_sublayer_and_none_of_logits(results, r
     for of_rank in (result[name] for result in results[f"{ranks} ranks"]):
         sizes = [size for operation, size in of_rank["traffic"] if operation == "allreduce_"]
         assert len(sizes) == len(of_rank["traffic"])
-        sublayers = SUBLAYERS.get(name, 4)
-        crosses = 2 if name in BLOCKS else 0  # the gradient of the encoder's output, per layer of the decoder
-        embeddings = 2 if name in BLOCKS else 1
+        sublayers = 2 * 2 + 2 * 3 if name in T5 else 2 * 2
+        crosses = 2 if name in T5 else 0  # the gradient of the encoder's output, per layer of the decoder
+        embeddings = 2 if name in T5 else 1
         assert sizes.count(HIDDEN) == 2 * sublayers + crosses + embeddings
         others = [size for size in sizes if size != HIDDEN]  # of the loss, and the gradient of the head's input
         assert len(others) == 3 and max(others) < HIDDEN
