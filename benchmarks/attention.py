@@ -40,6 +40,10 @@ CASES = {
         Case((2, 12, 512, 64), "float32", True, "causal 4 kv heads", {"causal": True, "kv_heads": 4}),
         Case((12, 4, 64, 32), "float32", True, "causal small", CAUSAL),  # the demo's
         Case((8, 12, 512, 64), "float32", False, "decode", {"queries": 1}),
+        *(
+            Case((8, 12, 512, 64), dtype, False, "decode padding", {"queries": 1, "padding": 0.25})
+            for dtype in ("float32", "bfloat16")
+        ),
         # never slower: few and many heads, short and long, narrow and wide
         *(
             Case(shape, dtype, backward, "sweep", {"causal": shape[2] > 64})
@@ -63,8 +67,8 @@ CASES = {
     "cuda": [
         *(
             Case((max(1, 16384 // s), 2048 // d, s, d), "bfloat16", backward, variant, options)
-            for d in (64, 128)
-            for s in (1024, 4096, 16384)
+            for d in (128, 64)
+            for s in (16384, 4096, 1024)
             for variant, options in (("causal", CAUSAL), ("full", {}))
             for backward in (False, True)
         ),
@@ -78,6 +82,7 @@ CASES = {
         Case((1, 2, 10, 8), "float32", False, "padding", {"padding": 0.25}),
         Case((1, 2, 10, 8), "bfloat16", True, "causal 1 kv head", {"causal": True, "kv_heads": 1}),
         Case((1, 2, 10, 8), "float32", False, "decode", {"queries": 1}),
+        Case((2, 2, 10, 8), "float32", False, "decode padding", {"queries": 1, "padding": 0.25}),
         Case((1, 2, 10, 8), "float32", True, "learned bias", {"bias": "learned"}),
         Case((1, 2, 10, 8), "float32", True, "T5 bias", {"bias": "T5"}),
         Case((1, 2, 10, 8), "float32", True, "window 3 causal", {"causal": True, "window": 3}),

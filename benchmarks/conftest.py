@@ -45,13 +45,19 @@ def _test(module: ModuleType, case: runner.Case, recorder: Recorder):
     def test_speed(benchmark) -> None:
         recorder.begin(op, case)
         try:
-            if recorder.late():
+            if recorder.left() <= 0:
                 results.skip(op, case, "no time left in this run")
                 pytest.skip("no time left in this run")
-            ready = runner.prepare(module, case, device)
-            timings = runner.measure(ready.calls, device, benchmark, recorder.seconds, recorder.quick)
-            rows = runner.rows(op, case, timings, module.cost(case), results.ceilings, results.id)
-            results.add(op, case, rows, ready.missing, ready.wrong)
+            ready = runner.prepare(module, case, device, limit=recorder.left())
+            cost, how = module.cost(case), (recorder.seconds, recorder.quick)
+            rows = lambda timings: runner.rows(op, case, timings, cost, results.ceilings, results.id)  # noqa: E731
+
+            def progress(timings: dict[str, runner.Timing]) -> None:
+                results.unfinished = rows(timings)
+                recorder.end()
+
+            timings = runner.measure(ready.calls, device, benchmark, *how, ready.missing, progress)
+            results.add(op, case, rows(timings), ready.missing, ready.wrong)
         except Exception as error:
             results.fail(op, case, error)
             raise

@@ -7,12 +7,13 @@
 
 Sections, in this order: ``machine`` (versions, copy bandwidth and matmul rate: the ceilings), ``build`` (for this
 card), ``check`` (every operation on every backend against float64) and ``tests`` (the suite's GPU tests),
-``sanitize`` (compute-sanitizer on small shapes), ``bench`` (every operation beside every peer that imports). Each
-runs in a process of its own with its own time limit: one that crashes or hangs loses itself and nothing else.
+``sanitize`` (compute-sanitizer on small shapes), ``bench`` (every operation and model job beside every peer that
+imports, the most valuable first). Each runs in a process of its own with its own share of the time (SECONDS, BENCHES):
+one that crashes or hangs loses itself and nothing else, and what one leaves over goes to those after it.
 
 Needs Python 3.10, torch with CUDA, triton, nvcc, ninja, pybind11 and pytest-benchmark; no network. Writes
-benchmarks/results/<card>/<date>/: report.md, results.json, results.md, results.png, sections.json and log.txt; the same
-files go to $OUT if that is set.
+benchmarks/results/<card>/<date>/: report.md, results.json, results.md, results.png, charts/, sections.json and log.txt;
+the same files go to $OUT if that is set.
 
 Tiles are measured as they are; ``python -m fastformer.backends.triton.tune --op attention`` looks for better ones.
 """
@@ -36,15 +37,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
 
-from benchmarks import JOBS, KERNELS, machine, report  # noqa: E402
+from benchmarks import KERNELS, charts, machine, report  # noqa: E402
 
 PYTHON = sys.executable
 
-RUN_SECONDS = 520  # the whole run; nothing is started that could end later
+RUN_SECONDS = 520  # the whole run; nothing is started that could end later. The shares below add up to it
 LEAST_SECONDS = 5  # less is not worth starting anything in
 OPS = tuple(op for op in KERNELS if op != "linear")  # that is the vendor library's there
-# What the time is for first: sections that no longer fit are left out.
-BENCHES = ("attention", "decode_attention", *(op for op in KERNELS if not op.endswith("attention")), *JOBS)
+# Seconds for each kind of section but the benchmarks; the checks and the tests run side by side.
+SECONDS = {"machine": 20, "build": 110, "check": 90, "sanitize": 30}
+ROWS = ("cross_entropy", "layer_norm", "softmax", "rms_norm", "add_layer_norm", "add_rms_norm")
+ROWS += ("rotary", "embedding", "activation", "overhead")
+# What the rest of the time is for: seconds, and what one process measures with them. A training step's are the compiled
+# peer's compiler, mostly. The row operations need little but a start, and share one.
+BENCHES: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (54, ("training_step",)),
+    (32, ("attention",)),
+    (24, ("encoder_layer",)),
+    (24, ("t5",)),
+    (20, ("llama",)),
+    (16, ("generation",)),
+    (12, ("decode_attention",)),
+    (12, ("linear_cross_entropy",)),
+    (12, ("feed_forward",)),
+    (8, ("linear",)),
+    (56, ROWS),
+)
 BACKENDS = ("triton", "cuda")
 KINDS = ("machine", "build", "check", "tests", "sanitize", "bench")
 PARTS = "parts"  # what sections leave for the report, removed at the end
@@ -54,7 +72,7 @@ OUTPUTS = ("report.md", "results.json", "results.md", "results.png", "sections.j
 
 @dataclass
 class Section:
-    """One process: what it is for, its command, the most seconds it may take, and afterwards how it went.
+    """One process: what it is for, its command, its share of the time in seconds, and afterwards how it went.
 
     Attributes:
         stage: sections of one stage run side by side; those that time anything have a stage of their own.
@@ -82,8 +100,8 @@ class Section:
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-def plan(folder: Path, rehearse: bool, architecture: str) -> list[Section]:
-    """Every section of a run that writes to ``folder``, in order.
+def plan(folder: Path, rehearse: bool, architecture: str, wanted: str = "") -> list[Section]:
+    """Every section of a run that writes to ``folder``, in order; ``wanted`` (see :func:`chosen`) has one of its own.
 
     A rehearsal runs the same commands with tiny inputs on the CPU, several operations in a process to save its start.
     """
@@ -92,7 +110,7 @@ def plan(folder: Path, rehearse: bool, architecture: str) -> list[Section]:
     run = [PYTHON, "benchmarks/run.py", "--device", device, "--limits", limits, "--out", str(folder)]
     small = ["--quick"] if rehearse else []
     sections = [
-        Section("machine", "machine", "", [*run, *small, "--limits-only"], 45, 0),
+        Section("machine", "machine", "", [*run, *small, "--limits-only"], SECONDS["machine"], 0),
         _build(parts / "lib", rehearse, architecture),
     ]
     for backend in BACKENDS:
@@ -100,25 +118,29 @@ def plan(folder: Path, rehearse: bool, architecture: str) -> list[Section]:
             name = f"check {backend}" + ("" if rehearse else f" {ops[0]}")
             command = [PYTHON, "benchmarks/check.py", *ops, "--backend", backend, "--device", device]
             command += ["--json", str(parts / f"{name.replace(' ', '-')}.json"), *(["--tiny"] if rehearse else [])]
-            sections.append(Section(name, "check", "" if rehearse else ops[0], command, 110, 2))
+            sections.append(Section(name, "check", "" if rehearse else ops[0], command, SECONDS["check"], 2))
     tests = [PYTHON, "-m", "pytest", "tests", "-m", "gpu", "-q", "--no-header", "--continue-on-collection-errors"]
     tests += ["--collect-only", "tests/triton", "tests/cuda"] if rehearse else ["-p", "no:cacheprovider"]
     if rehearse:
         tests.remove("tests")
-    sections.append(Section("tests", "tests", "", tests, 120, 2, done=(0, 5)))
+    sections.append(Section("tests", "tests", "", tests, SECONDS["check"], 2, done=(0, 5)))
     sections += [_sanitize(tool, backend, rehearse) for tool, backend in (("memcheck", "cuda"), ("racecheck", "cuda"))]
     if not rehearse:
         sections.append(_sanitize("memcheck", "triton", rehearse))
     stage = 4
-    for ops in [list(BENCHES)] if rehearse else [[op] for op in BENCHES]:
-        name = "bench" if rehearse else f"bench {ops[0]}"
+    benches = [(0, tuple(op for _, ops in BENCHES for op in ops))] if rehearse else BENCHES
+    for seconds, ops in benches:
+        if not rehearse and wanted.removeprefix("bench ") in ops:
+            ops = (wanted.removeprefix("bench "),)
+        op = "" if rehearse else ops[0] if len(ops) == 1 else "rows"
         command = [*run, *ops, *small, "--seconds", "0.4", "--limit", LIMIT]
-        sections.append(Section(name, "bench", "" if rehearse else ops[0], command, 70, stage))
+        sections.append(Section(f"bench {op}".rstrip(), "bench", op, command, seconds, stage))
         stage += 1
     rehearsal = {"TRITON_INTERPRET": "1", "FASTFORMER_EMULATE": "1", "FASTFORMER_BENCH_REHEARSE": "1"}
     for section in sections if rehearse else ():
         section.environment = {**rehearsal, "OMP_NUM_THREADS": "1", **section.environment}
-        section.seconds = 300  # this machine may be busy, and nothing is measured
+        # This machine may be busy, build from clean and emulate slowly; nothing is measured.
+        section.seconds = {"machine": 60, "build": 500, "sanitize": 100}.get(section.kind, 400)
     return sections
 
 
@@ -127,7 +149,7 @@ def _build(library: Path, rehearse: bool, architecture: str) -> Section:
     # The rehearsal leaves the modules in place alone, and the CUDA part to the tests that compile it off-line.
     command += ["--build-lib", str(library)] if rehearse else ["--inplace"]
     cuda = {"FASTFORMER_CUDA": "0"} if rehearse else {"FASTFORMER_CUDA": "1", "FASTFORMER_CUDA_ARCHS": architecture}
-    return Section("build", "build", "", command, 120, 1, environment=cuda)
+    return Section("build", "build", "", command, SECONDS["build"], 1, environment=cuda)
 
 
 def _sanitize(tool: str, backend: str, rehearse: bool) -> Section:
@@ -140,7 +162,9 @@ def _sanitize(tool: str, backend: str, rehearse: bool) -> Section:
         absent = "" if checker else "compute-sanitizer is not installed"
     # Without the caching allocator, memory past a tensor's end is nobody's, and an access to it shows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Section(f"sanitize {tool} {backend}", "sanitize", "", command, 90, 3, environment, absent=absent)
+    return Section(
+        f"sanitize {tool} {backend}", "sanitize", "", command, SECONDS["sanitize"], 3, environment, absent=absent
+    )
 
 
 def chosen(sections: list[Section], wanted: str) -> list[Section]:
@@ -149,7 +173,7 @@ def chosen(sections: list[Section], wanted: str) -> list[Section]:
         return sections
     found = [s for s in sections if wanted in (s.kind, s.name, s.op)]
     if not found:
-        names = (*KINDS, *BENCHES)
+        names = (*KINDS, "rows", *(op for _, ops in BENCHES for op in ops))
         raise ValueError(f"SECTION: {wanted!r} is not one of {', '.join(names)}, or a section's full name")
     needed = [s for s in sections if s.kind in ("machine", "build") and s not in found]
     return sorted([*needed, *found], key=lambda s: s.stage) if found[0].kind not in ("machine", "build") else found
@@ -217,15 +241,17 @@ def _failure(code: int) -> str:
 def run_all(sections: list[Section], deadline: float, workers: int, after: Callable[[], object]) -> None:
     """Stage after stage, ``workers`` sections of it at once, until ``deadline`` (``time.monotonic``).
 
-    Prints a line as each section ends and calls ``after`` at the end of each stage. Benchmarks share the time left.
+    Prints a line as each section ends and calls ``after`` at the end of each stage. A stage has its sections' share of
+    the time that is left, so that one that takes all of its own takes nothing from those to come.
     """
-    for stage in sorted({s.stage for s in sections}):
+    shares = {stage: max(s.seconds for s in sections if s.stage == stage) for stage in {s.stage for s in sections}}
+    for stage in sorted(shares):
         together = [s for s in sections if s.stage == stage]
-        benches = sum(s.kind == "bench" and s.stage >= stage for s in sections)
+        now, to_come = time.monotonic(), sum(shares.values())
+        end = now + (deadline - now) * shares.pop(stage) / to_come
 
-        def run(section: Section, benches: int = benches) -> Section:
-            left = deadline - time.monotonic()
-            execute(section, min(section.seconds, 1.5 * left / benches if section.kind == "bench" else left, left))
+        def run(section: Section, end: float = end) -> Section:
+            execute(section, end - time.monotonic())
             return section
 
         with ThreadPoolExecutor(max_workers=workers) as pool:
@@ -290,6 +316,8 @@ def write(sections: list[Section], folder: Path, about: dict[str, str]) -> str:
         for output in OUTPUTS:
             if (folder / output).exists():
                 shutil.copy2(folder / output, os.environ["OUT"])
+        if (folder / charts.FOLDER).exists():
+            shutil.copytree(folder / charts.FOLDER, Path(os.environ["OUT"]) / charts.FOLDER, dirs_exist_ok=True)
     return summary
 
 
@@ -358,10 +386,12 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in OUTPUTS:
         (folder / leftover).unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    for leftover in (PARTS, charts.FOLDER):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
     (folder / PARTS).mkdir()
     try:
-        sections = chosen(plan(folder, args.rehearse, architecture_of(capability)), args.section)
+        sections = plan(folder, args.rehearse, architecture_of(capability), args.section)
+        sections = chosen(sections, args.section)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -26,6 +26,8 @@ CASES = {
         *(Case((TRAINED_ROWS, 768, 3072), dtype, True) for dtype in HALF),
         *(Case((rows, 768, 3072), dtype) for dtype in ("float32", *HALF) for rows in (1, 8)),
         Case((1, 768, 3072), "bfloat16", variant="(in, out)"),
+        Case((8, 768, 3072), "float32", variant="(in, out)"),
+        Case((8, 576, 49152), "float32"),  # SmolLM2's vocabulary
         Case((1, 768, 50257), "bfloat16", compiled=True),  # the vocabulary's
     ],
     "cuda": [Case((8192, 4096, 4096), "bfloat16", backward) for backward in (False, True)],

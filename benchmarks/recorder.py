@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ class Recorder:
         quick: the tiny cases, two rounds; default from $FASTFORMER_BENCH_QUICK.
         seconds: timed seconds per case.
         deadline: ``time.perf_counter()`` after which cases are skipped; 0 = none.
+        ops: how many operations there will be: each has its part of the time left until the deadline.
         results: where rows go; default a new one without ceilings.
         folder: where they are written; None = nowhere.
         live: print progress and tables while running; else only a summary at the end.
@@ -32,26 +34,32 @@ class Recorder:
         quick: bool | None = None,
         seconds: float = 2.0,
         deadline: float = 0.0,
+        ops: int = 1,
         results: report.Results | None = None,
         folder: Path | None = None,
         live: bool = False,
     ) -> None:
         self.quick = os.environ.get("FASTFORMER_BENCH_QUICK") == "1" if quick is None else quick
-        self.device, self.seconds, self.deadline = device, seconds, deadline
+        self.device, self.seconds, self.deadline, self.ops = device, seconds, deadline, ops
         self.results = results or report.Results(machine.describe(device), {}, "python -m pytest benchmarks")
         self.folder, self.live = folder, live
         self.__name__ = PLUGIN  # what pytest.main(plugins=[...]) registers it as
         self._op = ""
+        self._until = deadline
         self._started = time.perf_counter()
 
-    def late(self) -> bool:
-        return bool(self.deadline) and time.perf_counter() > self.deadline
+    def left(self) -> float:
+        """Seconds that the operation has left, negative once it has none."""
+        return self._until - time.perf_counter() if self.deadline else math.inf
 
     def begin(self, op: str, case: Case) -> None:
         """Before a case is set up."""
         if op != self._op:
             self._finish_op()
             self._op = op
+            now = time.perf_counter()
+            self._until = now + (self.deadline - now) / max(self.ops, 1)
+            self.ops -= 1
         if self.live and sys.stdout.isatty():
             print(f"\r\033[K{op} {case.id}", end="", flush=True)
 

@@ -1,4 +1,4 @@
-"""Results for people and for machines: the printed table, ``results.json``, ``results.md`` and ``results.png``.
+"""Results for people and for machines: the printed table, ``results.json`` and ``results.md``; charts.py draws them.
 
 ``results.json`` is one table over time: a row is keyed by operation, shape, dtype, pass, variant, provider, machine,
 versions and commit, and a newer row replaces an older one with the same key. A table shown to people only ever has
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import SWEEP, Verdict, verdicts
+from benchmarks import charts
+from benchmarks.goals import Verdict, verdicts
 from benchmarks.runner import OPS, Case
 
-JSON, MARKDOWN, CHART = "results.json", "results.md", "results.png"
+JSON, MARKDOWN = "results.json", "results.md"
 
 
 class Results:
@@ -31,6 +32,7 @@ class Results:
         self.run: dict[str, Any] = {**about, "ceilings": dict(ceilings), "command": command, "notes": []}
         self.id = f"{about['date']} {about['commit']} {secrets.token_hex(3)}"
         self.rows: list[dict[str, Any]] = []
+        self.unfinished: list[dict[str, Any]] = []  # of a case of long calls that is still being measured
 
     @property
     def ceilings(self) -> Mapping[str, float]:
@@ -41,6 +43,7 @@ class Results:
     ) -> None:
         """The rows of one case, why some providers have none, and which computed something else."""
         self.rows += rows
+        self.unfinished = []
         for provider, reason in missing.items():
             self._note(op, case, provider, "failed" if reason.startswith("failed") else "not measured", reason)
         for provider, difference in wrong.items():
@@ -50,6 +53,8 @@ class Results:
         self._note(op, case, "", "skipped", reason)
 
     def fail(self, op: str, case: Case, error: BaseException) -> None:
+        self.rows += self.unfinished
+        self.unfinished = []
         self._note(op, case, "ours", "failed", f"{type(error).__name__}: {error}"[:500])
 
     def _note(self, op: str, case: Case, provider: str, kind: str, text: str) -> None:
@@ -62,21 +67,17 @@ class Results:
         return [n for n in self.run["notes"] if n["provider"] == "ours" and n["kind"] in ("failed", "wrong")]
 
     def save(self, folder: Path, chart: bool = True) -> None:
-        """Merges into ``folder``'s JSON and writes the Markdown and (which takes a second) the chart anew."""
+        """Merges into ``folder``'s JSON, draws what was measured (which takes seconds) and writes the Markdown anew."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JSON
         stored = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": []}
-        merged = merge(stored, {"runs": {self.id: self.run}, "rows": self.rows})
+        merged = merge(stored, {"runs": {self.id: self.run}, "rows": self.rows + self.unfinished})
         partial = path.with_suffix(".json.new")
         partial.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
         partial.replace(path)
-        (folder / MARKDOWN).write_text(markdown(merged))
         if chart:
-            draw(merged, folder / CHART)
-
-
-# One colour per provider, in every chart.
-COLORS = {"ours": "#c0392b", "compile": "C0", "clone": "C2", "matmuls": "C2", "bare": "C2", "transformers": "C1"}
+            charts.draw(merged, folder, {row["op"] for row in self.rows})
+        (folder / MARKDOWN).write_text(markdown(merged, charts.drawn(folder)))
 
 
 def key(row: Mapping[str, Any], runs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -127,7 +128,7 @@ def cells(op: str, cases: Mapping[Case, Mapping[str, Mapping[str, Any]]], device
     lines = [header]
     for case, by_provider in cases.items():
         ours = by_provider.get("ours")
-        line = [_case_text(case)]
+        line = [case_text(case)]
         for name in providers:
             row = by_provider.get(name)
             if row is None:
@@ -162,7 +163,7 @@ def goal_lines(rows: Iterable[Mapping[str, Any]], device: str) -> list[str]:
                 met += verdict.met
                 if not verdict.met:
                     missed.append(
-                        f"  missed: {op} {_case_text(case)}: {verdict.goal.text()}, measured {verdict.measured}"
+                        f"  missed: {op} {case_text(case)}: {verdict.goal.text()}, measured {verdict.measured}"
                     )
     return [f"Goals: {met} met, {len(missed)} missed.", *missed]
 
@@ -181,10 +182,17 @@ def ceiling_text(ceilings: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def markdown(stored: Mapping[str, Any]) -> str:
-    """The newest run of every operation as Markdown, with where and how it was measured."""
+def markdown(stored: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
+    """The newest run of every operation as Markdown, with where and how it was measured.
+
+    Args:
+        pictures: operation -> address of its chart; "" -> that of the summary.
+    """
+    pictures = pictures or {}
     lines, described = ["# Benchmark results", ""], None
-    newest = _newest(stored)
+    if "" in pictures:
+        lines += [f"![Speed relative to PyTorch eager, every operation]({pictures['']})", ""]
+    newest = newest_rows(stored)
     for op, cases in grouped(newest).items():
         name = next(row["run"] for row in newest if row["op"] == op)
         run = stored["runs"][name]
@@ -192,7 +200,9 @@ def markdown(stored: Mapping[str, Any]) -> str:
             described = name
             lines += _description(run)
         header, *body = cells(op, cases, run["device"])
-        lines += [f"### {op}", "", _row(header), _row(["---"] * len(header)), *map(_row, body), ""]
+        lines += [f"### {op}", ""]
+        lines += [f"[Chart]({pictures[op]})", ""] if op in pictures else []
+        lines += [_row(header), _row(["---"] * len(header)), *map(_row, body), ""]
         notes = _notes_text([n for n in run["notes"] if n["op"] == op])
         lines += [*(f"- {note}" for note in notes), ""] if notes else []
     return "\n".join(lines).rstrip() + "\n"
@@ -240,7 +250,7 @@ def _row(line: list[str]) -> str:
     return "| " + " | ".join(line) + " |"
 
 
-def _case_text(case: Case) -> str:
+def case_text(case: Case) -> str:
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(case.dtype, case.dtype)
     passes = "fwd+bwd" if case.backward else "fwd"
     return " ".join(filter(None, ("×".join(map(str, case.shape)), short, passes, case.variant)))
@@ -257,54 +267,8 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e9:.0f} ns"
 
 
-# ---- chart -----------------------------------------------------------------------------------------------------------
-
-
-def draw(stored: Mapping[str, Any], path: Path) -> bool:
-    """Speed relative to eager for every case of the newest runs but the sweep's, as PNG. False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    table = grouped(_newest(stored))
-    shown = {
-        op: {c: p for c, p in cases.items() if "eager" in p and "ours" in p and c.variant != SWEEP}
-        for op, cases in table.items()
-    }
-    shown = {op: cases for op, cases in shown.items() if cases}
-    if not shown:
-        return False
-    heights = [1.0 + 0.5 * len(cases) for cases in shown.values()]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (op, cases) in zip(
-        figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0], shown.items(), strict=True
-    ):
-        providers = list(dict.fromkeys(n for p in cases.values() for n in p if n != "eager"))
-        for i, by_provider in enumerate(cases.values()):
-            eager = by_provider["eager"]["median_s"]
-            present = [n for n in providers if n in by_provider]
-            for j, name in enumerate(present):
-                speed = eager / by_provider[name]["median_s"]
-                color = COLORS.get(name, "C4")
-                height = 0.8 / len(present)
-                label = name if not any(name in list(cases.values())[k] for k in range(i)) else None
-                y = i - 0.4 + (j + 0.5) * height
-                axes.barh(y, speed, height, color=color, label=label)
-                axes.text(speed, y, f" {speed:.2f}×", va="center", fontsize=6)
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(cases)), [_case_text(c) for c in cases], fontsize=7)
-        axes.invert_yaxis()
-        axes.set_title(f"{op}: speed relative to PyTorch eager", fontsize=9)
-        axes.tick_params(axis="x", labelsize=7)
-        axes.margins(x=0.08)
-        axes.legend(fontsize=6, loc="best")
-    figure.savefig(path, dpi=130)
-    return True
-
-
-def _newest(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def newest_rows(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of every operation, the rows of the last run that measured it."""
     newest: dict[str, str] = {}
     for row in stored["rows"]:
         date = stored["runs"][row["run"]]["date"]

@@ -4,7 +4,7 @@
     python benchmarks/run.py layer_norm attention    two operations
     python benchmarks/run.py --quick                 tiny shapes: does it run? (numbers mean nothing, none are kept)
 
-Prints one table per operation and writes results.json, results.md and results.png to benchmarks/results/<machine>/.
+Prints one table per operation; results.json, results.md, results.png and charts/ go to benchmarks/results/<machine>/.
 Ends with an error where our own code failed or disagreed with PyTorch, not where a goal was missed.
 """
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     import pytest
     import torch
 
-    from benchmarks import machine, memory, report
+    from benchmarks import charts, machine, memory, report
     from benchmarks.recorder import Recorder
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         args.quick,
         args.seconds,
         deadline=started + args.limit if args.limit else 0.0,
+        ops=len(args.ops),
         results=report.Results(about, ceilings, " ".join(["python benchmarks/run.py", *words])),
         folder=args.out or (None if args.quick else ROOT / "benchmarks" / "results" / str(about["machine"])),
         live=True,
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     for note in results.broken:
         print(f"BROKEN: {note['op']} {note['case']}: {note['text']}")
     if recorder.folder:
-        print(f"Written: {recorder.folder}/{{{report.JSON},{report.MARKDOWN},{report.CHART}}}")
+        print(f"Written: {recorder.folder}/{{{report.JSON},{report.MARKDOWN},{charts.SUMMARY},{charts.FOLDER}}}")
     print(f"{time.perf_counter() - started:.0f} s")
     return 1 if results.broken or int(code) not in (0, 5) else 0
 

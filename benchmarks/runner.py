@@ -5,10 +5,12 @@ all providers of a case are prepared and warmed up first (that includes compilin
 times every provider once, in an order that rotates. pytest-benchmark's ``pedantic`` does the timing: its ``setup``
 hook, called untimed before each of its rounds, hands it the next provider in turn, and the recorded times are dealt
 back out to the providers. A short call is repeated within a round; each timed round follows one untimed call of the
-same provider. Every provider returns fresh outputs, which are freed inside the timed round, alike for all.
+same provider, unless calls take seconds. Every provider returns fresh outputs, which are freed inside the timed round,
+alike for all. A provider that takes minutes to compile or to run is left out, with that reason, and not the whole case.
 
 An operation's file has ``CASES`` ({"cpu": ..., "cuda": ..., "quick": ...}), ``setup(case, device)``, ``PROVIDERS``
-(name -> builder) and ``cost(case)``.
+(name -> builder) and ``cost(case)``; and perhaps ``smaller(case, device)``: a case whose eager time tells beforehand
+whether the peers' calls would take too long, or None.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from __future__ import annotations
 import gc
 import math
 import os
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -33,6 +38,9 @@ OPS = (*KERNELS, *JOBS)
 ROUND_SECONDS = 2e-3  # shorter calls are repeated until a round takes this long
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
 MAX_REPEATS = 2000
+SLOW_SECONDS = 5.0  # calls as long as this have MIN_ROUNDS rounds, need no warming up, and are saved after each round
+LONGEST_SECONDS = 120.0  # of a peer's call, as estimated from a smaller case
+CAP_SECONDS = 300.0  # of one provider: to be built and called once, compiling included; and for its timed calls
 # Relative L2 distance from eager's float32 result beyond which a provider computes something else. Generous: eager
 # itself sums gradients of bfloat16 parameters in bfloat16. (The numerics are the test suite's business.)
 AGREE = {"float64": 1e-6, "float32": 2e-3, "float16": 5e-2, "bfloat16": 2e-1}
@@ -42,6 +50,10 @@ Call = Callable[[], Any]
 
 class Unavailable(Exception):
     """This provider cannot run this case; the message says why."""
+
+
+class _TooLong(BaseException):  # not an Exception, which torch.compile would catch and go on
+    """Raised where a :func:`_at_most` ends."""
 
 
 @dataclass(frozen=True)
@@ -238,22 +250,35 @@ class Prepared:
     wrong: dict[str, str]
 
 
-def prepare(module: ModuleType, case: Case, device: str, seed: int = 0) -> Prepared:
+def prepare(module: ModuleType, case: Case, device: str, seed: int = 0, limit: float = math.inf) -> Prepared:
     """Builds and warms up every provider, and compares its result with the eager one.
+
+    Args:
+        limit: seconds for all of it; the providers that have none left, or do not end within them, are left out.
 
     Raises:
         Exception: whatever our own provider raises; a peer that fails is left out, with its message.
     """
     torch.manual_seed(seed)
+    started = time.perf_counter()
     problem = module.setup(case, device)
     ready = Prepared({}, {}, {})
+    hopeless = _hopeless(module, case, device)
     results: dict[str, tuple[Tensor, ...]] = {}
     for name, build in module.PROVIDERS.items():
+        allowed = min(CAP_SECONDS, limit - (time.perf_counter() - started))
+        if allowed <= 0 or (hopeless and name != "ours"):
+            ready.missing[name] = hopeless or "no time left in this run"
+            continue
         try:
-            call = build(case, problem)
-            result = call()
+            with _at_most(allowed):
+                call = build(case, problem)
+                result = call()
         except Unavailable as reason:
             ready.missing[name] = str(reason)
+            continue
+        except _TooLong:
+            ready.missing[name] = f"its first call, compiling included, did not end within {allowed:.0f} s"
             continue
         except Exception as error:
             if name == "ours":
@@ -270,6 +295,38 @@ def prepare(module: ModuleType, case: Case, device: str, seed: int = 0) -> Prepa
             if difference:
                 ready.wrong[name] = difference
     return ready
+
+
+def _hopeless(module: ModuleType, case: Case, device: str) -> str:
+    """Why the peers' calls are not tried: eager's time in the smaller case that the file names, scaled by the flops."""
+    smaller = module.smaller(case, device) if hasattr(module, "smaller") else None
+    if smaller is None:
+        return ""
+    seconds = _estimate(module.PROVIDERS["eager"](smaller, module.setup(smaller, device)), device)
+    seconds *= module.cost(case).flops / module.cost(smaller).flops
+    if seconds <= LONGEST_SECONDS:
+        return ""
+    shape = "×".join(map(str, smaller.shape))
+    return f"a call would take about {seconds / 60:.0f} minutes here, going by eager's at {shape}"
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises _TooLong inside the block after so long, between two steps of Python: it does not interrupt C++."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+
+    def end(signum: int, frame: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # and again, should a destructor have swallowed the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _expected(eager: Builder, case: Case, problem: Problem, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -289,22 +346,47 @@ def _is_low(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def measure(calls: Mapping[str, Call], device: str, benchmark: Any, seconds: float, quick: bool) -> dict[str, Timing]:
+def measure(
+    calls: Mapping[str, Call],
+    device: str,
+    benchmark: Any,
+    seconds: float,
+    quick: bool,
+    missing: dict[str, str] | None = None,
+    progress: Callable[[dict[str, Timing]], Any] | None = None,
+) -> dict[str, Timing]:
     """Times the calls in turns with pytest-benchmark's ``benchmark`` fixture, for about ``seconds``.
 
     Afterwards the fixture's own statistics are those of the first call, the others' are in its ``extra_info``.
+
+    Args:
+        missing: gets the reason for every call that takes too long to be timed.
+        progress: called with what there is so far after every round, where calls take seconds.
     """
-    names = list(calls)
-    estimates = [1.0 if quick else _estimate(calls[name], device) for name in names]
-    repeats = [1 if quick else min(MAX_REPEATS, math.ceil(ROUND_SECONDS / t)) for t in estimates]
-    one_round = sum(t * (n + 1) for t, n in zip(estimates, repeats))
-    rounds = 2 if quick else max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / one_round)))
+    missing = {} if missing is None else missing
+    estimates = _estimates(calls, device, quick, missing)
+    names = list(estimates)
+    if not names:
+        return {}
+    slow = not quick and max(estimates.values()) >= SLOW_SECONDS
+    repeats = [1 if quick else min(MAX_REPEATS, math.ceil(ROUND_SECONDS / t)) for t in estimates.values()]
+    one_round = sum(t * (n + 1) for t, n in zip(estimates.values(), repeats))
+    rounds = 2 if quick else MIN_ROUNDS if slow else max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / one_round)))
     order = [(i + turn) % len(names) for turn in range(rounds) for i in range(len(names))]
-    upcoming = iter(order)
+
+    def so_far() -> dict[str, Timing]:
+        samples: list[list[float]] = [[] for _ in names]
+        for i, duration in zip(order, benchmark.stats.stats.data):
+            samples[i].append(duration / repeats[i])
+        return {name: Timing.of(samples[i], repeats[i]) for i, name in enumerate(names)}
+
+    upcoming = iter(enumerate(order))
 
     def next_in_turn() -> tuple[tuple[Call, int], dict[str, Any]]:
-        i = next(upcoming)
-        if not quick:
+        turn, i = next(upcoming)
+        if slow and progress is not None and turn and turn % len(names) == 0:
+            progress(so_far())
+        if not quick and not slow:
             calls[names[i]]()
         return (calls[names[i]], repeats[i]), {}
 
@@ -313,14 +395,26 @@ def measure(calls: Mapping[str, Call], device: str, benchmark: Any, seconds: flo
             call()
 
     benchmark.pedantic(repeat, setup=next_in_turn, rounds=len(order), iterations=1)
-    recorded = benchmark.stats.stats.data
-    samples: list[list[float]] = [[] for _ in names]
-    for i, duration in zip(order, recorded):
-        samples[i].append(duration / repeats[i])
-    recorded[:] = samples[0]
-    timings = {name: Timing.of(samples[i], repeats[i]) for i, name in enumerate(names)}
+    timings, recorded = so_far(), benchmark.stats.stats.data
+    recorded[:] = [duration / repeats[0] for i, duration in zip(order, recorded) if i == 0]
     benchmark.extra_info.update({"provider": names[0], "medians": {name: t.median for name, t in timings.items()}})
     return timings
+
+
+def _estimates(calls: Mapping[str, Call], device: str, quick: bool, missing: dict[str, str]) -> dict[str, float]:
+    """About how long each call takes, and into ``missing`` those that are too long to be timed."""
+    estimates = {}
+    for name, call in calls.items():
+        try:
+            with _at_most(CAP_SECONDS):
+                seconds = 1.0 if quick else _estimate(call, device)
+        except _TooLong:
+            seconds = math.inf
+        if seconds * MIN_ROUNDS <= CAP_SECONDS:
+            estimates[name] = seconds
+        else:
+            missing[name] = f"{MIN_ROUNDS} calls take more than {CAP_SECONDS:.0f} s"
+    return estimates
 
 
 def release(case: Case, device: str) -> None:

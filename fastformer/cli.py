@@ -62,6 +62,14 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def clean(arguments: Sequence[str]) -> int:
+    """Clean a corpus step by step, without its duplicates, and say what each step did."""
+    from .data.cleaning import CleanConfig, run_clean
+
+    print(run_clean(parse(CleanConfig, arguments, "clean")))
+    return 0
+
+
 def tokenize(arguments: Sequence[str]) -> int:
     """Encode text into token shards, to train on without doing so again."""
     from .data import TokenizeConfig
@@ -181,6 +189,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
+    "clean": clean,
     "tokenize": tokenize,
     "pretrain": pretrain,
     "finetune": finetune,
@@ -195,6 +204,7 @@ EXAMPLES = """\
 examples:
   fastformer demo
   fastformer demo --minutes 10 --tokenizer bpe --out runs/longer
+  fastformer clean --source raw/ --out cleaned.jsonl --config cleaning.yaml
   fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
   fastformer pretrain --config run.yaml --run.resume
   fastformer finetune --task classification --model MODEL --data.path reviews.csv --run.out runs/sentiment

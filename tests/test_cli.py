@@ -9,7 +9,6 @@ import pytest
 
 import fastformer
 from fastformer import cli, extras
-from fastformer.data import load_tokenized
 from fastformer.training.checkpoint import load_state
 from fastformer.training.logs import read_metrics
 
@@ -43,35 +42,6 @@ def run(tmp_path_factory, text):
     settings = ["--run.max-steps", "6", "--run.save-every", "3", "--optimizer.learning-rate", "1e-2"]
     assert cli.main(["pretrain", "--data.path", str(text), "--run.out", str(out), *TINY, *settings]) == 0
     return out
-
-
-def test_tokenize_writes_shards_that_pretrain_reads(text, tmp_path, capsys):
-    out = tmp_path / "shards"
-    arguments = ["tokenize", "--source", str(text), "--out", str(out), "--vocab-size", "300"]
-    assert cli.main(arguments) == 0
-    assert "TokenShards(" in capsys.readouterr().out
-    assert "exists already" in fails(arguments, capsys, 1)
-    run = ["pretrain", "--data.path", str(out), "--run.out", str(tmp_path / "run"), *TINY, "--run.max-steps", "2"]
-    assert cli.main(run) == 0
-    assert f"{len(TEXT):,} characters" in capsys.readouterr().out
-    assert read_metrics(tmp_path / "run")[-1]["validation_loss"] > 0
-    assert cli.main([*run, "--run.max-steps", "3", "--run.resume"]) == 0
-    run[run.index("--run.out") + 1] = str(tmp_path / "other")
-    assert "does not fit the training text" in fails([*run, "--data.block-size", "4000"], capsys, 1)
-    assert list(tmp_path.glob(".*")) == []
-
-
-def test_tokenize_streams_records_and_holds_documents_out(tmp_path):
-    records = [{"body": f"{i:03d} " + "to be or not to be " * (1 + i % 3)} for i in range(60)]
-    source = tmp_path / "texts.jsonl"
-    source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    arguments = ["--source", str(source), "--text-field", "body", "--tokenizer", "char", "--validation-fraction", "0.2"]
-    assert cli.main(["tokenize", *arguments, "--out", str(tmp_path / "shards")]) == 0
-    data = load_tokenized(tmp_path / "shards")
-    tokenizer = data.train.tokenizer()
-    train, held_out = ([tokenizer.decode(d) for d in part] for part in (data.train, data.validation))
-    assert sorted(train + held_out) == [record["body"] for record in records]
-    assert 0.15 < data.validation.characters / len(data) < 0.25
 
 
 def test_help_lists_every_verb_and_each_explains_itself(capsys):

@@ -216,13 +216,22 @@ size_t attention_forward_workspace(const ff_attention_args* a) {
 }  // namespace ff
 
 #ifdef FF_ENTRY
+// A few rows of scores per key/value head do not repay the packing of every key and value for the tile products. Backward
+// has to find the very sums it recomputes, so where it may follow, which asks for the lse, they are computed by tiles.
+static bool few_queries(const ff_attention_args* a) {
+  constexpr int64_t kFewRows = 8;  // up to which reading keys and values as they lie is faster
+  return !a->lse && a->seqlen_q * (a->num_heads / a->num_kv_heads) <= kFewRows && !a->cu_seqlens_q && !a->top_left &&
+         a->dropout_p == 0;
+}
+
 extern "C" int ff_cpu_attention_forward(const ff_attention_args* a, void* stream) {
   if (int status = ff::check_attention(a)) return status;
   FF_REQUIRE(a->workspace, "workspace: must not be NULL");
-  return FF_DISPATCH_BF16(attention_forward)(a, stream);
+  return few_queries(a) ? FF_DISPATCH(attention_of_few_queries)(a, stream) : FF_DISPATCH_BF16(attention_forward)(a, stream);
 }
 
 extern "C" size_t ff_cpu_attention_forward_workspace(const ff_attention_args* a) {
-  return FF_DISPATCH_BF16(attention_forward_workspace)(a);
+  return few_queries(a) ? FF_DISPATCH(attention_of_few_queries_workspace)(a)
+                        : FF_DISPATCH_BF16(attention_forward_workspace)(a);
 }
 #endif

@@ -5,6 +5,10 @@
 
 #include "tile.h"
 
+// Forward of a few queries (decode_attention.cpp), which reads keys and values as they lie.
+FF_DECLARE_IMPL_OF(attention_forward, attention_of_few_queries)
+FF_DECLARE_IMPL_OF(attention_forward_workspace, attention_of_few_queries_workspace)
+
 namespace ff {
 namespace FF_ISA {
 
@@ -153,12 +157,17 @@ template <class T> struct Additions {
     }
     batch = s->index, head = h;
     if (!has_line(a) || s->seqlen_q == 0) return;
-    const A slope = a->alibi_slopes ? A(a->alibi_slopes[batch * a->alibi_stride + h]) : A(0);
-    const int64_t M = a->max_distance, n = s->seqlen_q + s->seqlen_k;
+    of_distances(a, batch, h, -zero(), s->seqlen_q + s->seqlen_k + 2 * W, line);
+  }
+
+  // What depends on the distance, for n distances from `first` on.
+  static void of_distances(const ff_attention_args* a, int64_t b, int64_t h, int64_t first, int64_t n, A* to) {
+    const A slope = a->alibi_slopes ? A(a->alibi_slopes[b * a->alibi_stride + h]) : A(0);
+    const int64_t M = a->max_distance;
     const A* by_distance = a->distance_bias ? (const A*)a->distance_bias + h * (2 * M + 1) + M : nullptr;
-    for (int64_t i = 0; i < n + 2 * W; i++) {
-      const int64_t d = i - zero();
-      line[i] = -slope * A(std::abs(d)) + (by_distance ? by_distance[std::max(-M, std::min(d, M))] : A(0));
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t d = first + i;
+      to[i] = -slope * A(std::abs(d)) + (by_distance ? by_distance[std::max(-M, std::min(d, M))] : A(0));
     }
   }
 
@@ -167,10 +176,12 @@ template <class T> struct Additions {
 
   // scores[0 .. n) of query i and the keys from j on: cap(scale s) plus everything that is added. With a cap, its tanh is
   // written to `tanh` where that is given. Writes whole vectors.
-  FF_NOINLINE void add(A* scores, A scale, int64_t i, int64_t j, int64_t n, A* tanh) const {
+  FF_INLINE void add(A* scores, A scale, int64_t i, int64_t j, int64_t n, A* tanh) const {
     const A* of_line = has_line(a) ? line + zero() - (i + s->offset) + j : nullptr;
-    const A* of_padding = a->key_padding_mask ? padding + j : nullptr;
-    const int64_t b = s->index, h = head;
+    add_row(a, s->index, head, i, j, n, of_line, a->key_padding_mask ? padding + j : nullptr, scores, scale, tanh);
+  }
+  static FF_NOINLINE void add_row(const ff_attention_args* a, int64_t b, int64_t h, int64_t i, int64_t j, int64_t n,
+                                  const A* of_line, const A* of_padding, A* scores, A scale, A* tanh) {
     const uint8_t* mask = nullptr;
     if (a->mask) mask = a->mask + b * a->mask_stride[0] + h * a->mask_stride[1] + i * a->mask_stride[2] + j;
     const int64_t bias_at = b * a->bias_stride[0] + h * a->bias_stride[1] + i * a->bias_stride[2] + j;

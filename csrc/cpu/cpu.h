@@ -19,13 +19,15 @@ enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
 extern Isa isa;  // chosen at load time in cpu.cpp
 
 // Declares a kernel's implementations; each has the C function's own type.
-#define FF_DECLARE_IMPL(name)                               \
-  namespace ff {                                            \
-  namespace generic { decltype(::ff_cpu_##name) name; }     \
-  namespace avx2 { decltype(::ff_cpu_##name) name; }        \
-  namespace avx512 { decltype(::ff_cpu_##name) name; }      \
-  namespace avx512_bf16 { decltype(::ff_cpu_##name) name; } \
-  namespace amx { decltype(::ff_cpu_##name) name; }         \
+#define FF_DECLARE_IMPL(name) FF_DECLARE_IMPL_OF(name, name)
+// The same of a kernel without an entry of its own, with the arguments of `entry`.
+#define FF_DECLARE_IMPL_OF(entry, name)                      \
+  namespace ff {                                             \
+  namespace generic { decltype(::ff_cpu_##entry) name; }     \
+  namespace avx2 { decltype(::ff_cpu_##entry) name; }        \
+  namespace avx512 { decltype(::ff_cpu_##entry) name; }      \
+  namespace avx512_bf16 { decltype(::ff_cpu_##entry) name; } \
+  namespace amx { decltype(::ff_cpu_##entry) name; }         \
   }
 #if defined(__x86_64__)
 #define FF_DISPATCH(name) \

@@ -7,8 +7,12 @@
 // that was read serves them together. Every kSplit keys are a task of their own, whose partial results (maximum, sum,
 // weighted values) are merged in order; the cut depends on the keys' positions alone, so a sequence gives the same bits in
 // any batch and at any number of threads. Floor: the bytes of K and V over the memory bandwidth.
+//
+// attention's forward of a few queries is the same with whatever else that adds to the scores: ignored keys at the ends of
+// a block are not even read, those between two that count get -inf.
 #include <vector>
 
+#include "attention.h"
 #include "softmax_row.h"
 
 FF_DECLARE_IMPL(decode_attention)
@@ -21,17 +25,27 @@ constexpr int64_t kSplit = 512;  // keys of a task
 constexpr int64_t kKeys = 128;   // keys whose scores are held at once: with their values they fit L2
 constexpr int64_t kRows = 64;    // query rows of a task; a longer prompt reads the cache once per 64
 
+// What the kernel runs: decode_attention, or attention with what that adds to the scores, its caches keys and values that
+// are full (cache_seqlens is NULL then).
+struct Call : ff_decode_attention_args {
+  const ff_attention_args* added = nullptr;
+  const uint8_t* padding(int64_t b) const {
+    return added && added->key_padding_mask ? added->key_padding_mask + b * added->key_padding_mask_stride : nullptr;
+  }
+  int64_t length(int64_t b) const { return cache_seqlens ? cache_seqlens[b] : capacity; }
+};
+
 // Keys of sequence b that some query sees: [begin, end).
 struct Keys { int64_t begin, end; };
-static Keys visible(const ff_decode_attention_args* a, int64_t b, int64_t position) {
-  Keys keys{a->cache_leftpad ? a->cache_leftpad[b] : 0, a->cache_seqlens[b]};
+static Keys visible(const Call* a, int64_t b, int64_t position) {
+  Keys keys{a->cache_leftpad ? a->cache_leftpad[b] : 0, a->length(b)};
   if (a->causal) keys.end = std::min(keys.end, position + 1);
   if (a->windowed && a->window_left >= 0) keys.begin = std::max(keys.begin, position - a->window_left);
   if (a->windowed && a->window_right >= 0) keys.end = std::min(keys.end, position + a->window_right + 1);
   return keys;
 }
-static Keys visible_to_any(const ff_decode_attention_args* a, int64_t b) {
-  const int64_t last = a->cache_seqlens[b] - 1;
+static Keys visible_to_any(const Call* a, int64_t b) {
+  const int64_t last = a->length(b) - 1;
   return {visible(a, b, last - a->seqlen_q + 1).begin, visible(a, b, last).end};
 }
 static int64_t splits_of(Keys keys) {
@@ -42,7 +56,7 @@ static int64_t splits_of(Keys keys) {
 template <class T> struct Plan {
   using A = acc_t<T>;
   int64_t rows, blocks, ldo, ldq, splits = 0, keys = 0, threads, per_thread, partial = 0;
-  explicit Plan(const ff_decode_attention_args* a) {
+  explicit Plan(const Call* a) {
     constexpr int W = vec<A>::W;
     rows = a->seqlen_q * (a->num_heads / a->num_kv_heads);
     blocks = (rows + kRows - 1) / kRows;
@@ -52,7 +66,7 @@ template <class T> struct Plan {
       splits = std::max(splits, splits_of(k)), keys += std::max<int64_t>(0, k.end - k.begin);
     }
     threads = num_threads(keys * a->num_kv_heads * (a->head_dim + a->head_dim_v) * std::max<int64_t>(1, rows / 4));
-    per_thread = kRows * (ldq + kKeys + ldo);
+    per_thread = kRows * (ldq + kKeys + ldo) + (a->added ? 2 * kKeys : 0);
     if (splits > 1) partial = a->batch * a->num_kv_heads * rows * splits;
   }
   size_t bytes() const {
@@ -159,19 +173,20 @@ template <class T> struct Task {
   using A = acc_t<T>;
   static constexpr int W = vec<A>::W;
   static constexpr A kInf = std::numeric_limits<A>::infinity();
-  const ff_decode_attention_args* a;
+  const Call* a;
   const Plan<T>& plan;
-  A *q, *s, *o;
+  A *q, *s, *o, *padding, *line;  // the last two only beside what attention adds, for one block of keys
   int64_t b, head, first, rows;
   A scale;
   Row<A> state[kRows];
 
-  Task(const ff_decode_attention_args* a, const Plan<T>& plan, A* memory)
-      : a(a), plan(plan), q(memory), s(q + kRows * plan.ldq), o(s + kRows * kKeys) {}
+  Task(const Call* a, const Plan<T>& plan, A* memory)
+      : a(a), plan(plan), q(memory), s(q + kRows * plan.ldq), o(s + kRows * kKeys), padding(o + kRows * plan.ldo),
+        line(padding + kKeys) {}
 
   int64_t query_head(int64_t r) const { return head * (a->num_heads / a->num_kv_heads) + (first + r) / a->seqlen_q; }
   int64_t query(int64_t r) const { return (first + r) % a->seqlen_q; }
-  int64_t position(int64_t r) const { return a->cache_seqlens[b] - a->seqlen_q + query(r); }
+  int64_t position(int64_t r) const { return a->length(b) - a->seqlen_q + query(r); }
 
   void start() {
     // The sign goes into q, where it is exact; the size multiplies whole scores, so that it rounds once and the largest
@@ -213,8 +228,10 @@ template <class T> struct Task {
 
   void run(int64_t begin, int64_t end) {
     start();
-    for (int64_t j = begin; j < end; j += kKeys) {
-      const int64_t n = std::min(kKeys, end - j);
+    for (int64_t block = begin; block < end; block += kKeys) {
+      const Keys keys = unpadded({block, std::min(end, block + kKeys)});
+      const int64_t j = keys.begin, n = keys.end - j;
+      if (n == 0) continue;
       stretches(j, n, [&](int64_t i, int64_t count, const T* k, const T*) FF_LAMBDA {
         row_tiles([&](int64_t r, auto R) FF_LAMBDA {
           dot_rows<T, decltype(R)::value>(q + r * plan.ldq, plan.ldq, k, a->k_stride[2], count, a->head_dim,
@@ -231,13 +248,32 @@ template <class T> struct Task {
     }
   }
 
+  // The keys without those at both ends that are ignored; of the rest, `padding` is what is added to their scores.
+  Keys unpadded(Keys keys) const {
+    const uint8_t* ignored = a->padding(b);
+    if (!ignored) return keys;
+    while (keys.begin < keys.end && ignored[keys.begin]) keys.begin++;
+    while (keys.end > keys.begin && ignored[keys.end - 1]) keys.end--;
+    const int64_t n = keys.end - keys.begin;
+    for (int64_t i = 0; i < n; i++) padding[i] = ignored[keys.begin + i] ? -kInf : A(0);
+    std::fill(padding + n, padding + round_up(n, W), -kInf);
+    return keys;
+  }
+
   // Turns the n scores of row r and the keys from j on into exp(score - max), and updates the row's maximum, sum and o.
   FF_NOINLINE void softmax_row(int64_t r, int64_t j, int64_t n) {
     A* z = s + r * kKeys;
     const int64_t padded = round_up(n, W);
     std::fill(z + n, z + padded, -kInf);
     A factor_of_z = scale;
-    if (a->softcap != 0 || a->alibi_slopes) {
+    const A* of_padding = a->padding(b) ? padding : nullptr;
+    if (a->added && Additions<T>::any(a->added)) {
+      const bool lined = has_line(a->added);
+      if (lined) Additions<T>::of_distances(a->added, b, query_head(r), j - position(r), padded, line);
+      Additions<T>::add_row(a->added, b, query_head(r), query(r), j, n, lined ? line : nullptr, of_padding, z, scale, nullptr);
+      std::fill(z + n, z + padded, -kInf);
+      factor_of_z = 1, of_padding = nullptr;
+    } else if (a->softcap != 0 || a->alibi_slopes) {
       const A slope = a->alibi_slopes ? A(a->alibi_slopes[b * a->alibi_stride + query_head(r)]) : A(0);
       final_scores(z, padded, slope, A(j - position(r)));
       std::fill(z + n, z + padded, -kInf);
@@ -247,7 +283,7 @@ template <class T> struct Task {
     if (seen.begin > j) std::fill(z, z + std::min(n, seen.begin - j), -kInf);
     if (seen.end < j + n) std::fill(z + std::max<int64_t>(0, seen.end - j), z + n, -kInf);
 
-    const A factor = state[r].add(z, factor_of_z, 0, padded);
+    const A factor = state[r].add(z, factor_of_z, 0, padded, of_padding);
     if (factor != 1)
       for (int64_t c = 0; c < plan.ldo; c += W) store(o + r * plan.ldo + c, load(o + r * plan.ldo + c) * factor);
   }
@@ -268,8 +304,7 @@ template <class T> struct Task {
 
 // Query head h's result at new position i of sequence b.
 template <class T>
-FF_INLINE void write_row(const ff_decode_attention_args* a, int64_t b, int64_t h, int64_t i, Row<acc_t<T>> row,
-                         const acc_t<T>* o) {
+FF_INLINE void write_row(const Call* a, int64_t b, int64_t h, int64_t i, Row<acc_t<T>> row, const acc_t<T>* o) {
   T* to = (T*)a->out + b * a->out_stride[0] + h * a->out_stride[1] + i * a->out_stride[2];
   row.write(o, a->head_dim_v, to, a->lse ? (acc_t<T>*)a->lse + (b * a->num_heads + h) * a->seqlen_q + i : nullptr);
 }
@@ -291,7 +326,7 @@ template <class A> FF_INLINE Row<A> merge(const Row<A>* parts, const A* part_o, 
   return row;
 }
 
-template <class T> static void decode(const ff_decode_attention_args* a) {
+template <class T> static void decode(const Call* a) {
   using A = acc_t<T>;
   const Plan<T> plan(a);
   const int64_t heads = a->num_kv_heads, groups = a->num_heads / heads, splits = std::max<int64_t>(1, plan.splits);
@@ -336,21 +371,44 @@ template <class T> static void decode(const ff_decode_attention_args* a) {
   }
 }
 
-int decode_attention(const ff_decode_attention_args* a, void*) {
-  return for_dtype(a->dtype, [&](auto t) -> int {
-    if (a->batch > 0 && a->seqlen_q > 0) decode<decltype(t)>(a);
+static int run(const Call& call) {
+  return for_dtype(call.dtype, [&](auto t) -> int {
+    if (call.batch > 0 && call.seqlen_q > 0) decode<decltype(t)>(&call);
     return FF_OK;
   });
 }
 
-size_t decode_attention_workspace(const ff_decode_attention_args* a) {
+static size_t workspace(const Call& call) {
   size_t bytes = 0;
-  for_dtype(a->dtype, [&](auto t) -> int {
-    bytes = Plan<decltype(t)>(a).bytes();
+  for_dtype(call.dtype, [&](auto t) -> int {
+    bytes = Plan<decltype(t)>(&call).bytes();
     return FF_OK;
   });
   return bytes;
 }
+
+int decode_attention(const ff_decode_attention_args* a, void*) { return run(Call{*a}); }
+
+size_t decode_attention_workspace(const ff_decode_attention_args* a) { return workspace(Call{*a}); }
+
+static Call of_attention(const ff_attention_args* a) {
+  Call d{};
+  d.added = a;
+  d.dtype = a->dtype, d.batch = d.cache_rows = a->batch, d.num_heads = a->num_heads, d.num_kv_heads = a->num_kv_heads;
+  d.seqlen_q = a->seqlen_q, d.head_dim = a->head_dim, d.head_dim_v = a->head_dim_v, d.capacity = a->seqlen_k;
+  d.scale = a->scale, d.causal = a->causal;
+  d.windowed = a->windowed, d.window_left = a->window_left, d.window_right = a->window_right;
+  d.q = a->q, d.k_cache = a->k, d.v_cache = a->v, d.out = a->out, d.lse = a->lse, d.workspace = a->workspace;
+  for (int i = 0; i < 3; i++) {
+    d.q_stride[i] = a->q_stride[i], d.k_stride[i] = a->k_stride[i];
+    d.v_stride[i] = a->v_stride[i], d.out_stride[i] = a->out_stride[i];
+  }
+  return d;
+}
+
+int attention_of_few_queries(const ff_attention_args* a, void*) { return run(of_attention(a)); }
+
+size_t attention_of_few_queries_workspace(const ff_attention_args* a) { return workspace(of_attention(a)); }
 
 }  // namespace FF_ISA
 }  // namespace ff

@@ -378,7 +378,8 @@ typedef struct ff_attention_args {
   const void* k;           /* (B, Hkv, Sk, D) */
   const void* v;           /* (B, Hkv, Sk, Dv) */
   void* out;               /* (B, Hq, Sq, Dv), written by forward, read by backward */
-  void* lse;               /* acc, by row: natural log-sum-exp of the scores with everything added; forward: or NULL */
+  void* lse;               /* acc, by row: natural log-sum-exp of the scores with everything added; forward: or NULL
+                              where no backward follows, which on the CPU is faster for a few queries */
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   const void* dout;        /* backward: (B, Hq, Sq, Dv) */
   const void* dlse;        /* backward: acc, by row, gradient of lse, or NULL */

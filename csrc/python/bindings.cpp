@@ -74,23 +74,6 @@ static void decode_attention(ff_decode_attention_args a) {
   run(ff_cpu_decode_attention, a);
 }
 
-// Up to this many rows of scores per key/value head decode_attention, which reads keys and values as they lie, is faster.
-static constexpr int64_t kFewRows = 4;
-
-static void few_queries(const ff_attention_args& a) {
-  const std::vector<int32_t> lengths(size_t(a.batch), int32_t(a.seqlen_k));
-  ff_decode_attention_args d{};
-  d.dtype = a.dtype, d.batch = d.cache_rows = a.batch, d.num_heads = a.num_heads, d.num_kv_heads = a.num_kv_heads;
-  d.seqlen_q = a.seqlen_q, d.head_dim = a.head_dim, d.head_dim_v = a.head_dim_v, d.capacity = a.seqlen_k;
-  d.scale = a.scale, d.causal = a.causal;
-  d.q = a.q, d.k_cache = a.k, d.v_cache = a.v, d.out = a.out, d.cache_seqlens = lengths.data();
-  for (int i = 0; i < 3; i++) {
-    d.q_stride[i] = a.q_stride[i], d.k_stride[i] = a.k_stride[i];
-    d.v_stride[i] = a.v_stride[i], d.out_stride[i] = a.out_stride[i];
-  }
-  decode_attention(d);
-}
-
 // One number into a tensor, rounded to its dtype.
 static void set(const ff::Tensor& t, double value) {
   using namespace ff::generic;
@@ -332,11 +315,7 @@ PYBIND11_MODULE(FF_MODULE, m) {
     if (!fits) return false;
     ff_attention_args a = ff::attention_args(q, k, v, out, lse);
     a.scale = scale, a.causal = causal;
-    // A few queries do not repay the packing of every key and value for the tile products. Backward has to find the very
-    // sums it recomputes.
-    const bool few = a.seqlen_q * (a.num_heads / a.num_kv_heads) <= kFewRows && a.seqlen_k < (int64_t(1) << 31);
-    if (few && !a.lse) few_queries(a);
-    else attention_forward(a);
+    attention_forward(a);
     return true;
   });
   m.def("attention_forward", [](const py::tuple& tensors, const py::tuple& options) {

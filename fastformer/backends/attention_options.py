@@ -6,7 +6,7 @@ csrc/include/fastformer.h has the formula. Every backend file ``attention.py`` h
     backward(dout, dlse, q, k, v, out, lse, options, needs=(dbias, ddistance_bias), dq=None, dk=None, dv=None)
         -> Gradients
 
-and every ``decode_attention.py``::
+(the CPU's has ``forward_only(q, k, v, options) -> out`` beside them), and every ``decode_attention.py``::
 
     forward(q, k_cache, v_cache, cache_seqlens, options) -> (out, lse)
 """

@@ -1,4 +1,4 @@
-"""Matmuls, a b and start + a b: PyTorch's own, except for half precision on a CPU.
+"""Matmuls, a b and start + a b: PyTorch's own, except for half precision and a few rows on a CPU.
 
 Without instructions for it PyTorch multiplies bfloat16 and float16 element by element, five to a hundred times slower
 than float32. There pieces of both operands are converted to float32, multiplied by the float32 matmul, added up in
@@ -7,7 +7,7 @@ it takes part in, a few percent beside them. The pieces of a thread are 24 MiB a
 fresh memory would cost as much again to touch for the first time.
 
 Where a has a few rows only, as when tokens are generated, reading b is all the work on any CPU, and csrc/cpu/linear.cpp
-converts it in registers.
+reads it once, converted in registers. float32 takes it as well, in functional.linear where no gradient is recorded.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ DEPTH = 2048
 
 SMALL = 1 << 14
 """So few multiplications PyTorch has done, one by one, before this way has begun."""
-FEW_ROWS = {torch.bfloat16: 8, torch.float16: 8}
+HALF = frozenset({torch.bfloat16, torch.float16})
+FEW_ROWS = dict.fromkeys((torch.float32, *HALF), 8)
 """Up to so many rows of a the kernel that reads b once multiplies, on any CPU."""
+FEW_ROWS_FLOAT32_WEIGHT = 1 << 18
+"""Elements of a float32 weight from which on the kernel is asked: the way to it takes longer than smaller products."""
 FEW_ROWS_CONVERTED = 16
 """The same where b would have to be converted."""
 
@@ -77,14 +80,14 @@ def _kernel() -> ModuleType | None:
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a ``(M, K)`` times b ``(K, N)``, of any strides, into ``out`` if it is given."""
-    if a.dtype in FEW_ROWS and a.device.type == "cpu":
+    if a.dtype in HALF and a.device.type == "cpu":
         return _half(a, b, out, None)
     return torch.mm(a, b, out=empty_if_large(a, a.shape[0], b.shape[1]) if out is None else out)
 
 
 def addmm(start: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """start, which broadcasts to ``(M, N)``, plus a ``(M, K)`` times b ``(K, N)``; ``out`` may be ``start``."""
-    if a.dtype in FEW_ROWS and a.device.type == "cpu":
+    if a.dtype in HALF and a.device.type == "cpu":
         return _half(a, b, out, start)
     return torch.addmm(start, a, b, out=empty_if_large(a, a.shape[0], b.shape[1]) if out is None else out)
 

@@ -1,4 +1,4 @@
-"""Text in, batches of token windows out: corpora, tokenizers, and deterministic batches that resume exactly."""
+"""Text in, batches of token windows out: sources, cleaning, tokenizers, deterministic batches that resume exactly."""
 
 from .batches import (
     Batch,
@@ -9,6 +9,7 @@ from .batches import (
     split_documents,
     to_device,
 )
+from .cleaning import CleaningReport, Pipeline, clean
 from .collators import (
     CausalLM,
     Classification,
@@ -20,12 +21,20 @@ from .collators import (
     span_corruption_lengths,
 )
 from .corpora import Corpus, Document, load_corpus, python_reference, read_text, shakespeare
+from .near_duplicates import NearDuplicates
 from .order import EvaluationLoader, FixedLength, Loader
 from .packing import PackedRows, Packing, pack
 from .shards import TokenShards, write_shards
+from .sources import Source, open_source
 from .subword import BPETokenizer, SubwordTokenizer, train_unigram, train_wordpiece
 from .tokenized import TokenizeConfig, TokenizedCorpus, is_tokenized, load_tokenized, tokenize
-from .tokenizers import CharTokenizer, IncrementalDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from .tokenizers import (
+    CharTokenizer,
+    IncrementalDecoder,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 __all__ = [
     "BPETokenizer",
@@ -33,6 +42,7 @@ __all__ = [
     "CausalLM",
     "CharTokenizer",
     "Classification",
+    "CleaningReport",
     "Corpus",
     "Document",
     "EvaluationLoader",
@@ -41,10 +51,13 @@ __all__ = [
     "IncrementalDecoder",
     "Loader",
     "MaskedLM",
+    "NearDuplicates",
     "PackedCausalLM",
     "PackedRows",
     "Packing",
+    "Pipeline",
     "Seq2Seq",
+    "Source",
     "SpanCorruption",
     "SubwordTokenizer",
     "TokenDeletion",
@@ -53,12 +66,14 @@ __all__ = [
     "TokenizedCorpus",
     "Tokenizer",
     "Windows",
+    "clean",
     "encode_documents",
     "evaluation_batches",
     "is_tokenized",
     "load_corpus",
     "load_tokenized",
     "load_tokenizer",
+    "open_source",
     "pack",
     "python_reference",
     "read_text",

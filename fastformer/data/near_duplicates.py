@@ -89,7 +89,9 @@ class NearDuplicates:
         self._numbers: list[int] = []  # of remembered documents, as the caller counts them
         self._shingles: list[np.ndarray] = []  # theirs, where candidates are verified
         self._newest: dict[int, int] = {}  # band key: the last remembered document that has it
-        self._older: list[tuple[int, ...]] = []  # for each document and band, the one before it under the same key
+        self._older: list[
+            tuple[int | None, ...]
+        ] = []  # for each document and band, the one before it under the same key
         self._count = 0
 
     def __len__(self) -> int:
@@ -124,14 +126,14 @@ class NearDuplicates:
         return _mix((used * weights).sum(axis=2) + np.arange(self.bands, dtype=np.uint64) * _ODD[0]).tolist()
 
     def _find(self, signature: np.ndarray, keys: list[int], shingles: np.ndarray | None) -> Repeat | None:
+        newest = list(map(self._newest.get, keys))
+        if newest.count(None) == len(newest):
+            return None
         candidates = set()
-        for band, key in enumerate(keys):
-            index = self._newest.get(key, -1)
-            while index >= 0 and index not in candidates:
+        for band, index in enumerate(newest):
+            while index is not None and index not in candidates:
                 candidates.add(index)
                 index = self._older[index][band]
-        if not candidates:
-            return None
         order = sorted(candidates)
         similarities = (self._signatures[order] == signature).mean(axis=1)
         if shingles is not None:
@@ -151,7 +153,7 @@ class NearDuplicates:
             )
         self._signatures[index] = signature
         self._numbers.append(self._count)
-        self._older.append(tuple(self._newest.get(key, -1) for key in keys))
+        self._older.append(tuple(map(self._newest.get, keys)))
         self._newest.update(dict.fromkeys(keys, index))
         if shingles is not None:
             self._shingles.append(shingles)

@@ -20,8 +20,22 @@ from ._doors import needs_grad, new_seed, once_differentiable, operator, registe
 _BIAS, _DISTANCE = Options._fields.index("bias"), Options._fields.index("distance_bias")
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), with derivatives, of checked arguments. Draws the seed for dropout."""
+def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """out (B, Hq, Sq, Dv), with derivatives, of checked arguments. Draws the seed for dropout."""
+    if (
+        q.is_cpu
+        and not needs_grad(q, k, v, options.bias, options.distance_bias)
+        and not through_operator(q, k, v, *options.tensors())
+        and select(q, k, v, options) is _cpu
+    ):
+        if options.dropout_p > 0:
+            options = options._replace(seed=int(new_seed()))
+        return _cpu.forward_only(_inner_contiguous(q), _inner_contiguous(k), _inner_contiguous(v), _laid_out(options))
+    return run_with_lse(q, k, v, options)[0]
+
+
+def run_with_lse(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """:func:`run`, and lse (B, Hq, Sq)."""
     if through_operator(q, k, v, *options.tensors()):
         seed = new_seed() if options.dropout_p > 0 else None
         return operator("attention", q, k, v, *options._replace(seed=seed))[:2]  # type: ignore[arg-type]
@@ -56,7 +70,7 @@ def run_packed(qkv: Tensor, options: Options) -> Tensor:
         if options.dropout_p > 0:
             options = options._replace(seed=int(new_seed()))
         return _AttentionPacked.apply(qkv, table, options)
-    return run(*unpack(qkv), options)[0].transpose(1, 2)
+    return run(*unpack(qkv), options).transpose(1, 2)
 
 
 def unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,4 +273,4 @@ def _autograd(ctx, dout, dlse):
 
 register_autograd("attention", _autograd, _setup_context)
 
-__all__ = ["Options", "acc_dtype", "run", "run_packed", "run_plain", "select", "unpack"]
+__all__ = ["Options", "acc_dtype", "run", "run_packed", "run_plain", "run_with_lse", "select", "unpack"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._attention import Options, acc_dtype, run, run_packed, run_plain
+from ._attention import Options, acc_dtype, run, run_packed, run_plain, run_with_lse
 from ._doors import needs_grad, through_operator
 
 MAX_HEAD_DIM = 256
@@ -117,8 +117,7 @@ def attention(
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    out, lse = run(q, k, v, options)
-    return (out, lse) if return_lse else out
+    return run_with_lse(q, k, v, options) if return_lse else run(q, k, v, options)
 
 
 def attention_qkvpacked(

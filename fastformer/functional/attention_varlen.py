@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _checks
-from ._attention import Options, run
+from ._attention import Options, run_with_lse
 from .attention import (
     MAX_HEAD_DIM,
     RelativeBias,
@@ -95,7 +95,7 @@ def attention_varlen(
         max_seqlen_k=most_k,
     )
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out, lse = run(q, k, v, options)
+    out, lse = run_with_lse(q, k, v, options)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

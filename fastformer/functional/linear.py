@@ -1,13 +1,15 @@
 """A linear layer, input weight^T + bias, as ``torch.nn.functional.linear``.
 
-Almost everywhere this *is* PyTorch's function: its matmul is the vendor library's. It differs for bfloat16 and float16
-on a CPU (backends/matmul.py). Without instructions for them PyTorch multiplies element by element; there the product is
-float32's, of operands converted in pieces, rounded once at the end, and so are the products of both gradients,
+Almost everywhere this *is* PyTorch's function: its matmul is the vendor library's. It differs on a CPU
+(backends/matmul.py). A few rows of half precision, or of float32 and a large weight, are a kernel that reads the weight
+once where no gradient is recorded. And without instructions for half precision PyTorch multiplies element by element;
+there the product is float32's, of operands converted in pieces, rounded once at the end, and so are the products of
+both gradients,
 
     dinput = dout weight,   dweight = dout^T input,   dbias = sum(dout)
 
-each of which is a linear layer again, so derivatives of any order take this way. And a few rows, without a gradient,
-are a kernel that reads the weight once.
+each of which is a linear layer again, so derivatives of any order take this way. Under autocast a float32 weight takes
+it where that is faster (_pays).
 """
 
 from __future__ import annotations
@@ -37,10 +39,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError, ValueError: arguments that do not fit, naming the argument.
     """
     try:
-        # Half precision, or what autocast makes of float32; anything else pays for the question alone.
-        if weight.dtype in matmul.FEW_ROWS or (matmul.CONVERTED and torch.is_autocast_enabled("cpu")):
-            if eager_cpu(input) and (out := _of_few_rows(input, weight, bias)) is not None:
+        if (weight.dtype in matmul.HALF or _may_repay(input, weight)) and eager_cpu(input):
+            if (out := _of_few_rows(input, weight, bias)) is not None:
                 return out
+        # Half precision, or what autocast makes of float32; anything else pays for the questions alone.
+        if weight.dtype in matmul.HALF or (
+            matmul.CONVERTED and torch.is_autocast_enabled("cpu") and _pays(input, weight)
+        ):
             operands = _ours(input, weight, bias)
             if operands is not None:
                 return _linear(*operands)
@@ -48,6 +53,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     except (RuntimeError, TypeError, AttributeError):
         _check(input, weight, bias)
         raise
+
+
+def _may_repay(input: Tensor, weight: Tensor) -> bool:
+    """Whether float32 is worth the questions that come before the kernel: they take as long as a small product."""
+    if weight.dtype != torch.float32 or weight.numel() < matmul.FEW_ROWS_FLOAT32_WEIGHT:
+        return False
+    if torch.compiler.is_compiling():  # no guards on sizes
+        return False
+    few = input.numel() <= matmul.FEW_ROWS[torch.float32] * weight.shape[-1]
+    return few and not (weight.requires_grad and torch.is_grad_enabled())
 
 
 def _of_few_rows(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -77,6 +92,8 @@ def refusal(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return None
     if through_operator(input, weight, bias) or needs_grad(input, weight, bias):
         return "PyTorch's matmul is the vendor library's"
+    if dtype == torch.float32 and weight.numel() < matmul.FEW_ROWS_FLOAT32_WEIGHT:
+        return "a weight so small that PyTorch's matmul is done first"
     return None if matmul.few(input.shape[:-1].numel(), dtype) else "more than a few rows"
 
 
@@ -95,6 +112,18 @@ def _ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     return (input, weight, bias) if refusal(input, weight, bias) is None else None
+
+
+# PyTorch keeps what autocast made of a weight for as long as autocast lasts; here it is made in every call.
+CAST_ROWS, CAST_PRODUCTS = 4, 1 << 19
+
+
+def _pays(input: Tensor, weight: Tensor) -> bool:
+    """Whether autocast's cast of a weight and the product through float32 take less time than PyTorch's product."""
+    if torch.compiler.is_compiling():  # no guards on sizes
+        return True
+    rows = input.shape[:-1].numel()
+    return rows >= CAST_ROWS and rows * weight.numel() >= CAST_PRODUCTS
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -97,7 +97,7 @@ def scaled_dot_product_attention(
         top_left=is_causal and q.shape[2] != k.shape[2],
         dropout_p=dropout_p,
     )
-    out = run(q, k, v, options)[0]
+    out = run(q, k, v, options)
     return (
         out
         if query.dim() == 4 and len(lead) == 2

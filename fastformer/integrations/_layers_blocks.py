@@ -44,6 +44,10 @@ class LlamaDecoderLayer(Fused):
             position_embeddings=position_embeddings,
             **kwargs,
         )
+        return self.add_to_residual(attended, hidden_states)
+
+    def add_to_residual(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
+        """The layer's output from the attention's and the layer's input."""
         normed, summed = add_norm(self.post_attention_layernorm, attended, hidden_states)
         return add_output(self.mlp, normed, summed)
 
@@ -111,31 +115,12 @@ class ViTLayer(Fused):
         return add_dropped_output(self.mlp, self.dropout, normed, summed)
 
 
-class Phi3DecoderLayer(Fused):
+class Phi3DecoderLayer(LlamaDecoderLayer):
     """Llama's with dropout behind both sublayers."""
 
     proof = {"forward": ("da3f367f1ed5a591",)}
-    operations = "add_rms_norm, feed_forward with residual"
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+    def add_to_residual(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
         attended, dropout_p = pending_dropout(self.resid_attn_dropout, attended)
         normed, summed = add_norm(self.post_attention_layernorm, attended, hidden_states, dropout_p)
         return add_dropped_output(self.mlp, self.resid_mlp_dropout, normed, summed)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, nn
+from ..backends import matmul
 from ..functional.attention import MAX_HEAD_DIM
 from ..nn.submodules import is_plain
 from . import _layers, _layers_bert, _layers_blocks
@@ -207,8 +208,11 @@ def _unless_attention(module: torch.nn.Module) -> str | None:
 
 
 def _unless_linear(module: torch.nn.Module) -> str | None:
-    half = module.weight.dtype in (torch.bfloat16, torch.float16) and module.weight.device.type == "cpu"
-    return None if half else "its matmul is the vendor library's either way"
+    weight = module.weight
+    # float32 is half precision under autocast.
+    dtypes = (*matmul.FEW_ROWS, torch.float32) if matmul.CONVERTED else matmul.FEW_ROWS
+    ours = weight.dtype in dtypes and weight.device.type == "cpu"
+    return None if ours else "its matmul is the vendor library's either way"
 
 
 def _unless_layer(module: torch.nn.Module) -> str | None:

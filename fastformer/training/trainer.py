@@ -471,8 +471,8 @@ class Trainer:
 
     @contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:
-        """Ctrl-C asks the loop to end after this step; pressed again, it interrupts at once. So does SIGTERM, by which a
-        cluster announces the end of a job's time."""
+        """Ctrl-C asks the loop to end after this step; pressed again, it interrupts at once. So does SIGTERM, by which
+        a cluster announces the end of a job's time."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

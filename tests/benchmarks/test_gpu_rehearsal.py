@@ -45,6 +45,7 @@ def test_rehearsal_exercises_every_section(tmp_path):
     assert {"triton", "cuda", "flash"} <= {row["provider"] for row in rows}, "a GPU's providers were tried, too"
     for name in gpu.OUTPUTS:
         assert (out / name).exists() and (copies / name).read_bytes() == (out / name).read_bytes()
+    assert {path.name for path in (copies / "charts").iterdir()} >= {"attention.png", "training_step.png"}
     assert "layer_norm" in done.stdout.rpartition("checked against float64")[2], "the summary comes last"
 
 
@@ -68,10 +69,9 @@ def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch):
             "hang",
             "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             "child = subprocess.Popen(['sleep', '1000']); print(child.pid, flush=True); time.sleep(1000)",
-            seconds=2.0,
         ),
         section("failure", "raise SystemExit(3)"),
-        section("fine", "print('done')", stage=1),
+        section("fine", "print('done')", seconds=560, stage=1),  # leaves 2 of the 60 seconds to the first stage
     ]
     started, stages = time.monotonic(), []
     gpu.run_all(sections, started + 60, workers=2, after=lambda: stages.append(len(stages)))
@@ -104,13 +104,15 @@ def test_report_has_the_end_of_what_failed(tmp_path):
     [
         ("attention", {"machine", "build", "check", "bench"}, {"", "attention"}),
         ("generation", {"machine", "build", "bench"}, {"", "generation"}),
-        ("bench", {"machine", "build", "bench"}, {"", *gpu.BENCHES}),
+        ("softmax", {"machine", "build", "check", "bench"}, {"", "softmax"}),  # which shares a process otherwise
+        ("bench softmax", {"machine", "build", "bench"}, {"", "softmax"}),
+        ("bench", {"machine", "build", "bench"}, {"", "rows", *(ops[0] for _, ops in gpu.BENCHES if len(ops) == 1)}),
         ("sanitize", {"machine", "build", "sanitize"}, {""}),
         ("build", {"build"}, {""}),
     ],
 )
 def test_section_chooses_a_part_and_what_it_needs(tmp_path, wanted, kinds, ops):
-    found = gpu.chosen(gpu.plan(tmp_path, False, "90a"), wanted)
+    found = gpu.chosen(gpu.plan(tmp_path, False, "90a", wanted), wanted)
     assert {s.kind for s in found} == kinds and {s.op for s in found} == ops
     assert [s.stage for s in found] == sorted(s.stage for s in found)
 
@@ -134,7 +136,30 @@ def test_the_real_plan_builds_for_the_card_and_measures_alone(tmp_path):
     stages = [s.stage for s in sections if s.kind in ("machine", "bench")]
     assert len(stages) == len(set(stages)), "nothing runs beside a measurement"
     assert all("cuda" in s.command for s in sections if s.kind in ("machine", "bench", "check"))
-    assert {s.op for s in sections if s.kind == "bench"} == set(runner.OPS)
+    measured = [word for s in sections if s.kind == "bench" for word in s.command if word in runner.OPS]
+    assert sorted(measured) == sorted(runner.OPS), "each once"
+
+
+def test_shares_of_the_plan_are_all_of_its_time(tmp_path):
+    sections = gpu.plan(tmp_path, False, "90a")
+    shares = {s.stage: s.seconds for s in sections}
+    assert all(s.seconds == shares[s.stage] for s in sections), "side by side, they end together"
+    assert sum(shares.values()) == gpu.RUN_SECONDS <= 520
+    jobs = [s.op for s in sections if s.kind == "bench"][:6]
+    assert set(jobs) == {"training_step", "attention", "encoder_layer", "t5", "llama", "generation"}
+
+
+def test_what_hangs_costs_no_more_than_its_share(monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+    hang = "import time; time.sleep(1000)"
+    sections = [section("first", hang, 1.0, 0), section("second", hang, 1.0, 1), section("fine", "print(1)", 2.0, 2)]
+    started = time.monotonic()
+    gpu.run_all(sections, started + 4, workers=1, after=lambda: None)
+    assert [s.status.split(" after")[0] for s in sections] == ["timed out", "timed out", "ok"]
+    assert sections[0].took < 2 and time.monotonic() - started < 5
+    late = [section("quick", "", 3.0, 0), section("later", hang, 3.0, 1)]
+    gpu.run_all(late, time.monotonic() + 3, workers=1, after=lambda: None)
+    assert late[0].status == "ok" and late[1].took > 1.6, "all that was left"
 
 
 @pytest.mark.parametrize(("capability", "name"), [("9.0", "90a"), ("8.0", "80"), ("8.6", "86"), ("10.0", "100a")])

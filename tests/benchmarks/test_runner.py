@@ -1,13 +1,18 @@
 """The benchmark runner with fake providers: turns, medians, compared results, goals, tables and the merged JSON."""
 
 import json
+import re
+import signal
+import struct
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import goals, machine, report, runner
+from benchmarks import charts, goals, machine, report, runner
 from benchmarks.goals import GOALS, Goal
+from benchmarks.recorder import Recorder
 from benchmarks.runner import Case, Cost, Problem, Timing, Unavailable, incomparable, timed
 
 CASE = Case((8, 16), "float32")
@@ -71,6 +76,104 @@ def test_short_calls_are_repeated_within_a_round(monkeypatch):
     assert timings["ours"].repeats == 200 and timings["eager"].repeats == 1
     assert ("ours", 200) in benchmark.timed
     assert timings["ours"].median == pytest.approx(1e-5), "the time of one call, not of the round"
+
+
+def test_calls_of_seconds_have_three_rounds_and_are_kept_after_each(monkeypatch):
+    monkeypatch.setattr(runner, "_estimate", lambda call, device: {"ours": 0.1, "eager": 7.0}[call.name])
+    ours, eager = FakeCall("ours", [3.0, 1.0, 2.0]), FakeCall("eager", [7.0, 9.0, 8.0])
+    kept = []
+    timings = runner.measure(
+        {"ours": ours, "eager": eager}, "cpu", FakeBenchmark(), seconds=60.0, quick=False, progress=kept.append
+    )
+    assert ours.calls == eager.calls == 3, "no untimed calls"
+    assert timings["eager"].median == 8.0 and timings["eager"].rounds == 3
+    assert [t["eager"].rounds for t in kept] == [1, 2] and [t["eager"].median for t in kept] == [7.0, 8.0]
+
+
+def test_a_call_too_long_for_its_rounds_is_left_out(monkeypatch):
+    monkeypatch.setattr(runner, "_estimate", lambda call, device: {"ours": 1.0, "eager": 150.0}[call.name])
+    missing = {}
+    timings = runner.measure(
+        {"ours": FakeCall("ours", [1.0] * 9), "eager": FakeCall("eager", [])},
+        "cpu",
+        FakeBenchmark(),
+        0.1,
+        False,
+        missing,
+    )
+    assert set(timings) == {"ours"} and missing == {"eager": "3 calls take more than 300 s"}
+    assert runner.measure({"eager": FakeCall("eager", [])}, "cpu", FakeBenchmark(), 0.1, False, missing) == {}
+
+
+def forever(case, problem):
+    while True:  # as a compiler that does not end, deaf to ordinary exceptions
+        try:
+            time.sleep(0.01)
+        except Exception:
+            continue
+
+
+def test_a_provider_that_does_not_end_costs_only_itself(monkeypatch):
+    monkeypatch.setattr(runner, "CAP_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    fine = timed(lambda case: lambda x: x)
+    ready = runner.prepare(fake_module(ours=fine, compile=forever, eager=fine), CASE, "cpu")
+    assert set(ready.calls) == {"ours", "eager"}
+    assert "did not end within" in ready.missing["compile"]
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_case_ends_with_its_operations_time():
+    fine = timed(lambda case: lambda x: x)
+    ready = runner.prepare(fake_module(ours=fine, compile=forever, eager=fine), CASE, "cpu", limit=0.3)
+    assert set(ready.calls) == {"ours"}
+    assert "did not end within" in ready.missing["compile"] and ready.missing["eager"] == "no time left in this run"
+
+
+def test_operations_share_the_time_until_the_deadline(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("benchmarks.recorder.time.perf_counter", lambda: clock.now)
+    results = report.Results(ABOUT, CEILINGS, "run.py")
+    recorder = Recorder(deadline=90.0, ops=3, results=results)
+    recorder.begin("softmax", CASE)
+    assert recorder.left() == 30
+    clock.now = 10.0
+    recorder.begin("softmax", CASE)
+    assert recorder.left() == 20, "one operation, one share"
+    recorder.begin("layer_norm", CASE)
+    assert recorder.left() == 40, "half of what is left"
+    clock.now = 60.0
+    assert recorder.left() < 0
+    recorder.begin("rms_norm", CASE)
+    assert recorder.left() == 30
+    assert Recorder(results=results).left() == float("inf")
+
+
+def test_peers_that_would_take_minutes_are_not_tried(monkeypatch):
+    # 32 times the flops of a case in which eager takes 8 seconds.
+    monkeypatch.setattr(runner, "_estimate", lambda call, device: 8.0)
+    fine = timed(lambda case: lambda x: x)
+    module = fake_module(ours=fine, eager=fine, compile=forever)
+    module.smaller, module.cost = lambda case, device: Case((2, 2)), lambda case: Cost(flops=case.shape[0] * case.cols)
+    ready = runner.prepare(module, Case((8, 16)), "cpu")
+    reason = "a call would take about 4 minutes here, going by eager's at 2×2"
+    assert set(ready.calls) == {"ours"} and ready.missing == {"eager": reason, "compile": reason}
+    module.smaller = lambda case, device: None
+    module.PROVIDERS.pop("compile")
+    assert set(runner.prepare(module, Case((8, 16)), "cpu").calls) == {"ours", "eager"}
+
+
+def test_training_steps_of_half_precision_are_estimated_first(monkeypatch):
+    from benchmarks import training_step
+
+    monkeypatch.setattr(training_step, "FAST_BF16", False)
+    large, single = (training_step.gpt2_case(4, 512, dtype) for dtype in ("bfloat16", "float32"))
+    small = training_step.smaller(large, "cpu")
+    assert small.shape == (12, 768, 1, 32) and small.options == large.options
+    assert [training_step.smaller(c, "cpu") for c in (small, single)] == [None, None]
+    assert training_step.smaller(large, "cuda") is None
+    monkeypatch.setattr(training_step, "FAST_BF16", True)
+    assert training_step.smaller(large, "cpu") is None
 
 
 def test_spread_is_the_interquartile_range():
@@ -270,6 +373,16 @@ def test_saving_case_by_case_keeps_one_row_each(tmp_path):
     assert len(json.loads((tmp_path / report.JSON).read_text())["rows"]) == 1
 
 
+def test_rounds_of_a_case_that_was_killed_are_on_disk(tmp_path):
+    results = results_with({"ours": 1e-3})
+    results.unfinished = [{**results.rows[0], "provider": "eager", "rounds": 1}]
+    results.save(tmp_path, chart=False)
+    stored = json.loads((tmp_path / report.JSON).read_text())
+    assert [(row["provider"], row["rounds"]) for row in stored["rows"]] == [("ours", 5), ("eager", 1)]
+    results.fail("layer_norm", CASE, RuntimeError("boom"))
+    assert [row["provider"] for row in results.rows] == ["ours", "eager"] and not results.unfinished
+
+
 def test_a_table_has_rows_of_one_run_only(tmp_path):
     results_with({"ours": 1e-3, "eager": 5e-3}, commit="old").save(tmp_path, chart=False)
     results_with({"ours": 2e-3}, commit="new", date="2024-02-01 00:00:00 UTC").save(tmp_path, chart=False)
@@ -315,10 +428,47 @@ def test_tokens_per_second():
     assert [report._time(t) for t in (2.0, 0.0123, 4.56e-5, 3e-9)] == ["2 s", "12.3 ms", "45.6 µs", "3 ns"]
 
 
-def test_chart_is_a_png(tmp_path):
+def png_size(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    return struct.unpack(">II", data[16:24])
+
+
+def test_charts_are_readable_pictures_that_the_results_link(tmp_path):
     pytest.importorskip("matplotlib")
-    results_with({"ours": 1e-3, "eager": 2e-3, "compile": 3e-3}).save(tmp_path)
-    assert (tmp_path / report.CHART).read_bytes().startswith(b"\x89PNG")
+    results = results_with({"ours": 1e-3, "eager": 2e-3, "compile": 3e-3})
+    # Thirty cases of one operation, more than any has.
+    first, rows = results.rows[:], list(results.rows)
+    for n in range(1, 30):
+        rows += [{**row, "shape": f"{n}x1024"} for row in first]
+    rows += [{**row, "op": "rms_norm", "provider": row["provider"].replace("eager", "clone")} for row in first]
+    results.rows = rows
+    results.save(tmp_path)
+    assert not (tmp_path / charts.FOLDER / "rms_norm.png").exists(), "nothing to compare it with"
+    for path in (tmp_path / charts.SUMMARY, tmp_path / charts.FOLDER / "layer_norm.png"):
+        width, height = png_size(path)
+        assert 300 < width < 2000 and 100 < height < 2000
+    text = (tmp_path / report.MARKDOWN).read_text()
+    linked = re.findall(r"\]\((.*?)\)", text)
+    assert linked == ["results.png", "charts/layer_norm.png"]
+    assert all((tmp_path / address).exists() for address in linked)
+
+
+def test_a_run_draws_the_operations_it_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    results_with({"ours": 1e-3, "eager": 2e-3}).save(tmp_path)
+    chart = tmp_path / charts.FOLDER / "layer_norm.png"
+    chart.write_bytes(b"older")
+    stored = json.loads((tmp_path / report.JSON).read_text())
+    charts.draw(stored, tmp_path, {"softmax"})
+    assert chart.read_bytes() == b"older"
+    assert charts.main([str(tmp_path)]) == 0 and png_size(chart)
+    assert charts.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_committed_charts_are_of_readable_size():
+    pictures = sorted((machine.ROOT / "benchmarks" / "results").rglob("*.png"))
+    assert pictures and all(max(png_size(path)) < 2000 for path in pictures)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -35,6 +36,12 @@ def cpu(request, monkeypatch):
 def converted(cpu):
     if cpu == "native":
         pytest.skip("of the way through float32")
+
+
+@pytest.fixture
+def any_weight(monkeypatch):
+    """float32's kernel of a few rows takes small weights too."""
+    monkeypatch.setattr(matmul, "FEW_ROWS_FLOAT32_WEIGHT", 0)
 
 
 def make(shape, dtype, transposed=False, bias=True, features=33):
@@ -79,7 +86,7 @@ SHAPES = [
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(shape, transposed, bias, dtype):
+def test_output_and_gradients(shape, transposed, bias, dtype, any_weight):
     tensors = make(shape, dtype, transposed, bias)
     check(tensors)
     with torch.no_grad():  # the kernel of a few rows on a CPU of either kind
@@ -138,9 +145,9 @@ def test_products_into_memory_that_is_given(dtype):
         assert_close_to_fp64("in place", total, torch.addmm(start, a, b), exact + start.double())
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-def test_a_row_alone_and_among_others(transposed, dtype):
+def test_a_row_alone_and_among_others(transposed, dtype, any_weight):
     """A prompt gives the same text alone and in a batch: few rows have the same bits, however many they are."""
     x, w, b = make((8, 100), dtype, transposed)
     together = F.linear(x, w, b)
@@ -207,7 +214,9 @@ def test_threads_have_pieces_of_their_own(converted):
 
 @pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_autocast(rows, dtype):
+def test_autocast(rows, dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["fastformer.functional.linear"], "CAST_ROWS", 1)
+    monkeypatch.setattr(sys.modules["fastformer.functional.linear"], "CAST_PRODUCTS", 0)
     tensors = [t.requires_grad_() for t in make((rows, 24), torch.float32)]
     with torch.autocast("cpu", dtype=dtype):
         out = F.linear(*tensors)
@@ -221,9 +230,68 @@ def test_autocast(rows, dtype):
         assert F.linear(*(t.double() for t in tensors)).dtype == torch.float64, "as torch's autocast"
 
 
-def test_float32_under_torch_settings_is_torchs():
+@pytest.mark.parametrize(("rows", "pays"), [(3, False), (4, True), (64, True)])
+def test_autocast_of_a_float32_weight_where_that_is_faster(rows, pays, converted, monkeypatch):
+    """A few rows would pay for the cast of the whole weight, which PyTorch does once."""
+    seen = []
+    product = matmul.addmm
+    monkeypatch.setattr(matmul, "addmm", lambda *a, **k: seen.append(1) or product(*a, **k))
+    x, w, b = make((rows, 512), torch.float32, features=512)
+    tiny = make((32, 24), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        out, theirs = F.linear(x, w, b), TF.linear(x, w, b)
+        assert len(seen) == pays
+        assert torch.equal(F.linear(*tiny), TF.linear(*tiny)) and len(seen) == pays
+    exact = TF.linear(*(t.bfloat16().double() for t in (x, w, b)))
+    assert_close_to_fp64("out", out, theirs, exact)
+
+
+ROWS_OF_FLOAT32 = [
+    (1, 768),
+    (2, 24),
+    (3, 37),  # a group of three; no multiple of a vector
+    (2, 2, 100),
+    (5, 130),  # a group of four and one
+    (8, 65),  # the most
+    (9, 65),  # PyTorch's
+]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", ROWS_OF_FLOAT32, ids=str)
+def test_a_few_rows_of_float32(shape, transposed, bias, any_weight, monkeypatch):
+    x, w, *b = make(shape, torch.float32, transposed, bias, features=131)
+    b = b[0] if bias else None
+    exact = TF.linear(x.double(), w.double(), None if b is None else b.double())
+    same = TF.linear(x, w, b)
+    few = x.shape[:-1].numel() <= 8
+    assert fastformer.explain("linear", x, w, b).backend == ("cpu" if few else "torch")
+    with monkeypatch.context() as without:
+        if few:  # so that nothing here can be PyTorch's
+            without.setattr(TF, "linear", None)
+        assert_close_to_fp64("out", F.linear(x, w, b), same, exact)
+    apart = torch.stack([x, x], -2).flatten(-2)[..., : x.shape[-1]]  # rows that do not follow each other
+    assert not apart.is_contiguous() or x.shape[:-1].numel() == 1
+    doubles = (apart.double(), w.double(), None if b is None else b.double())
+    assert_close_to_fp64("strided rows", F.linear(apart, w, b), TF.linear(apart, w, b), TF.linear(*doubles))
+
+
+def test_a_small_weight_of_float32_is_torchs():
+    for features, backend in ((511, "torch"), (512, "cpu")):
+        tensors = make((2, 512), torch.float32, features=features)
+        explanation = fastformer.explain("linear", *tensors)
+        assert explanation.backend == backend
+        assert (backend == "cpu") != ("so small" in explanation.reasons["cpu"])
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=["input", "weight", "bias"])
+def test_float32_with_a_gradient_is_torchs(wanted, any_weight):
     tensors = make((6, 24), torch.float32)
-    assert torch.equal(F.linear(*tensors), TF.linear(*tensors))
+    assert fastformer.explain("linear", *tensors).backend == "cpu"
+    tensors[wanted].requires_grad_()
+    out = F.linear(*tensors)
+    assert torch.equal(out, TF.linear(*tensors)) and "Addmm" in type(out.grad_fn).__name__
     assert fastformer.explain("linear", *tensors).backend == "torch"
 
 

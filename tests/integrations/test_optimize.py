@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastformer
+from fastformer.backends import matmul
 from fastformer.integrations.optimize import Rule, optimize, rules
 from tests.nn.comparison import assert_as_accurate
 
@@ -213,7 +214,8 @@ def test_idempotent_and_of_a_part():
     assert not optimize(model).swapped
 
 
-def test_the_report_reads_well(capsys):
+def test_the_report_reads_well(capsys, monkeypatch):
+    monkeypatch.setattr(matmul, "CONVERTED", frozenset())
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8))
     report = optimize(model)
     assert capsys.readouterr().out == f"{report}\n"
@@ -258,7 +260,8 @@ def test_a_subclass_is_proved_by_its_methods():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_reasons():
+def test_reasons(monkeypatch):
+    monkeypatch.setattr(matmul, "CONVERTED", frozenset())
     replaced = nn.LayerNorm(8)
     replaced.forward = lambda x: x
     assert reason(replaced) == "its forward was replaced"
@@ -311,6 +314,35 @@ def test_half_precision_on_a_cpu_swaps_linear_layers():
     assert type(model[0]) is fastformer.nn.Linear
     meta = nn.Sequential(nn.LayerNorm(8, device="meta"))
     assert [swapped.type for swapped in optimize(meta).swapped] == ["LayerNorm"]
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_float32_linear_layers_where_autocast_is_slow(converted, monkeypatch):
+    monkeypatch.setattr(matmul, "CONVERTED", frozenset({torch.bfloat16, torch.float16} if converted else ()))
+    model = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 7, bias=False), nn.Linear(7, 7).double())
+    x, batch = torch.randn(9, 512), torch.randn(2, 512)
+    front = model[:3]
+    wanted = front(x)
+    report = optimize(model, verbose=False)
+    assert [s.type for s in report.swapped] == ["Linear"] * 2 * converted
+    assert [type(m) is fastformer.nn.Linear for m in model] == [converted, False, converted, False], "float64 is left"
+    assert torch.equal(front(x), wanted), "float32 is torch's either way"
+    seen = []
+    product = matmul.addmm
+    monkeypatch.setattr(matmul, "addmm", lambda *a, **k: seen.append(1) or product(*a, **k))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert front(x).dtype == front(batch).dtype == torch.bfloat16
+        ours = torch.autograd.grad(front(x).float().square().sum(), list(front.parameters()))
+    assert bool(seen) == converted
+    report.undo()
+    assert all(type(m) is nn.Linear for m in (model[0], model[2]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = torch.autograd.grad(front(x).float().square().sum(), list(front.parameters()))
+    exact = copy.deepcopy(front).double()
+    exact = torch.autograd.grad(exact(x.double()).square().sum(), list(exact.parameters()))
+    for mine, same, right in zip(ours, theirs, exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert_as_accurate("gradient", mine, same, right)
 
 
 def test_compiles_without_a_break():

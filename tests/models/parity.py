@@ -28,6 +28,21 @@ def twin_of(theirs: torch.nn.Module, cls: type) -> torch.nn.Module:
     return ours
 
 
+def labels_of(tokens: Tensor) -> Tensor:
+    """The tokens, of which the first of one text are not counted."""
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    return labels
+
+
+def gradients(model: torch.nn.Module, **inputs: Tensor):
+    """The output, and by name the gradients of its loss."""
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def run(model: torch.nn.Module, inputs: dict[str, Tensor], fields: tuple[str, ...], upstream: dict[str, Tensor]):
     """The output's fields, and the gradients of the parameters where ``loss`` (if among them) and the others, times
     fixed random numbers, are summed."""

@@ -27,7 +27,7 @@ from tests.models.bert_pairs import (
     targets_of,
     theirs_of,
 )
-from tests.models.parity import assert_as_accurate, assert_equal, assert_equal_loss, twin_of
+from tests.models.parity import assert_as_accurate, assert_equal, assert_equal_loss, gradients, twin_of
 
 # name -> fields that differ from a small BERT
 CONFIGS = {
@@ -44,13 +44,6 @@ CONFIGS = {
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 # A call that has no fused kernel says so; the tests of such calls ask for it.
 unfused = pytest.mark.filterwarnings("ignore:fastformer.attention")
-
-
-def gradients(model, **inputs):
-    model.zero_grad()
-    output = model(**inputs)
-    output.loss.backward()
-    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 # ---- values and gradients --------------------------------------------------------------------------------------------

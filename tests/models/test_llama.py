@@ -1,88 +1,15 @@
 """fastformer's Llama beside transformers', on random checkpoints: logits, losses, every gradient."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from fastformer.models import KVCache, LlamaConfig, LlamaForCausalLM, LlamaModel
-from tests.models.parity import assert_as_accurate, assert_equal, assert_equal_loss, randomised, twin_of
-
-VOCAB = 97
-LENGTH = 17
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 3.0, 4.0]}
-
-# name -> fields that differ from a small Llama
-CONFIGS = {
-    "grouped heads": {},
-    "one key head, untied": {"num_key_value_heads": 1, "tie_word_embeddings": False},
-    "as many key heads": {"num_key_value_heads": None, "num_hidden_layers": 1},
-    "wide heads": {"head_dim": 20},  # 80 in all, of a width of 48
-    "odd sizes": {"hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 61},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "gelu": {"hidden_act": "gelu"},
-    "gelu_new, other epsilon": {"hidden_act": "gelu_new", "rms_norm_eps": 1e-2},
-    "relu": {"hidden_act": "relu"},
-    "padding token": {"pad_token_id": 5},
-    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0}},
-    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 11},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},
-    "llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 10}},
-    "longrope, long": {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 10}, "head_dim": 8},
-    "longrope, short": {"rope_parameters": LONGROPE, "head_dim": 8},
-    "proportional": {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5}},
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def norms_in_float64():
-    """transformers' norm goes through float32 in a float64 model too, which leaves nothing to compare beyond 1e-7."""
-
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", forward)
-        yield
-
-
-def fields(**changes):
-    small = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
-    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return {**small, "tie_word_embeddings": True, **changes}
-
-
-def theirs_of(dtype=torch.float32, cls=transformers.LlamaForCausalLM, **changes):
-    torch.manual_seed(0)
-    return randomised(cls(transformers.LlamaConfig(**fields(**copy.deepcopy(changes))))).to(dtype)
-
-
-def ours_of(theirs):
-    return twin_of(theirs, LlamaForCausalLM)
-
-
-def ids(batch=3, length=LENGTH):
-    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def labels_of(tokens):
-    labels = tokens.clone()
-    labels[0, :5] = -100
-    return labels
-
-
-def gradients(model, **inputs):
-    model.zero_grad()
-    output = model(**inputs)
-    output.loss.backward()
-    return output, {name: p.grad for name, p in model.named_parameters()}
+from fastformer.models import LlamaConfig, LlamaForCausalLM, LlamaModel
+from tests.models.llama_pairs import CONFIGS, LENGTH, LLAMA3, VOCAB, fields, ids, ours_of, theirs_of
+from tests.models.parity import assert_as_accurate, assert_equal, assert_equal_loss, gradients, labels_of, twin_of
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -99,40 +26,6 @@ def test_as_accurate_as_transformers_in_float32(name):
     theirs, inputs = theirs_of(torch.float64, **CONFIGS[name]), {"input_ids": ids(), "labels": labels_of(ids())}
     assert_as_accurate(theirs, LlamaForCausalLM, inputs, torch.float32)
     assert_as_accurate(theirs, LlamaForCausalLM, inputs, torch.float32, ("loss",))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype):
-    theirs, inputs = theirs_of(torch.float64), {"input_ids": ids(), "labels": ids()}
-    assert_as_accurate(theirs, LlamaForCausalLM, inputs, dtype)
-    assert_as_accurate(theirs, LlamaForCausalLM, inputs, dtype, ("loss",))
-    output = ours_of(theirs.to(dtype))(**inputs)
-    assert output.loss.dtype == torch.float32 and output.logits.dtype == dtype
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(side):
-    """Logits at real tokens are transformers', and those of the text alone; padding has no gradient to the others."""
-    theirs = theirs_of(torch.float64)
-    ours = ours_of(theirs)
-    tokens, mask = ids(), torch.ones(3, LENGTH, dtype=torch.long)
-    gap = slice(0, 6) if side == "left" else slice(11, LENGTH)
-    mask[1, gap] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-    real = mask.bool()
-    logits = ours(**inputs).logits
-    torch.testing.assert_close(logits[real], theirs(**inputs).logits[real], rtol=0, atol=1e-11)
-    torch.testing.assert_close(logits[1][real[1]], ours(tokens[1:2, real[1]]).logits[0], rtol=0, atol=1e-11)
-    assert torch.isfinite(logits).all()
-    labels = tokens.masked_fill(~real, -100)
-    if side == "left":  # the last padding would predict the first token, from nothing
-        labels[1, 6] = -100
-    mine, my_gradients = gradients(ours, labels=labels, **inputs)
-    peers, their_gradients = gradients(theirs, labels=labels, **inputs)
-    torch.testing.assert_close(mine.loss, peers.loss.double(), rtol=1e-6, atol=0)
-    for key, gradient in their_gradients.items():
-        torch.testing.assert_close(my_gradients[key], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("model", [transformers.LlamaModel, transformers.LlamaForCausalLM])
@@ -198,70 +91,6 @@ def test_packed_texts_do_not_see_each_other(implementation):
     with torch.no_grad():  # rows packed in different ways, one of them a single text
         rows = torch.stack([positions[0], torch.arange(LENGTH), positions[0].flip(0)])
         torch.testing.assert_close(ours(tokens, None, rows).logits, theirs(tokens, None, rows).logits)
-
-
-def test_num_items_in_batch_makes_accumulation_exact():
-    ours = ours_of(theirs_of(torch.float64))
-    tokens, labels = ids(4), labels_of(ids(4))
-    counted = (labels[:, 1:] != -100).sum()
-    whole, wanted = gradients(ours, input_ids=tokens, labels=labels)
-    wanted = {k: g.clone() for k, g in wanted.items()}
-    ours.zero_grad()
-    parts = [
-        ours(tokens[part], labels=labels[part], num_items_in_batch=counted).loss for part in (slice(0, 1), slice(1, 4))
-    ]
-    sum(parts).backward()
-    torch.testing.assert_close(sum(parts), whole.loss, rtol=1e-13, atol=0)
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["grouped heads", "biases", "llama3"])
-def test_a_cache_changes_nothing(name):
-    ours = ours_of(theirs_of(torch.float64, **CONFIGS[name]))
-    tokens = ids()
-    wanted = ours(tokens, use_cache=False)
-    assert wanted.past_key_values is None
-    with torch.no_grad():
-        for cache in (KVCache(2, LENGTH), None):
-            found = []
-            for start, end in ((0, 5), (5, 6), (6, LENGTH)):  # a prompt, one token, several tokens at once
-                output = ours(tokens[:, start:end], past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                found.append(output.logits)
-            torch.testing.assert_close(torch.cat(found, 1), wanted.logits, rtol=0, atol=1e-12)
-            assert cache.get_seq_length() == LENGTH and cache.keys[0].shape[1] == 2  # key heads, not repeated
-            cache.crop(4)
-            again = ours(tokens[:, 4:], past_key_values=cache).logits
-            torch.testing.assert_close(again, wanted.logits[:, 4:], rtol=0, atol=1e-12)
-        assert ours(tokens).past_key_values is not None  # the configuration's default, as in transformers
-    assert ours(tokens).past_key_values is None  # not while gradients are recorded
-
-
-def test_a_cache_with_left_padding():
-    ours = ours_of(theirs_of(torch.float64))
-    tokens, mask = ids(), torch.ones(3, LENGTH, dtype=torch.long)
-    mask[1, :6] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    wanted = ours(tokens, mask, positions).logits
-    with torch.no_grad():
-        cache, found = KVCache(2), []
-        for start, end in ((0, 9), (9, 10), (10, LENGTH)):
-            part = ours(tokens[:, start:end], mask[:, :end], positions[:, start:end], cache)
-            found.append(part.logits)
-    torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=0, atol=1e-12)
-
-
-def test_gradients_flow_through_a_cache():
-    ours = ours_of(theirs_of(torch.float64))
-    tokens = ids()
-    loss = ours(tokens, use_cache=False).logits[:, 9:].square().sum()
-    wanted = torch.autograd.grad(loss, list(ours.parameters()))
-    cache = KVCache(2, LENGTH)
-    ours(tokens[:, :9], past_key_values=cache)
-    loss = ours(tokens[:, 9:], past_key_values=cache).logits.square().sum()
-    for mine, gradient in zip(torch.autograd.grad(loss, list(ours.parameters())), wanted, strict=True):
-        torch.testing.assert_close(mine, gradient, rtol=1e-9, atol=1e-11)
 
 
 def test_training_after_generating():
@@ -415,14 +244,6 @@ def test_projections_are_one_matmul(bias):
     assert attention.joined_output(x) is None and torch.equal(*kept[0])
 
 
-def test_deepcopy_and_pickle_keep_the_tie():
-    ours = ours_of(theirs_of())
-    wanted = ours(ids()).logits
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert twin.lm_head.weight is twin.model.embed_tokens.weight
-        torch.testing.assert_close(twin(ids()).logits, wanted)
-
-
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
@@ -503,22 +324,6 @@ def test_entries_of_rope_parameters_without_a_use_are_said_and_kept():
         config = LlamaConfig(rope_scaling=given)
     assert config.to_dict()["rope_parameters"]["finetuned"] is True
     LlamaModel(LlamaConfig(**fields(rope_parameters={"rope_type": "default"})))
-
-
-def test_autocast():
-    """Half-precision matmuls beside a float32 residual stream, as transformers does it."""
-    exact = theirs_of(torch.float64)
-    theirs = copy.deepcopy(exact).float()
-    ours = ours_of(theirs)
-    results = [gradients(exact, input_ids=ids(), labels=ids())]
-    with torch.autocast("cpu", torch.bfloat16):
-        results += [gradients(model, input_ids=ids(), labels=ids()) for model in (theirs, ours)]
-    for what in ("loss", *results[0][1]):
-        wanted, peers, mine = (
-            (output[what] if what == "loss" else grads[what]).detach().double() for output, grads in results
-        )
-        error, peer_error = ((x - wanted).norm().item() for x in (mine, peers))
-        assert error <= 2 * peer_error + 1e-3 * wanted.norm().item(), f"{what}: error {error:.3g}, {peer_error:.3g}"
 
 
 @pytest.mark.parametrize("name", ["grouped heads", "longrope, long"])

@@ -8,7 +8,7 @@ import transformers
 
 import fastformer
 from fastformer.models import LlamaConfig, LlamaForCausalLM, LlamaModel
-from tests.models.test_llama import CONFIGS, LLAMA3, LONGROPE, fields, ids, ours_of, theirs_of
+from tests.models.llama_pairs import CONFIGS, LLAMA3, LONGROPE, fields, ids, ours_of, theirs_of
 
 
 @pytest.mark.parametrize(

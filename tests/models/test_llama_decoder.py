@@ -5,7 +5,8 @@ import torch
 
 from fastformer.generation.decoder import CachedDecoder, decoder_for
 from fastformer.models.llama_decoder import FusedDecoder
-from tests.models.test_llama import CONFIGS, Adapter, ids, ours_of, theirs_of
+from tests.models.llama_pairs import CONFIGS, ids, ours_of, theirs_of
+from tests.models.test_llama import Adapter
 
 PROMPT, STEPS = 9, 12
 USED = ("grouped heads", "one key head, untied", "wide heads", "odd sizes", "biases", "gelu", "relu", "padding token")

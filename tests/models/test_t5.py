@@ -16,19 +16,12 @@ from fastformer.models import (
     T5Model,
 )
 from fastformer.models.outputs import BaseModelOutput
-from tests.models.parity import assert_as_accurate, assert_equal
+from tests.models.parity import assert_as_accurate, assert_equal, gradients
 from tests.models.t5_pairs import CONFIGS, VOCAB, fields, ids, inputs, mask, ours_of, theirs_of
 
 EVERYTHING = ("logits", "loss", "encoder_last_hidden_state")
 # A call that has no fused kernel says so; the tests of such calls ask for it.
 unfused = pytest.mark.filterwarnings("ignore:fastformer.attention")
-
-
-def gradients(model, **given):
-    model.zero_grad()
-    output = model(**given)
-    output.loss.backward()
-    return output, {name: p.grad for name, p in model.named_parameters()}
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import torch
 
 from fastformer.training import OptimizerConfig
 from fastformer.training.checkpoint import has_checkpoint
+from fastformer.training.logs import read_metrics
 from tests.training.runs import make_config, make_trainer, resumed
 
-STEPS = 28
+STEPS = 32
 
 
 def configure(out, dtype, **run):
@@ -64,22 +65,13 @@ def kill(out, dtype, kills, draw):
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        if killed < kills:
-            moment = time.monotonic() + draw.uniform(0.05, 0.6)
-            if killed % 2:
-                while time.monotonic() < moment and not ended(child):
-                    time.sleep(0.001)
+        if killed < kills or (not in_save and killed < 3 * kills):
+            if killed % 2 == 0 or killed >= kills:
+                wait_for_save(out, child, born, draw)
+            elif killed % 4 == 1:
+                wait_for_step(out, child, born, draw)
             else:
-                saves = draw.randrange(1, 4)  # this one of its saves is its last
-                while not ended(child):
-                    if writing(out, born):
-                        saves -= 1
-                        if not saves:
-                            time.sleep(draw.uniform(0, 0.004))
-                            break
-                        while writing(out, born):
-                            time.sleep(0.0002)
-                    time.sleep(0.0002)
+                time.sleep(draw.uniform(0, 0.1))  # while it starts
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
@@ -89,6 +81,33 @@ def kill(out, dtype, kills, draw):
         killed += 1
         in_save += writing(out, born)
     return killed, in_save
+
+
+def wait_for_save(out, child, born, draw):
+    """Until the child is somewhere in the first or second of its saves, or has ended."""
+    saves = draw.randrange(1, 3)
+    while not ended(child):
+        if writing(out, born):
+            saves -= 1
+            if not saves:
+                time.sleep(draw.uniform(0, 0.003))
+                return
+            while writing(out, born):
+                time.sleep(0.0002)
+        time.sleep(0.0002)
+
+
+def wait_for_step(out, child, born, draw):
+    """Until the child has logged a few steps, or has ended."""
+    log, first, more = out / "metrics.jsonl", None, draw.randrange(1, 7)
+    while not ended(child):
+        if log.exists() and log.stat().st_mtime_ns > born:  # rewritten by this child, up to its checkpoint's step
+            steps = [record["step"] for record in read_metrics(out)]
+            first = (steps or [0])[-1] if first is None else first
+            if steps and steps[-1] >= first + more:
+                break
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.02))
 
 
 def ended(child):

@@ -11,7 +11,7 @@ from ..attention_options import Gradients, Options, empty_like_input, empty_out
 from ._call import DTYPES, acc_dtype, on_huge_pages
 
 FEATURES = frozenset(ALL_FEATURES)
-__all__ = ["DTYPES", "FEATURES", "backward", "forward", "plain"]
+__all__ = ["DTYPES", "FEATURES", "backward", "forward", "forward_only", "plain"]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -20,6 +20,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     lse = torch.empty(q.shape[:3], dtype=acc_dtype(q.dtype))
     _C.attention_forward((q, k, v, out, lse), options)
     return out, lse
+
+
+def forward_only(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """``forward`` where no backward follows: a few queries then read keys and values as they lie."""
+    out = empty_out(q, v)
+    _C.attention_forward((q, k, v, out, None), options)
+    return out
 
 
 def backward(

@@ -10,18 +10,21 @@ uint16, and there it goes wrong without saying so:
 
 With NumPy >= 2.4 it also fails outright, because ``int()`` of an array with one element and one dimension became an
 error. And it is slow: every call of one Triton function by another patches the whole language module anew, which is a
-third of the time of a small kernel. And NumPy warns where a GPU silently gives inf or NaN. :func:`apply` replaces
-exactly these pieces, and turns on one check that is there: an integer operation that overflows 32 bits, as an offset
-into a large tensor may, raises. Atomic operations on bfloat16 stay broken; no kernel here uses them. The replacements
-are checked on their own in tests/triton/test_interpreter.py.
+third of the time of a small kernel; every value makes its type, and the types of its shape, anew; the check for
+overflow runs eight tensor operations beside each one it checks. And NumPy warns where a GPU silently gives inf or NaN.
+:func:`apply` replaces exactly these pieces, and turns on one check that is there: an integer operation that overflows
+32 bits, as an offset into a large tensor may, raises. Atomic operations on bfloat16 stay broken; no kernel here uses
+them. The replacements are checked on their own in tests/triton/test_interpreter.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
 
 _applied = False
@@ -160,8 +163,57 @@ def _mend_warnings() -> None:
     stock.GridExecutor.__call__ = call
 
 
+def _mend_types() -> None:
+    """Each shape is checked and wrapped once; nothing writes into what values then share."""
+    make_block, numpy_dtype = tl.block_type.__init__, functools.cache(stock._get_np_dtype)
+
+    @functools.cache
+    def block_of(shape: tuple[int, ...]) -> tl.block_type:
+        block = tl.block_type.__new__(tl.block_type)
+        make_block(block, tl.int32, list(shape))
+        return block
+
+    @functools.cache
+    def shape_of(shape: tuple[int, ...]) -> tuple[tl.tuple, tl.constexpr]:
+        return tl.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(int(np.prod(shape)))
+
+    @functools.cache
+    def name_of(shape: tuple[int, ...], element: str) -> str:
+        return f"<{shape}, {element}>"
+
+    def init_block(self, element_ty: tl.dtype, shape: Iterable) -> None:
+        key = tuple(n.value if isinstance(n, tl.constexpr) else n for n in shape)
+        block = block_of(key)
+        self.element_ty, self.shape, self.numel = element_ty, block.shape, block.numel
+        self.name = name_of(key, element_ty.name)
+
+    def init_tensor(self, handle, type: tl.dtype) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shape_of(tuple(type.shape.values) if type.is_block() else ())
+
+    def dtype_of(type: tl.dtype) -> np.dtype:
+        scalar = type.scalar
+        return np.dtype(np.uint64) if scalar.is_ptr() else numpy_dtype(scalar)
+
+    tl.block_type.__init__ = init_block
+    tl.tensor.__init__ = init_tensor
+    stock._get_np_dtype = dtype_of
+
+
 def _check_overflow() -> None:
+    """Integer operations raise where 32 bits (or fewer) do not hold their result."""
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(self, left: tl.tensor, right: tl.tensor, operation: Callable) -> None:
+        kind, name = left.type.scalar, operation.__name__
+        if kind.int_bitwidth >= 64:
+            return
+        result = operations[name](left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+        inside = kind.get_int_min_value() <= result.min() and result.max() <= kind.get_int_max_value()
+        assert inside, f"int{kind.int_bitwidth} overflow detected for operation {name}"
+
     stock.interpreter_builder.options = stock.InterpreterOptions(debug=True)
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
 
 
 def apply() -> None:
@@ -177,4 +229,5 @@ def apply() -> None:
     _mend_scalars()
     _mend_patching()
     _mend_warnings()
+    _mend_types()
     _check_overflow()
