@@ -57,8 +57,8 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "finetune": ["--task", "--model", "--data.path", "--lora.rank", "--freeze", "--run.resume", "--config"],
         "search": ["--search.trials", "--search.learning-rate", "--data.columns.label", "--search.pruning"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
-        "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
         "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],
+        "tokenize": ["--source", "--out", "--tokenizer", "--vocab-size"],
         "doctor": ["usage: fastformer doctor"],
     }.items():
         with pytest.raises(SystemExit) as exit:

@@ -115,7 +115,7 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 with open("pyproject.toml", "rb") as file:
     extra = tomllib.load(file)["project"]["optional-dependencies"]
-parts = ("train", "eval", "harness", "test")
+parts = ("train", "data", "eval", "harness", "test")
 print("\n".join(name for part in parts for name in extra[part] if not name.startswith("fastformer[")))
 PY
 )

@@ -7,7 +7,7 @@ from .bootstrap import Comparison, Interval, compare, confidence_intervals
 from .classification import Classification
 from .evaluate import Evaluation, by_label, by_length, evaluate, read_records
 from .metric import Metric
-from .perplexity import Perplexity, perplexity, score_examples, score_texts, token_losses
+from .perplexity import Perplexity, perplexity, score_batches, score_examples, score_texts, token_losses
 from .predictions import Record, classify, classify_texts, generate_texts
 from .report import write_report
 from .text import BLEU, ROUGE, ChrF, ErrorRate, Mean, exact_match
@@ -36,6 +36,7 @@ __all__ = [
     "generate_texts",
     "perplexity",
     "read_records",
+    "score_batches",
     "score_examples",
     "score_texts",
     "token_losses",

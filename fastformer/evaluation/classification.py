@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..extras import require
+from ..models.pretrained import replaced
 from .metric import Metric, ratio
 
 
@@ -177,7 +178,8 @@ class Classification(Metric):
         axes.set_title(title, loc="left", fontsize=11)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
+        with replaced(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
         return path
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:

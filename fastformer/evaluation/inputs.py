@@ -26,5 +26,6 @@ def context_of(model: Any, context: int | None) -> int:
             )
         return int(available)
     if context < 1 or (available is not None and context > available):
-        raise ValueError(f"context: got {context}, expected 1 to the model's {available} positions")
+        accepted = "1 or more" if available is None else f"1 to the model's {available} positions"
+        raise ValueError(f"context: got {context}, expected {accepted}")
     return context

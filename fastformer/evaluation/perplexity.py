@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import functional, nn
-from ..data.collators import pad_rows
+from ..data import to_device
+from ..data.collators import IGNORED, pad_rows
 from ..data.tokenizers import check_tokenizer, encode
 from ..generation.decoding import evaluating
 from ..generation.text import decode
@@ -163,6 +164,37 @@ def score_examples(
         yield Record((nats, tokens), size, dict(waiting.popleft()), nats / tokens if tokens else None)
 
 
+def score_batches(model: Any, batches: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """What batches have labels for, as records for :func:`fastformer.evaluation.evaluate` with a :class:`Perplexity`:
+    the answers of an encoder-decoder model, the masked words of an encoder, the text of a causal model.
+
+    Args:
+        batches: the model's arguments; ``labels`` (B, S), -100 = not scored, in line with input_ids for a causal model;
+            or ``shift_labels`` (B, S), what comes after each position.
+    """
+    device = next(model.parameters()).device
+    causal = (
+        not getattr(model.config, "is_encoder_decoder", False) and getattr(model.config, "model_type", "") != "bert"
+    )
+    for batch in batches:
+        inputs = to_device({k: v for k, v in batch.items() if not k.startswith("_")}, device)
+        targets = inputs.pop("shift_labels", None)
+        if targets is None:
+            if "labels" not in inputs:
+                raise ValueError(f"batch: has {', '.join(batch)}; it needs labels or shift_labels to score")
+            # An encoder-decoder model makes its decoder's inputs from the labels.
+            targets = inputs.pop("labels") if causal else inputs["labels"]
+            targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED) if causal else targets
+        with torch.no_grad(), evaluating(model):
+            if causal:
+                losses = token_losses(model, inputs.pop("input_ids"), targets, **inputs)
+            else:
+                losses = _of_logits(model(**inputs).logits, targets)
+        nats, counts = losses.double().sum(dim=1).tolist(), (targets != IGNORED).sum(dim=1).tolist()
+        for total, count in zip(nats, counts):
+            yield Record((total, count), None, loss=total / count if count else None)
+
+
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(begin, end, first) of the windows over ``length`` inputs: [begin, end) is read, [first, end) is scored."""
     done = 0
@@ -174,10 +206,11 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
             return
 
 
-def token_losses(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: Any, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
     """-log p of each target after the tokens before it: both ``(B, S)`` int64 -> ``(B, S)`` float32 (float64 for a
-    float64 model), 0 where the target is -100. Padding goes to the right, where no earlier position sees it."""
-    hidden = hidden_states(model, input_ids)
+    float64 model), 0 where the target is -100. Padding goes to the right, where no earlier position sees it; ``inputs``
+    are more of the model's arguments."""
+    hidden = hidden_states(model, input_ids, **inputs)
     if hidden is not None:
         head = model.get_output_embeddings()
         half = hidden.dtype in (torch.float16, torch.bfloat16)
@@ -186,16 +219,19 @@ def token_losses(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:
             return functional.linear_cross_entropy(
                 hidden, head.weight, targets, linear_bias=head.bias, reduction="none"
             )
-    logits = in_float32(model(input_ids, use_cache=False).logits)
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return _of_logits(model(input_ids, use_cache=False, **inputs).logits, targets)
+
+
+def _of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = functional.cross_entropy(in_float32(logits).flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape)
 
 
-def hidden_states(model: Any, input_ids: Tensor) -> Tensor | None:
+def hidden_states(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor | None:
     """What the head of one of this library's models is given, ``(B, S, E)``; None for another model, or a head that is
     more than a linear layer."""
     if isinstance(model, PreTrainedModel) and is_plain(model.get_output_embeddings(), torch.nn.Linear, nn.Linear):
-        return getattr(model, model.base_model_prefix)(input_ids, use_cache=False).last_hidden_state
+        return getattr(model, model.base_model_prefix)(input_ids, use_cache=False, **inputs).last_hidden_state
     return None
 
 
@@ -213,7 +249,7 @@ def _scored(
         pieces = list(windows(len(ids) - 1, context, stride))
         state[3] = len(pieces)
         for begin, end, first in pieces:
-            scored = [-100] * (first - begin) + ids[first + 1 : end + 1]
+            scored = [IGNORED] * (first - begin) + ids[first + 1 : end + 1]
             batch.append((state, ids[begin:end], scored))
             state[1] += end - first
             if len(batch) == batch_size:
@@ -230,7 +266,7 @@ def _run(model: Any, batch: list[tuple[list[Any], list[int], list[int]]]) -> Non
     device = next(model.parameters()).device
     inputs, targets = (
         torch.from_numpy(pad_rows([window[part] for window in batch], fill)).to(device)
-        for part, fill in ((1, 0), (2, -100))
+        for part, fill in ((1, 0), (2, IGNORED))
     )
     with torch.no_grad(), evaluating(model):
         sums = token_losses(model, inputs, targets).double().sum(dim=1).tolist()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..data import to_device
 from ..data.collators import IGNORED, Classification, pad_rows
 from ..data.tokenizers import check_tokenizer, encode
 from ..generation.decoding import evaluating, generate
@@ -53,7 +54,7 @@ def classify(model: Any, batches: Iterable[Mapping[str, Any]]) -> Iterator[Recor
     for batch in batches:
         if "labels" not in batch:
             raise ValueError(f"batch: has {', '.join(batch)}; it needs labels to be compared with")
-        inputs = {k: v.to(device) for k, v in batch.items() if k != "labels" and not k.startswith("_")}
+        inputs = to_device({k: v for k, v in batch.items() if k != "labels" and not k.startswith("_")}, device)
         labels: Tensor = batch["labels"]
         with torch.no_grad(), evaluating(model):
             logits = in_float32(model(**inputs).logits)

@@ -193,6 +193,8 @@ def test_only_the_worst_stay_in_memory():
     pairs = [(float(i * 7 % 50), None) for i in range(50)]
     found = evaluate(None, (), Mean("m", lambda p, r: p), predict=answers(*pairs), worst=3)
     assert [line["prediction"] for line in found.worst] == [0, 1, 2]
+    level = evaluate(None, (), Mean("m", lambda p, r: 1), predict=answers(*pairs), worst=2)
+    assert [line["index"] for line in level.worst] == [0, 1]  # of equals the first
     error = Mean("m", lambda p, r: p, lower_is_better=True)
     assert [r["prediction"] for r in evaluate(None, (), error, predict=answers(*pairs), worst=2).worst] == [49, 48]
 

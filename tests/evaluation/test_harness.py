@@ -11,6 +11,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
 from fastformer.data import BPETokenizer, CharTokenizer
+from fastformer.evaluation import perplexity
 from fastformer.evaluation.harness import FastformerLM
 from fastformer.models import GPT2Config, GPT2LMHeadModel
 
@@ -98,6 +99,14 @@ def test_generate_until(pair):
     found = ours.generate_until(requests)
     assert found == theirs.generate_until(requests, disable_tqdm=True)
     assert len(set(found)) > 3 and not any("e" in text for text in found[1::2])
+
+
+def test_rolling_loglikelihood_is_the_perplexity(pair):
+    """Of texts within the context: both read the end-of-text token before the first one."""
+    ours, _ = pair
+    metric = perplexity(ours.model, CORPUS[:2], ours.tokenizer, prefix_token_id=ours.prefix_token_id)
+    found = ours.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in CORPUS[:2]]))
+    assert metric.rows()[:, 0] == pytest.approx([-value for value in found], rel=1e-6)
 
 
 def test_it_is_registered():

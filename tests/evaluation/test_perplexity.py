@@ -6,9 +6,20 @@ import pytest
 import torch
 
 from fastformer.data import CharTokenizer
+from fastformer.data.collators import PackedCausalLM
 from fastformer.evaluation.bootstrap import confidence_intervals
-from fastformer.evaluation.perplexity import Perplexity, perplexity, token_losses, windows
-from fastformer.models import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from fastformer.evaluation.evaluate import evaluate
+from fastformer.evaluation.perplexity import Perplexity, perplexity, score_batches, token_losses, windows
+from fastformer.models import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness"
 TOKENIZER = CharTokenizer.from_text(TEXT)
@@ -131,6 +142,54 @@ def test_models_of_transformers():
     assert perplexity(theirs, TEXT, TOKENIZER, context=32).compute() == pytest.approx(ours, rel=1e-5)
 
 
+def t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes, decoder_start_token_id=0, pad_token_id=0))
+
+
+def bert():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForMaskedLM(BertConfig(vocab_size=40, **sizes))
+
+
+def gpt2_of_40():
+    return gpt2(vocab=40)
+
+
+@pytest.mark.parametrize(
+    "build, extra",
+    [
+        (gpt2_of_40, "shift_labels"),
+        *((build, extra) for build in (gpt2_of_40, bert, t5) for extra in ("", "attention_mask")),
+    ],
+)
+def test_batches_with_labels(build, extra):
+    """The mean over all batches is the loss of the one large batch, where some labels are not scored."""
+    model = build().double().eval()
+    ids, labels = torch.randint(40, (6, 12)), torch.randint(40, (6, 12))
+    labels[torch.rand(6, 12) < 0.3] = -100
+    labels[2] = -100
+    batch = {"input_ids": ids, ("shift_labels" if extra == "shift_labels" else "labels"): labels}
+    if extra == "attention_mask":
+        batch["attention_mask"] = torch.ones_like(ids)
+        batch["attention_mask"][1, 8:] = 0
+    with torch.no_grad():
+        wanted = float(model(**batch).loss)
+    small = [{name: part[i : i + 2] for name, part in batch.items()} for i in (0, 2, 4)]
+    found = evaluate(model, small, Perplexity(), predict=score_batches)
+    assert found.scores()["loss"] == pytest.approx(wanted, rel=1e-12)
+    assert found.metrics[0].rows()[2, 1] == 0 and len(found) == 6
+
+
+def test_packed_documents_are_scored_as_alone():
+    """Documents end to end in one row, which do not see each other."""
+    model = gpt2().double()
+    texts = [TOKENIZER.encode(text) for text in (TEXT[:20], TEXT[30:75], TEXT[5:12])]
+    packed = evaluate(model, [PackedCausalLM()(texts)], Perplexity(), predict=score_batches)
+    alone = perplexity(model, [torch.tensor(ids) for ids in texts])
+    assert packed.scores()["loss"] == pytest.approx(alone.compute()["loss"], rel=1e-12)
+
+
 def test_no_table_of_logits_is_made(monkeypatch):
     """The head's weight goes to linear_cross_entropy; the head itself, which would make (B, S, V), is never called."""
     model = gpt2().eval()
@@ -186,7 +245,9 @@ def test_bad_input():
         perplexity(model, torch.tensor([1, 4000]))
     with pytest.raises(TypeError, match="texts: expected text or"):
         perplexity(model, [3.0], TOKENIZER)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    with pytest.raises(ValueError, match="model: BertForMaskedLM does not predict the next token"):
-        perplexity(BertForMaskedLM(BertConfig(vocab_size=TOKENIZER.vocab_size, **sizes)), TEXT, TOKENIZER)
+    for other in (bert(), t5()):
+        with pytest.raises(ValueError, match=f"model: {type(other).__name__} does not predict the next token"):
+            perplexity(other, TEXT, TOKENIZER)
+    with pytest.raises(ValueError, match="batch: has input_ids; it needs labels or shift_labels"):
+        next(score_batches(model, [{"input_ids": ids_of(TEXT)}]))
     assert Perplexity().lower_is_better

@@ -113,6 +113,18 @@ def test_exact_match():
     assert exact_match(lowercase=True).add("A b", "a B") == 1
 
 
+def test_a_missing_package_is_named(monkeypatch):
+    from fastformer import extras
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+
+    monkeypatch.setattr(extras.importlib, "import_module", missing)
+    for build, package in ((BLEU, "sacrebleu"), (ROUGE, "rouge_score"), (ErrorRate, "jiwer")):
+        with pytest.raises(extras.MissingPackageError, match=rf"{package}.*pip install 'fastformer\[eval\]'"):
+            build()
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="BLEU: no examples"):
         BLEU().compute()
