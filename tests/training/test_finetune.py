@@ -118,6 +118,8 @@ def test_only_answers_are_scored(bases):
     assert read(encoder([{"source": "the cat", "target": "sat"}])[0]) == (f"Q: the cat A: sat{end}", f"sat{end}")
     with pytest.raises(ValueError, match=r"data example 0: messages: none is of the role 'assistant'"):
         encoder([{"messages": chat[:1]}])
+    with pytest.raises(ValueError, match=r"data example 0: messages: expected .* got 'who'"):
+        encoder([{"messages": ["who"]}])
     tokenizer.chat_template = "{{ messages | length }}"
     with pytest.raises(ValueError, match="it changes what it wrote"):
         encoder([{"messages": chat}])
