@@ -32,9 +32,7 @@ def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt
     Raises:
         ValueError: a message without role or content, or one that the template refuses.
     """
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"messages: expected {{'role': …, 'content': …}}, got {message!r}")
+    _check(messages)
     jinja = require("jinja2", "a chat template", "finetune")
     special = getattr(tokenizer, "special_tokens", {})
     values = {f"{role}_token": special.get(role, "") for role in ("bos", "eos", "pad", "unk")}
@@ -51,7 +49,8 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Any) -> dict[str
     Raises:
         ValueError: no message of the role "assistant", or a template that changes earlier messages as it goes on.
     """
-    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    _check(messages)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise ValueError("messages: none is of the role 'assistant', so there is nothing to learn")
     ids: list[int] = []
@@ -77,6 +76,12 @@ def encode_answer(prompt: str, answer: str, tokenizer: Any) -> dict[str, list[in
     end = getattr(tokenizer, "eos_token_id", None)
     target += [] if end is None else [end]
     return {"input_ids": question + target, "labels": [IGNORED] * len(question) + target}
+
+
+def _check(messages: Sequence[Message]) -> None:
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"messages: expected {{'role': …, 'content': …}}, got {message!r}")
 
 
 def _environment() -> Any:

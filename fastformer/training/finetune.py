@@ -24,7 +24,7 @@ from ..data.tasks import TASKS, Columns, Encoder, collator_of, labels_in, length
 from ..data.tokenizers import check_tokenizer
 from ..models import PreTrainedModel
 from ..models.pretrained import read_config, resolve
-from .checkpoint import NEWEST, find_checkpoint, has_checkpoint, load_state, restore_checkpoint, save_checkpoint
+from .checkpoint import MERGED, NEWEST, find_checkpoint, has_checkpoint, load_state, restore_checkpoint, save_checkpoint
 from .config import OptimizerConfig, RunConfig, ScheduleConfig, _check
 from .logs import read_metrics
 from .lora import LoraConfig, add_lora, freeze, load_adapter, load_lora, merge_lora, trainable_parameters
@@ -175,7 +175,7 @@ def finetune(
         if written.name == "best":
             load_adapter(trainer.model, written)
         model = merge_lora(trainer.model)
-        written = save_checkpoint(out / "merged", model, trainer.tokenizer)
+        written = save_checkpoint(out / MERGED, model, trainer.tokenizer)
     from .plots import plot_loss
 
     plot_loss(read_metrics(out), out / "loss.png", title=f"{config.task}, {Path(config.model).name}")

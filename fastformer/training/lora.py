@@ -22,11 +22,11 @@ from torch import nn
 from ..extras import require
 from ..models import PreTrainedModel
 from ..models.conv1d import Conv1D
+from .checkpoint import ADAPTER_CONFIG
 from .config import _check
 from .recompute import find_blocks
 
 HEADS = ("pooler", "classifier", "qa_outputs")
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)

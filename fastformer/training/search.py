@@ -55,9 +55,13 @@ class SearchSettings:
             self,
             ("trials", "at least 1", self.trials >= 1),
             ("max_minutes", "at least 0", self.max_minutes >= 0),
-            ("learning_rate", "0 < least <= largest", 0 < self.learning_rate[0] <= self.learning_rate[1]),
+            ("learning_rate", "0 < least <= largest", _range(self.learning_rate) and self.learning_rate[0] > 0),
             ("batch_size", "one or more of at least 1", bool(self.batch_size) and min(self.batch_size) >= 1),
-            ("dropout", "0 <= least <= largest < 1", 0 <= self.dropout[0] <= self.dropout[1] < 1),
+            (
+                "dropout",
+                "0 <= least <= largest < 1",
+                _range(self.dropout) and 0 <= min(self.dropout) <= max(self.dropout) < 1,
+            ),
             ("pruning", "median, hyperband or none", self.pruning in ("median", "hyperband", "none")),
             ("startup", "at least 1", self.startup >= 1),
         )
@@ -176,6 +180,10 @@ def with_settings(config: SearchConfig, settings: dict[str, Any], out: Path) -> 
         changed = dataclasses.replace(changed, **change)
     run = dataclasses.replace(config.run, out=str(out), resume=False, keep_best=True, tensorboard=False)
     return dataclasses.replace(changed, run=run)
+
+
+def _range(values: tuple[float, ...]) -> bool:
+    return len(values) == 2 and values[0] <= values[1]
 
 
 def _study(optuna: Any, config: SearchConfig, out: Path) -> Any:

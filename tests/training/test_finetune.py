@@ -11,7 +11,7 @@ from fastformer import cli
 from fastformer.data import load_tokenizer
 from fastformer.data.tasks import Columns, Encoder
 from fastformer.task_metrics import likeliest_spans, task_metrics
-from fastformer.training import LoraConfig
+from fastformer.training import LoraConfig, find_checkpoint
 from fastformer.training.finetune import ExamplesConfig, finetune, prepare
 from fastformer.training.logs import read_metrics
 from tests.training.tuning import WORDS, config_for, reviews, save_base
@@ -118,6 +118,8 @@ def test_only_answers_are_scored(bases):
     assert read(encoder([{"source": "the cat", "target": "sat"}])[0]) == (f"Q: the cat A: sat{end}", f"sat{end}")
     with pytest.raises(ValueError, match=r"data example 0: messages: none is of the role 'assistant'"):
         encoder([{"messages": chat[:1]}])
+    with pytest.raises(ValueError, match=r"data example 0: messages: expected .* got 'who'"):
+        encoder([{"messages": ["who"]}])
     tokenizer.chat_template = "{{ messages | length }}"
     with pytest.raises(ValueError, match="it changes what it wrote"):
         encoder([{"messages": chat}])
@@ -220,6 +222,7 @@ def test_adapters_alone_in_checkpoints_and_a_whole_model_in_the_end(bases, tmp_p
     result = finetune(config, train=reviews(), metrics=task_metrics, quiet=True)
     assert result.metrics["accuracy"] == 1.0
     checkpoint = tmp_path / "run" / "checkpoint"
+    assert find_checkpoint(tmp_path / "run") == tmp_path / "run" / "merged"  # what generate and evaluate take
     assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
     merged = fastformer.from_pretrained(tmp_path / "run" / "merged")
     assert merged.config.id2label == {0: "neg", 1: "pos"}
