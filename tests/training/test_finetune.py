@@ -78,9 +78,9 @@ def test_question_answering(bases, tmp_path):
 
 def test_seq2seq_and_instructions(bases, tmp_path):
     result = finetune(config_for("seq2seq", bases["t5"], tmp_path / "t5"), train=PAIRS, quiet=True)
-    assert losses(tmp_path / "t5")[0] > 5 > 3.5 > result.validation_loss
+    assert losses(tmp_path / "t5")[0] > 5 > 4.2 > result.validation_loss
     result = finetune(config_for("instruction", bases["gpt2"], tmp_path / "gpt2"), train=PAIRS, quiet=True)
-    assert losses(tmp_path / "gpt2")[0] > 5 > 3.5 > result.validation_loss
+    assert losses(tmp_path / "gpt2")[0] > 5 > 4.2 > result.validation_loss
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
