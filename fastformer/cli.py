@@ -95,6 +95,26 @@ def pretrain(arguments: Sequence[str]) -> int:
     return 0
 
 
+def finetune(arguments: Sequence[str]) -> int:
+    """Train a pre-trained model for a task: labels, tags, answers, instructions."""
+    from .task_metrics import task_metrics
+    from .training.finetune import FinetuneConfig
+    from .training.finetune import finetune as train
+
+    train(_parse_or_read(FinetuneConfig, arguments, "finetune"), metrics=task_metrics)
+    return 0
+
+
+def search(arguments: Sequence[str]) -> int:
+    """Find learning rate, batch size and dropout for a fine-tuning."""
+    from .task_metrics import task_metrics
+    from .training.search import SearchConfig
+    from .training.search import search as run
+
+    run(_parse_or_read(SearchConfig, arguments, "search"), metrics=task_metrics)
+    return 0
+
+
 def generate(arguments: Sequence[str]) -> int:
     """Write text with a trained model, shown as it is made."""
     config = parse(GenerateConfig, arguments, "generate")
@@ -172,6 +192,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "clean": clean,
     "tokenize": tokenize,
     "pretrain": pretrain,
+    "finetune": finetune,
+    "search": search,
     "generate": generate,
     "evaluate": evaluate,
     "bench": bench,
@@ -185,6 +207,8 @@ examples:
   fastformer clean --source raw/ --out cleaned.jsonl --config cleaning.yaml
   fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
   fastformer pretrain --config run.yaml --run.resume
+  fastformer finetune --task classification --model MODEL --data.path reviews.csv --run.out runs/sentiment
+  fastformer search --task classification --model MODEL --data.path reviews.csv --search.trials 20 --run.out runs/search
   fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine
   fastformer generate --model runs/demo --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 40 --seed 0
   fastformer evaluate --model runs/demo --data held-out.txt --stride 32
@@ -243,6 +267,16 @@ def parse(cls: type[Config], arguments: Sequence[str], verb: str, **settings: An
     """An instance of the dataclass ``cls`` from flags; help, or a message that names the nearest flag, and exit."""
     tyro = require("tyro", f"fastformer {verb}")
     return tyro.cli(cls, args=list(arguments), prog=f"fastformer {verb}", **settings)
+
+
+def _parse_or_read(cls: type[Config], arguments: Sequence[str], verb: str) -> Config:
+    """:func:`parse`, over the values of ``--config FILE.yaml``."""
+    from .training.config import load_config
+
+    path, rest = _take_config(arguments)
+    default = load_config(path, cls) if path else cls()
+    text = f"{(cls.__doc__ or '').strip()} --config FILE.yaml reads the same keys from a file; flags override it."
+    return parse(cls, rest, verb, default=default, description=text)
 
 
 def say(piece: str) -> None:

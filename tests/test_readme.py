@@ -72,6 +72,8 @@ def check_command(words):
         assert verb in VERBS, f"fastformer has no verb {verb}"
         for flag in (word for word in rest[1:] if word.startswith("--")):
             assert flag in help_text(verb), f"fastformer {verb} has no flag {flag}"
+    elif program == "torchrun":
+        check_command(rest[rest.index("-m") + 1 :])
     elif program in ("python", "bash"):
         if rest[0] == "-m":
             assert rest[1] in ("pytest", "benchmarks", "fastformer") or rest[1].startswith("fastformer."), rest[1]

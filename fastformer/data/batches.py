@@ -190,16 +190,36 @@ def evaluation_batches(
 
 
 class EvaluationWindows:
-    """:func:`evaluation_batches`, the same at every iteration."""
+    """:func:`evaluation_batches`, the same at every iteration.
+
+    Args:
+        tokens, block_size, batch_size, max_windows: as there.
+        rank, world_size: this process takes the rows rank, rank + world_size, … of each batch. Where there are none
+            for it, it has one that is not scored, so that all have the same number of batches.
+    """
 
     def __init__(
-        self, tokens: Tensor | TokenShards, block_size: int, batch_size: int, max_windows: int | None = None
+        self,
+        tokens: Tensor | TokenShards,
+        block_size: int,
+        batch_size: int,
+        max_windows: int | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         _check_windows(tokens, block_size, batch_size)
+        check_rank(rank, world_size, batch_size)
         self.arguments = (tokens, block_size, batch_size, max_windows)
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
-        return evaluation_batches(*self.arguments)
+        for batch in evaluation_batches(*self.arguments):
+            mine = {name: rows[self.rank :: self.world_size] for name, rows in batch.items()}
+            if not len(mine["input_ids"]):
+                mine = {name: rows[:1] for name, rows in batch.items()}
+                mine["shift_labels"] = torch.full_like(mine["shift_labels"], -100)
+            yield mine
 
 
 def _gather(tokens: Tensor | TokenShards, starts: Tensor, block_size: int) -> Batch:

@@ -26,6 +26,7 @@ from ..models.pretrained import replaced
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 WORDPIECE_FILE = "vocab.txt"
 END_OF_TEXT = "<|endoftext|>"
@@ -68,6 +69,7 @@ class SubwordTokenizer:
             found = {role: [n for n in names if tokenizer.token_to_id(n) is not None] for role, names in ROLES.items()}
             special_tokens = {role: names[0] for role, names in found.items() if names}
         self.special_tokens = special_tokens
+        self.chat_template: str | None = None  # Jinja, from tokenizer_config.json
         for role in ROLES:
             token = special_tokens.get(role)
             index = None if token is None else tokenizer.token_to_id(token)
@@ -96,6 +98,56 @@ class SubwordTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of ``text``; with ``add_special_tokens`` between or before the tokens that the kind puts there."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encoding(
+        self,
+        text: str | Sequence[str],
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        pretokenized: bool = False,
+    ) -> Any:
+        """``text``, or two texts, between the kind's special tokens, with where each token comes from.
+
+        Args:
+            text: with ``pretokenized`` a sequence of words.
+            max_length: tokens at most, special ones included; of two texts the longer one is cut first.
+
+        Returns:
+            The package's ``Encoding``: ``ids``, ``type_ids``, ``offsets`` (characters), ``word_ids``, ``sequence_ids``.
+        """
+        tokenizer = self._tokenizer
+        texts = [tokenizer.encode(text, is_pretokenized=pretokenized, add_special_tokens=False)]
+        texts += [] if pair is None else [tokenizer.encode(pair, add_special_tokens=False)]
+        if max_length is not None:
+            room = max(max_length - self.special_tokens_added(len(texts)), 0)
+            lengths = [len(t) for t in texts]
+            while sum(lengths) > room:
+                lengths[lengths.index(max(lengths))] -= 1
+            for t, length in zip(texts, lengths):
+                t.truncate(length)
+        return tokenizer.post_process(*texts, add_special_tokens=True)
+
+    def special_tokens_added(self, texts: int = 1) -> int:
+        """How many special tokens stand around one text or two."""
+        return self._tokenizer.num_special_tokens_to_add(texts == 2)
+
+    def windows(self, text: str, pair: str, max_length: int, stride: int) -> list[Any]:
+        """:meth:`encoding` of both, ``pair`` cut into windows that overlap by ``stride`` tokens.
+
+        Raises:
+            ValueError: ``text`` leaves no room for more than the overlap.
+        """
+        tokenizer = self._tokenizer
+        first, second = (tokenizer.encode(t, add_special_tokens=False) for t in (text, pair))
+        room = max_length - self.special_tokens_added(2) - len(first)
+        if room <= stride:
+            raise ValueError(
+                f"max_length: {max_length} tokens, of which {text!r} leaves {max(room, 0)}; expected more than the "
+                f"{stride} that windows overlap by"
+            )
+        second.truncate(room, stride)
+        return [tokenizer.post_process(first, part, True) for part in (second, *second.overflowing)]
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
         """:meth:`encode` of many texts, on all cores."""
@@ -134,6 +186,8 @@ class SubwordTokenizer:
             self._tokenizer.save(str(temporary))
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config.update({f"{role}_token": token for role, token in self.special_tokens.items()})
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         with replaced(Path(directory, CONFIG_FILE)) as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return path
@@ -168,7 +222,14 @@ class SubwordTokenizer:
             tokenizer = _bpe_from(*pair)
         given = {role: config.get(f"{role}_token") for role in ROLES}
         named = {role: t["content"] if isinstance(t, dict) else t for role, t in given.items() if t}
-        return cls(tokenizer, named or None)
+        loaded = cls(tokenizer, named or None)
+        template = config.get("chat_template")
+        if (directory / TEMPLATE_FILE).is_file():
+            template = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+        if isinstance(template, list):  # several, by name
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        loaded.chat_template = template
+        return loaded
 
 
 LOOKED_FOR = (TOKENIZER_FILE, WORDPIECE_FILE, *(" with ".join(pair) for pair in VOCABULARY_FILES))

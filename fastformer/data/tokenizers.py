@@ -152,6 +152,32 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 1024, **o
     return train(texts, vocab_size, **options)
 
 
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Ids of ``text`` by a tokenizer of this package, of ``tokenizers`` or of ``transformers``."""
+    if isinstance(tokenizer, SubwordTokenizer) or hasattr(tokenizer, "save_pretrained"):
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    ids = tokenizer.encode(text)  # one that knows no special tokens, or tokenizers' own
+    return list(ids) if isinstance(ids, list) else tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Raises ValueError where the vocabularies of model and tokenizer cannot belong together.
+
+    A model may have a few rows more than there are tokens, to round its table up.
+    """
+    rows = getattr(model.config, "vocab_size", None)
+    size = getattr(tokenizer, "vocab_size", None)
+    if callable(getattr(tokenizer, "get_vocab_size", None)):
+        size = tokenizer.get_vocab_size()
+    elif hasattr(tokenizer, "__len__"):
+        size = len(tokenizer)  # transformers' vocab_size leaves out added tokens
+    if rows is None or size is None or (size <= rows and rows - size < max(1024, rows // 10)):
+        return
+    raise ValueError(
+        f"tokenizer: has {size} tokens, but the model's table has {rows} (vocab_size); it is another model's tokenizer"
+    )
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer saved in a directory (such as a checkpoint), or in a file, whichever kind it is.
 

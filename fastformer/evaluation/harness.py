@@ -21,12 +21,13 @@ import torch
 from .. import functional
 from ..data import load_tokenizer
 from ..data.collators import IGNORED, pad_rows
+from ..data.tokenizers import check_tokenizer, encode
 from ..extras import require
 from ..generation.decoding import evaluating, generate
 from ..generation.text import decode, to_text
 from ..models import from_pretrained
 from ..models.losses import in_float32
-from .inputs import check_causal, check_tokenizer, context_of, encode
+from .inputs import check_causal, context_of
 from .perplexity import hidden_states, token_losses
 
 _api = require("lm_eval.api.model", "lm-evaluation-harness", "harness")

@@ -25,12 +25,13 @@ from torch import Tensor
 from .. import functional, nn
 from ..data import to_device
 from ..data.collators import IGNORED, pad_rows
+from ..data.tokenizers import check_tokenizer, encode
 from ..generation.decoding import evaluating
 from ..generation.text import decode
 from ..models.losses import in_float32
 from ..models.pretrained import PreTrainedModel
 from ..nn.submodules import is_plain
-from .inputs import check_causal, check_tokenizer, context_of, encode
+from .inputs import check_causal, context_of
 from .metric import Metric, ratio
 from .predictions import Record
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from .. import functional
 from ..data import to_device
 from ..data.collators import IGNORED, Classification, pad_rows
+from ..data.tokenizers import check_tokenizer, encode
 from ..generation.decoding import evaluating, generate
 from ..generation.text import to_text
 from ..models.losses import in_float32
-from .inputs import check_tokenizer, encode
 
 
 @dataclass

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     import torch
 
     from .bert import BertConfig, BertModel
-    from .bert_heads import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
+    from .bert_heads import (
+        BertForMaskedLM,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+    )
     from .cache import EncoderDecoderCache, KVCache
     from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "BertConfig": "bert",
     "BertForMaskedLM": "bert_heads",
+    "BertForQuestionAnswering": "bert_heads",
     "BertForSequenceClassification": "bert_heads",
     "BertForTokenClassification": "bert_heads",
     "BertModel": "bert",
@@ -46,6 +52,7 @@ _MODULES = {
 }
 _ARCHITECTURES = (
     "BertForMaskedLM",
+    "BertForQuestionAnswering",
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
@@ -68,6 +75,7 @@ _DEFAULTS = {
 __all__ = [
     "BertConfig",
     "BertForMaskedLM",
+    "BertForQuestionAnswering",
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",

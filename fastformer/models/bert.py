@@ -350,8 +350,12 @@ class BertLayer(torch_nn.Module):
             attentions.append(weights)
         first, last = self.intermediate, self.output
         if is_plain(first, BertIntermediate) and is_plain(last, BertOutput):
-            return last.add_norm(feed_forward(x, first.dense, last.dense, first.activation), x)
+            return last.add_norm(self.feed_forward(x), x)
         return last(first(x), x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x ``(B, S, E)`` -> what is added to it before the norm."""
+        return feed_forward(x, self.intermediate.dense, self.output.dense, self.intermediate.activation)
 
 
 class BertEncoder(torch_nn.Module):
@@ -394,6 +398,9 @@ class BertPooler(torch_nn.Module):
         return self.activation(self.dense(x[:, 0]))
 
 
+HEADS = (r"^classifier\.", r"^qa_outputs\.")  # of the classes in bert_heads.py
+
+
 class BertPreTrainedModel(PreTrainedModel):
     """Initialisation and checkpoint conventions of all BERT classes."""
 
@@ -402,8 +409,8 @@ class BertPreTrainedModel(PreTrainedModel):
     # TensorFlow's names, in checkpoints converted from it.
     renamed_keys = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
     # Old checkpoints carry these constants; a pooler or head that the class has is loaded all the same.
-    ignored_keys = (r"(^|\.)embeddings\.(position|token_type)_ids$", r"(^|\.)pooler\.", r"^cls\.", r"^classifier\.")
-    head_keys = (r"(^|\.)pooler\.", r"^cls\.", r"^classifier\.")
+    ignored_keys = (r"(^|\.)embeddings\.(position|token_type)_ids$", r"(^|\.)pooler\.", r"^cls\.", *HEADS)
+    head_keys = (r"(^|\.)pooler\.", r"^cls\.", *HEADS)
 
     def init_module(self, name: str, module: torch_nn.Module) -> None:
         """Normal(0, initializer_range), zero biases, a zero row for padding."""

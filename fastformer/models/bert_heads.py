@@ -1,4 +1,4 @@
-"""BERT with a head: masked words (tied to the word embeddings), one label per text, one label per token."""
+"""BERT with a head: masked words (tied to the word embeddings), one label per text, one label per token, a span."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .. import nn
 from .bert import BertConfig, BertModel, BertPreTrainedModel
 from .blocks import activate
 from .inputs import PackedArguments
-from .losses import head_loss, scored_rows, sequence_loss, token_loss
-from .outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
+from .losses import head_loss, scored_rows, sequence_loss, span_loss, token_loss
+from .outputs import MaskedLMOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 
 
 class BertPredictionHeadTransform(torch_nn.Module):
@@ -264,6 +264,64 @@ class BertForTokenClassification(BertClassifier):
         result = TokenClassifierOutput(
             loss=None if labels is None else token_loss(logits, labels),
             logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+class BertForQuestionAnswering(BertWithHead):
+    """:class:`BertModel` without a pooler, and ``qa_outputs`` from each output to two numbers: how much speaks for an
+    answer that begins there, and for one that ends there (Devlin et al. 2018, arXiv:1810.04805, §4.2)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        if config.num_labels != 2:
+            raise ValueError(f"num_labels: {config.num_labels}, and an answer has two ends; expected 2")
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.init_weights("qa_outputs")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
+        """Logits of where the answer begins and ends, and the loss if both positions are given.
+
+        Args:
+            start_positions, end_positions: ``(B)`` int64: the first and the last token of the answer; S or more where
+                it is not in the text, which is not counted.
+            The rest: as in :meth:`BertModel.forward`.
+
+        Returns:
+            ``loss`` (float32, float64 for a float64 model), ``start_logits``, ``end_logits (B, S)``,
+            ``hidden_states``, ``attentions``.
+        """
+        output = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        start_logits, end_logits = self.qa_outputs(output.last_hidden_state).unbind(-1)
+        given = start_positions is not None and end_positions is not None
+        result = QuestionAnsweringModelOutput(
+            loss=span_loss(start_logits, end_logits, start_positions, end_positions) if given else None,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

@@ -22,6 +22,7 @@ from typing_extensions import Unpack
 from .. import functional, nn
 from ..functional.attention import MAX_HEAD_DIM
 from ..nn.norm import add_norm, add_residual
+from ..nn.submodules import is_plain
 from .activations import check_activation
 from .blocks import attend, attend_packed, feed_forward
 from .cache import KVCache
@@ -341,7 +342,10 @@ class GPT2Model(GPT2PreTrainedModel):
                 raise ValueError(
                     f"input_ids: {past + length} positions, the model has {self.config.n_positions} (n_positions)"
                 )
-            hidden = hidden + self.wpe.weight[past : past + length]
+            if is_plain(self.wpe, torch_nn.Embedding):
+                hidden = hidden + self.wpe.weight[past : past + length]
+            else:
+                hidden = hidden + self.wpe(torch.arange(past, past + length, device=hidden.device))
         else:
             if position_ids.dim() == 1:
                 position_ids = position_ids[None]

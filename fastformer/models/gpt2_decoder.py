@@ -11,6 +11,7 @@ from torch import nn as torch_nn
 from .. import nn
 from ..backends.registry import overridden
 from ..functional.decoder_step import DecoderLayer, DecoderStep, supported
+from ..nn.submodules import is_plain
 from .activations import FUSED_ACTIVATIONS
 from .cache import KVCache
 from .conv1d import Conv1D
@@ -18,19 +19,21 @@ from .conv1d import Conv1D
 if TYPE_CHECKING:
     from .gpt2 import GPT2LMHeadModel
 
+PLAIN = (Conv1D, nn.LayerNorm, torch_nn.Embedding, torch_nn.Linear, nn.Linear, torch_nn.Dropout, torch_nn.ModuleList)
+
 
 def fused_decoder(model: GPT2LMHeadModel, batch_size: int, max_length: int) -> FusedDecoder | None:
     """A :class:`FusedDecoder`, or None where the kernel does not cover the model as it is."""
+    from . import gpt2
+
     if overridden() not in (None, "cpu"):
         return None
     if torch.is_autocast_enabled("cpu") or _activation(model) not in ("gelu", "gelu_tanh"):
         return None
-    plain = (Conv1D, nn.LayerNorm, torch_nn.Embedding, torch_nn.Linear, nn.Linear)
-    for module in model.modules():
-        # Replaced layers (adapters, quantisation) and hooks have to run, not only be read.
-        replaced = next(module.children(), None) is None and next(module.parameters(), None) is not None
-        if (replaced and type(module) not in plain) or module._forward_hooks or module._forward_pre_hooks:
-            return None
+    own = (gpt2.GPT2LMHeadModel, gpt2.GPT2Model, gpt2.GPT2Block, gpt2.GPT2Attention, gpt2.GPT2MLP)
+    # Replaced layers (adapters, quantisation) and hooks have to run, not only be read.
+    if not all(is_plain(module, *PLAIN, *own) for module in model.modules()):
+        return None
     if supported(batch_size, list(model.parameters())):
         return None
     return FusedDecoder(model, max_length)

@@ -55,6 +55,8 @@ def head_loss(
 ) -> Tensor | None:
     """:func:`token_loss` of ``head(hidden)``, without the logits where ``head`` is a linear layer and nothing else.
 
+    A ``head`` with a method ``loss(rows, target, num_items)`` is asked for it.
+
     Args:
         hidden: ``(*, E)``.
         head: from E to C.
@@ -63,6 +65,9 @@ def head_loss(
     if labels is None:
         return None
     rows, target = scored_rows(hidden, labels)
+    own_loss = getattr(head, "loss", None)
+    if own_loss is not None:
+        return own_loss(rows, target, num_items)
     if not is_plain(head, torch.nn.Linear, nn.Linear):
         return token_loss(head(rows), target, num_items)
     half = rows.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(rows.device.type)
@@ -116,6 +121,22 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None = Non
     if problem_type == "regression":
         return F.mse_loss(scores, target)
     return F.binary_cross_entropy_with_logits(scores, target)
+
+
+def span_loss(start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    """Mean of the cross-entropies of where an answer begins and where it ends.
+
+    Args:
+        start_logits, end_logits: ``(B, S)``.
+        start_positions, end_positions: ``(B)`` or ``(B, 1)`` int64; S or more is not counted, below 0 is taken as 0.
+
+    Returns:
+        A scalar in float32, float64 for float64 logits.
+    """
+    batch, length = start_logits.shape
+    targets = [_shaped(p, (batch,), (batch, 1)).clamp(0, length) for p in (start_positions, end_positions)]
+    start, end = (p.masked_fill(p == length, -100) for p in targets)
+    return (token_loss(start_logits, start) + token_loss(end_logits, end)) / 2
 
 
 def _shaped(labels: Tensor, wanted: tuple[int, ...], *others: tuple[int, ...]) -> Tensor:

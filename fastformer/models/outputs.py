@@ -125,6 +125,17 @@ class TokenClassifierOutput(MaskedLMOutput):
 
 
 @dataclass
+class QuestionAnsweringModelOutput(ModelOutput):
+    """Logits of where an answer begins and ends, ``(B, S)`` each."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class Seq2SeqModelOutput(ModelOutput):
     """What an encoder and a decoder return together."""
 

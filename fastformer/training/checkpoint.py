@@ -28,6 +28,8 @@ from ..data import Tokenizer
 STATE_FILE = "training_state.pt"
 MANIFEST_FILE = "manifest.json"
 NEWEST = "checkpoint"
+MERGED = "merged"
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -88,10 +90,13 @@ def save_checkpoint(
     return directory
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, *, adapters: bool = False) -> Path:
     """The newest whole checkpoint at ``path`` (the directory itself, or a run that has one in ``checkpoint/``).
 
     Warns of each that is damaged and passed over.
+
+    Args:
+        adapters: a checkpoint may hold a model's adapters alone. Without, such a run's is the one in ``merged/``.
 
     Raises:
         FileNotFoundError: there is none; the message lists what was looked for.
@@ -99,9 +104,10 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path).expanduser()
     damaged = []
-    for place in (path, path / NEWEST):
+    names = ("config.json", ADAPTER_CONFIG) if adapters else ("config.json",)
+    for place in (path, path / NEWEST, *(() if adapters else (path / MERGED,))):
         for candidate in (place, *(_older(place) if place.name == NEWEST else ())):
-            if not (candidate / "config.json").is_file():
+            if not any((candidate / name).is_file() for name in names):
                 continue
             problem = find_damage(candidate)
             if not problem:
@@ -124,7 +130,7 @@ def restore_checkpoint(run: str | Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: as in :func:`find_checkpoint`.
     """
-    found = find_checkpoint(run)
+    found = find_checkpoint(run, adapters=True)
     newest = Path(run).expanduser() / NEWEST
     if found == newest or found.parent != newest.parent:
         return found

@@ -205,6 +205,32 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How processes started by torchrun share the work."""
+
+    strategy: Literal["none", "ddp", "fsdp", "tp"] = "none"
+    """none: one process. ddp: each has the model and some rows. fsdp: the model is spread over them too. tp: they share
+    every layer."""
+    tensor: int = 0
+    """Ranks that share every layer, next to each other; ddp or fsdp is between such groups. 0: with tp all, else 1."""
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"
+    """With fsdp, the type in which weights are gathered and blocks compute: bfloat16 halves what is sent, and rounds
+    the residual stream."""
+    timeout_minutes: float = 30.0
+    """A rank that waits longer than this for the others gives up."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "parallel",
+            self,
+            ("strategy", "none, ddp, fsdp or tp", self.strategy in ("none", "ddp", "fsdp", "tp")),
+            ("tensor", "at least 0", self.tensor >= 0),
+            ("gather_dtype", "float32 or bfloat16", self.gather_dtype in ("float32", "bfloat16")),
+            ("timeout_minutes", "above 0", self.timeout_minutes > 0),
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a GPT-2 on text."""
 
@@ -213,6 +239,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def tokens_per_step(self) -> int:
@@ -300,8 +327,8 @@ def from_dict(
     return dataclasses.replace(default, **changes)
 
 
-def load_config(path: str | Path, cls: type = TrainConfig) -> Any:
-    """Reads a YAML file of sections and keys into ``cls``; what it leaves out keeps its default."""
+def load_config(path: str | Path, cls: type = TrainConfig, default: Any = None) -> Any:
+    """Reads a YAML file of sections and keys into ``cls``; what it leaves out is as in ``default``, or in ``cls()``."""
     yaml = require("yaml", "reading a config file")
     path = Path(path)
     if not path.is_file():
@@ -310,7 +337,7 @@ def load_config(path: str | Path, cls: type = TrainConfig) -> Any:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"config: {path} is not valid YAML: {error}") from error
-    return from_dict(cls, values or {})
+    return from_dict(cls, values or {}, default)
 
 
 def _settings(cls: type, prefix: str = "") -> list[str]:
@@ -332,6 +359,10 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if value not in typing.get_args(kind):
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, typing.get_args(kind)))}")
         return value
+    if typing.get_origin(kind) is tuple:  # of any number of one type
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}: got {value!r}, expected a list")
+        return tuple(_convert(f"{name}[{i}]", entry, typing.get_args(kind)[0]) for i, entry in enumerate(value))
     accepted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in accepted and not isinstance(value, bool):
         try:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .parallel import Parallel
+
 
 class Ema:
     """The average of the parameters of ``model`` that require a gradient.
@@ -45,11 +47,12 @@ class Ema:
         finally:
             self._exchange()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The average by parameter name."""
-        return dict(self.average)
+    def state_dict(self, parallel: Parallel | None = None) -> dict[str, Tensor]:
+        """The average by parameter name, put together where ``parallel`` ranks have parts of it."""
+        parallel = parallel or Parallel()
+        return {name: parallel.whole(name, tensor) for name, tensor in self.average.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], parallel: Parallel | None = None) -> None:
         """Continues from what :meth:`state_dict` returned.
 
         Raises:
@@ -58,7 +61,7 @@ class Ema:
         if state.keys() != self.average.keys():
             raise ValueError(f"ema: saved for other parameters: {sorted(state.keys() ^ self.average.keys())[:5]}")
         for name, tensor in state.items():
-            self.average[name].copy_(tensor)
+            self.average[name].copy_((parallel or Parallel()).share(name, tensor, self.parameters[name]))
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -34,9 +34,10 @@ def evaluate(
     total, targets = torch.zeros((), device=device, dtype=torch.float64), 0
     for batch in batches:
         count = objective.count(batch)
-        if count:
+        if count or parallel.world_size > 1:  # ranks that share a model run it together
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                total += objective.loss(model, to_device(batch, device)).double() * count
+                loss = objective.loss(model, to_device(batch, device)).double()
+            total += loss * count if count else 0.0
         targets += count
     model.train(was_training)
     return float(parallel.sum(total)) / max(1, parallel.total(targets))

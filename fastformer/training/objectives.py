@@ -59,7 +59,8 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     if "use_cache" in accepted:
         inputs.setdefault("use_cache", False)
     if "skip_logits" in accepted:
-        inputs.setdefault("skip_logits", _logits(unwrap(model), inputs) > MOST_LOGITS)
+        spread = getattr(unwrap(model), "spread_vocabulary", False)  # no process has all logits
+        inputs.setdefault("skip_logits", spread or _logits(unwrap(model), inputs) > MOST_LOGITS)
     loss = model(**inputs).loss
     if loss is None:
         raise ValueError(f"batch: has {', '.join(batch)}; there is nothing that the model scores, such as labels")

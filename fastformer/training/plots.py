@@ -68,6 +68,33 @@ def plot_loss(
     return _save(figure, axes, path, title)
 
 
+def plot_curve(
+    points: Sequence[tuple[float, float]],
+    path: str | Path,
+    *,
+    title: str,
+    labels: tuple[str, str],
+    references: Mapping[str, float] | None = None,
+) -> Path:
+    """One measured number against another, such as an error against the arithmetic spent.
+
+    Args:
+        points: (x, y).
+        path: the PNG to write.
+        title: above the plot.
+        labels: of the two axes.
+        references: published values of y by name, as dotted lines.
+    """
+    figure, axes = _figure(7.2, 4.2)
+    axes.plot(*zip(*points), "o-", color=OURS, markersize=4, linewidth=1.6, label="measured")
+    for (name, value), style in zip((references or {}).items(), itertools.cycle((":", "--", "-."))):
+        axes.axhline(value, color=INK, linewidth=1.0, linestyle=style, label=f"{name}: {value:.3g}")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.legend(frameon=False)
+    return _save(figure, axes, path, title)
+
+
 def plot_run(records: Sequence[Mapping[str, Any]], path: str | Path, *, title: str) -> Path:
     """Learning rate, norm of the gradient, tokens per second and peak memory over the steps of a run, a panel each.
 
@@ -109,6 +136,35 @@ def plot_speed(
         axes.grid(axis="x", visible=False)
     panels[0].set_ylabel("tokens per second")
     return _save(figure, panels[0], path, title, suptitle=True)
+
+
+def plot_search(trials: Sequence[Mapping[str, Any]], metric: str, best_is: str, path: str | Path) -> Path:
+    """A search: what each trial came to and the best so far, then the values over each setting that was drawn.
+
+    Args:
+        trials: ``number``, ``value`` (None where the trial was stopped) and ``settings`` of each.
+        metric: its name; ``best_is`` "lowest" or "highest".
+        path: the PNG to write.
+    """
+    ended = [t for t in trials if t["value"] is not None and math.isfinite(t["value"])]
+    names = [n for n in (ended[0]["settings"] if ended else {}) if len({t["settings"][n] for t in ended}) > 1]
+    figure, panels = _figure(3.6 * (1 + len(names)), 3.4, columns=1 + len(names))
+    panels = panels if names else [panels]
+    values = [t["value"] for t in ended]
+    numbers = [t["number"] for t in ended]
+    best = list(itertools.accumulate(values, max if best_is == "highest" else min))
+    panels[0].plot(numbers, values, "o", color=OURS, markersize=4, label="trial")
+    panels[0].step(numbers, best, where="post", color="#d9622b", linewidth=1.4, label="best so far")
+    panels[0].set_xlabel("trial")
+    panels[0].set_ylabel(metric.replace("_", " "))
+    panels[0].legend(frameon=False)
+    for axes, name in zip(panels[1:], names):
+        axes.plot([t["settings"][name] for t in ended], values, "o", color=OURS, markersize=4)
+        axes.set_xlabel(name)
+        if name.endswith("learning_rate"):
+            axes.set_xscale("log")
+    stopped = len(trials) - len(ended)
+    return _save(figure, panels[0], path, f"{len(ended)} trials to the end, {stopped} stopped", suptitle=True)
 
 
 def _figure(width: float, height: float, columns: int = 1):

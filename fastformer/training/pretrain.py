@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
 from .checkpoint import NEWEST, has_checkpoint, load_state, restore_checkpoint
 from .config import DataConfig, TrainConfig
 from .logs import read_metrics
+from .parallel import Parallel
 from .trainer import Result, Trainer
 
 
@@ -100,22 +102,34 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
         FileNotFoundError: ``run.resume`` is set and there is no checkpoint.
         ValueError: settings that do not fit the text or the run being resumed.
     """
+    if config.parallel.strategy == "none" and os.environ.get("WORLD_SIZE", "1") == "1":
+        return _pretrain(config, Parallel(), quiet)
+    from .distributed import connect  # takes a second to import
+
+    with connect(config.parallel, config.run.device) as parallel:
+        return _pretrain(config, parallel, quiet)
+
+
+def _pretrain(config: TrainConfig, parallel: Parallel, quiet: bool) -> Result:
     out = Path(config.run.out)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if config.run.resume:
-        checkpoint = restore_checkpoint(out)
+        checkpoint = parallel.first(lambda: restore_checkpoint(out))
         state = load_state(checkpoint)
         data = prepare_data(config.data, load_tokenizer(checkpoint))
         model = GPT2LMHeadModel.from_pretrained(checkpoint)
     else:
-        if has_checkpoint(out):
+        if parallel.first(lambda: has_checkpoint(out)):
             raise FileExistsError(
                 f"run.out: {out} holds a checkpoint already; continue it with --run.resume, or choose another --run.out"
             )
         data = prepare_data(config.data)
         model = build_model(config, data.tokenizer)
-    trainer = Trainer.on_tokens(model, data.train, data.validation, config, tokenizer=data.tokenizer, quiet=quiet)
+    quiet = quiet or not parallel.writes
+    trainer = Trainer.on_tokens(
+        model, data.train, data.validation, config, tokenizer=data.tokenizer, parallel=parallel, quiet=quiet
+    )
     if config.run.resume:
         trainer.load_state_dict(state)
     if not quiet:

@@ -146,10 +146,12 @@ class Trainer:
         self.parallel = parallel or Parallel()
         self.device = resolve_device(run.device)
         self.dtype = resolve_dtype(run.dtype, self.device)
-        self.model = model.to(self.device)
+        if self.dtype == torch.float16 and self.parallel.holds_part():  # the loss's scale would differ between ranks
+            raise ValueError("run.dtype: float16 is not available where ranks share a model; use bfloat16")
+        self.model = model
         if run.recompute:
             recompute_blocks(self.model)
-        self.called = self.parallel.prepare(self.model)
+        self.called = self.parallel.prepare(self.model, self.device)
         self.loader = loader
         self.objective = objective
         self.validation = validation
@@ -179,17 +181,10 @@ class Trainer:
     ) -> Trainer:
         """Trains on windows of the (N,) ids ``train``; the windows of the (M,) ids ``validation`` do not overlap."""
         data, parallel = config.data, options.get("parallel") or Parallel()
-        loader = Windows(
-            train,
-            data.block_size,
-            data.batch_size,
-            seed=config.run.seed,
-            rank=parallel.rank,
-            world_size=parallel.world_size,
-        )
+        sizes, ranks = (data.block_size, data.batch_size), {"rank": parallel.rank, "world_size": parallel.world_size}
+        loader = Windows(train, *sizes, seed=config.run.seed, **ranks)
         if validation is not None:
-            held_out = EvaluationWindows(validation, data.block_size, data.batch_size, config.run.eval_windows)
-            options["validation"] = held_out
+            options["validation"] = EvaluationWindows(validation, *sizes, config.run.eval_windows, **ranks)
         return cls(model, loader, config, **options)
 
     def fit(self) -> Result:
@@ -254,14 +249,17 @@ class Trainer:
         named = [sample for batch in batches for sample in batch.get("_ids", ())]
         counts = [self.objective.count(batch) for batch in batches]
         targets = max(1, self.parallel.total(sum(counts)))
+        alone = self.parallel.world_size == 1
         total = torch.zeros((), device=self.device)
         for index, (batch, count) in enumerate(zip(batches, counts)):
-            if not count and sum(counts):
+            if not count and sum(counts) and alone:
                 continue  # the mean over no target is not a number
             inputs = to_device(batch, self.device)
             with self.parallel.accumulating(self.called, last=index == len(batches) - 1):
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                    loss = self.objective.loss(self.called, inputs) * (count / targets)
+                    loss = self.objective.loss(self.called, inputs)
+                    # A rank without targets has its part in the others' backward all the same.
+                    loss = loss * (count / targets) if count or alone else loss.nan_to_num() * 0.0
                 self.scaler.scale(loss * self.parallel.gradient_scale).backward()
             total += loss.detach()
         total = self.parallel.sum(total)
@@ -309,7 +307,7 @@ class Trainer:
             "seconds": self.elapsed(),
             "optimizer": self.parallel.optimizer_state(self.model, self.optimizer),
             "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(self.parallel),
             "spikes": self.spikes.state_dict(),
             "best": [self.best, self.measured_since_best],
             "data": self.loader.state_dict(),
@@ -338,11 +336,14 @@ class Trainer:
         self.parallel.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.load_state_dict(state["ema"], self.parallel)
         self.spikes.load_state_dict(state["spikes"])
         self.loader.load_state_dict(state["data"])
         if len(state["random"]) == self.parallel.world_size:
             restore_random_state(state["random"][self.parallel.rank])
+        else:  # other numbers than some rank had before, at this step or at the first
+            place = self.step * self.parallel.world_size + self.parallel.rank
+            torch.manual_seed(self.config.run.seed + 1_000_003 * (place + 1))
 
     def _position(self) -> float:
         """Steps done, or what the clock makes of them where a time limit is closer to its end than the steps are."""
@@ -371,7 +372,9 @@ class Trainer:
             self.stopped = "minutes"
         if not self.stopped and run.patience and self.measured_since_best >= run.patience:
             self.stopped = "patience"
-        return self.parallel.any(bool(self.stopped))
+        if self.parallel.any(bool(self.stopped)):
+            self.stopped = self.stopped or "interrupted"  # another rank was
+        return bool(self.stopped)
 
     def _problem(self, step: Step, loss: float, norm: float) -> str:
         """What is wrong with a step, in words, or ""; raises where that is to stop the run."""
@@ -385,7 +388,8 @@ class Trainer:
         self.skipped += 1
         if self.config.run.on_bad_loss == "skip" and self._skipped_in_a_row < MOST_SKIPPED:
             return problem
-        batch = name_batch(step.batch, getattr(self.loader, "describe", str))
+        samples = [sample for samples in self.parallel.gather(step.batch) for sample in samples]
+        batch = name_batch(samples, getattr(self.loader, "describe", str))
         raise BadLossError(
             f"{problem}, at step {step.number} (learning rate {step.learning_rate:.2e}), on {batch}. "
             "The last checkpoint is from before it. Usual remedies: a look at that batch, a lower "

@@ -3,7 +3,13 @@
 import torch
 import transformers
 
-from fastformer.models import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from fastformer.models import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 from tests.models.parity import randomised, twin_of
 
 VOCAB, SEGMENTS = 97, 3
@@ -17,6 +23,7 @@ CLASSES = {
     BertForMaskedLM: (transformers.BertForMaskedLM, ("logits",)),
     BertForSequenceClassification: (transformers.BertForSequenceClassification, ("logits",)),
     BertForTokenClassification: (transformers.BertForTokenClassification, ("logits",)),
+    BertForQuestionAnswering: (transformers.BertForQuestionAnswering, ("start_logits", "end_logits")),
 }
 
 
@@ -51,3 +58,10 @@ def labels_of(cls, seed=2):
         return draw(2, 3, seed=seed)
     labels = draw(VOCAB if cls is BertForMaskedLM else 2, 3, 17, seed=seed)
     return labels.masked_fill(draw(2, 3, 17, seed=seed + 1) == 0, -100)
+
+
+def targets_of(cls):
+    """What makes ``cls`` return a loss; of the answers one ends behind the text, which is not counted."""
+    if cls is BertForQuestionAnswering:
+        return {"start_positions": torch.tensor([2, 0, 9]), "end_positions": torch.tensor([5, 17, 9])}
+    return {"labels": labels_of(cls)}

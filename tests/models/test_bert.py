@@ -14,7 +14,19 @@ from fastformer.models import (
     BertForTokenClassification,
     BertModel,
 )
-from tests.models.bert_pairs import CLASSES, SEGMENTS, SMALL, VOCAB, draw, ids, labels_of, mask, ours_of, theirs_of
+from tests.models.bert_pairs import (
+    CLASSES,
+    SEGMENTS,
+    SMALL,
+    VOCAB,
+    draw,
+    ids,
+    labels_of,
+    mask,
+    ours_of,
+    targets_of,
+    theirs_of,
+)
 from tests.models.parity import assert_as_accurate, assert_equal, assert_equal_loss, gradients, twin_of
 
 # name -> fields that differ from a small BERT
@@ -54,7 +66,7 @@ def test_every_class_in_float64(cls):
     ours = twin_of(theirs, cls)
     assert_equal(theirs, ours, {"input_ids": ids()}, CLASSES[cls][1])
     if cls is not BertModel:
-        assert_equal_loss(theirs, ours, {"input_ids": ids(), "attention_mask": mask(), "labels": labels_of(cls)})
+        assert_equal_loss(theirs, ours, {"input_ids": ids(), "attention_mask": mask(), **targets_of(cls)})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -71,10 +83,10 @@ def test_lower_precision(cls, dtype):
     inputs = {"input_ids": ids(), "attention_mask": mask(), "token_type_ids": draw(SEGMENTS, 3, 17)}
     assert_as_accurate(theirs, cls, inputs, dtype, CLASSES[cls][1])
     if cls is not BertModel:
-        inputs["labels"] = labels_of(cls)
+        inputs |= targets_of(cls)
         assert_as_accurate(theirs, cls, inputs, dtype, ("loss",))
         output = twin_of(theirs.to(dtype), cls)(**inputs)
-        assert output.loss.dtype == torch.float32 and output.logits.dtype == dtype
+        assert output.loss.dtype == torch.float32 and output[1].dtype == dtype
 
 
 @pytest.mark.parametrize(

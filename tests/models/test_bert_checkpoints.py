@@ -12,6 +12,7 @@ import fastformer
 from fastformer.models import (
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
@@ -132,6 +133,14 @@ def test_bad_labels_are_named(changes, labels, error):
         BertForSequenceClassification(BertConfig(**SMALL, **changes))(ids(), labels=labels)
 
 
+def test_answers_have_two_ends():
+    with pytest.raises(ValueError, match=r"^num_labels: 3"):
+        BertForQuestionAnswering(BertConfig(**SMALL, num_labels=3))
+    with pytest.raises(ValueError, match="shape"):
+        wrong = torch.zeros(2, dtype=torch.long)
+        BertForQuestionAnswering(BertConfig(**SMALL))(ids(), start_positions=wrong, end_positions=wrong)
+
+
 # ---- model directories -----------------------------------------------------------------------------------------------
 
 
@@ -144,7 +153,8 @@ def assert_same_state(mine, peers):
 @every_class
 @pytest.mark.parametrize("tie", [True, False])
 def test_directories_pass_both_ways(tmp_path, cls, tie):
-    theirs = theirs_of(cls, torch.float32, tie_word_embeddings=tie, num_labels=3)
+    labels = 2 if cls is BertForQuestionAnswering else 3
+    theirs = theirs_of(cls, torch.float32, tie_word_embeddings=tie, num_labels=labels)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fastformer.from_pretrained(tmp_path / "theirs")
     assert type(ours) is cls and not ours.training
@@ -156,7 +166,7 @@ def test_directories_pass_both_ways(tmp_path, cls, tie):
     assert mine == peers
     mine, peers = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs"))
     assert {k: mine.get(k, "absent") for k in peers} == peers
-    assert again.config.num_labels == 3
+    assert again.config.num_labels == labels
 
 
 # What each class has beside the encoder and the pooler.
@@ -165,6 +175,7 @@ HEADS = {
     BertForMaskedLM: ["cls.predictions.bias", "cls.predictions.transform.dense.weight"],
     BertForSequenceClassification: ["classifier.weight", "classifier.bias"],
     BertForTokenClassification: ["classifier.weight", "classifier.bias"],
+    BertForQuestionAnswering: ["qa_outputs.weight", "qa_outputs.bias"],
 }
 
 

@@ -94,3 +94,19 @@ def test_device_and_precision():
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_lists_and_a_default_to_start_from(tmp_path):
+    @dataclass(frozen=True)
+    class Config:
+        names: tuple[str, ...] = ()
+        rates: tuple[float, ...] = (1.0,)
+
+    (tmp_path / "run.yaml").write_text("names: [a, b]\n")
+    config = load_config(tmp_path / "run.yaml", Config, Config(rates=(2.0, 3.0)))
+    assert config == Config(("a", "b"), (2.0, 3.0))
+    assert from_dict(Config, {"rates": ["1e-3"]}).rates == (1e-3,)
+    with pytest.raises(ValueError, match=r"names: got 'a', expected a list"):
+        from_dict(Config, {"names": "a"})
+    with pytest.raises(ValueError, match=r"names\[1\]: got 2, expected str"):
+        from_dict(Config, {"names": ["a", 2]})
