@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("tokenizers", reason="tokenizers is not installed (pip install 'fastformer[train]')")
 
 from fastformer.data import BPETokenizer, CharTokenizer
-from fastformer.evaluation.inputs import check_tokenizer, context_of, encode
+from fastformer.data.tokenizers import check_tokenizer, encode
+from fastformer.evaluation.inputs import context_of
 
 TEXTS = ["the cat sat on the mat, and the dog"] * 3
 
