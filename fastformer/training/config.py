@@ -359,10 +359,12 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if value not in typing.get_args(kind):
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, typing.get_args(kind)))}")
         return value
-    if typing.get_origin(kind) is tuple:  # of any number of one type
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name}: got {value!r}, expected a list")
-        return tuple(_convert(f"{name}[{i}]", entry, typing.get_args(kind)[0]) for i, entry in enumerate(value))
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        several = len(kinds) == 2 and kinds[1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (several or len(value) == len(kinds)):
+            raise ValueError(f"{name}: got {value!r}, expected a list" + ("" if several else f" of {len(kinds)}"))
+        return tuple(_convert(name, v, kinds[0] if several else k) for v, k in zip(value, [*kinds] * len(value)))
     accepted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in accepted and not isinstance(value, bool):
         try:

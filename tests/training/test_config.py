@@ -101,11 +101,15 @@ def test_lists_and_a_default_to_start_from(tmp_path):
     class Config:
         names: tuple[str, ...] = ()
         rates: tuple[float, ...] = (1.0,)
+        span: tuple[float, float] = (0.0, 1.0)
 
     (tmp_path / "run.yaml").write_text("names: [a, b]\n")
     config = load_config(tmp_path / "run.yaml", Config, Config(rates=(2.0, 3.0)))
     assert config == Config(("a", "b"), (2.0, 3.0))
     assert from_dict(Config, {"rates": ["1e-3"]}).rates == (1e-3,)
+    assert from_dict(Config, {"span": [1, "2e-1"]}).span == (1.0, 0.2)
+    with pytest.raises(ValueError, match=r"span: got \[1\], expected a list of 2"):
+        from_dict(Config, {"span": [1]})
     with pytest.raises(ValueError, match=r"names: got 'a', expected a list"):
         from_dict(Config, {"names": "a"})
     with pytest.raises(ValueError, match=r"names\[1\]: got 2, expected str"):
