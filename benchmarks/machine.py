@@ -113,10 +113,13 @@ def describe(device: str) -> dict[str, object]:
 
 
 def machine_name(device: str) -> str:
-    """A folder name: the card, or the processor and the number of cores this process may use."""
+    """A folder name: the card, or the processor, our kernels' instruction set and the number of cores we may use.
+
+    The instruction set, because a rented machine's processor often has the same name in every generation.
+    """
     if device == "cuda":
         return _slug(torch.cuda.get_device_name())
-    return f"{_slug(_processor())}-{_cores()}-core{'s' * (_cores() > 1)}"
+    return _slug(f"{_processor()} {_instruction_set()} {_cores()} core{'s' * (_cores() > 1)}")
 
 
 def machine_details(device: str) -> str:
@@ -128,7 +131,7 @@ def machine_details(device: str) -> str:
         card = torch.cuda.get_device_properties(0)
         text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} SMs; {text}"
     else:
-        text += f", {_vector_width()}"
+        text += f", {_instruction_set()} kernels"
     return text
 
 
@@ -187,12 +190,12 @@ def _processor() -> str:
     return name.group(1).strip() if name else platform.machine()
 
 
-def _vector_width() -> str:
+def _instruction_set() -> str:
     if importlib.util.find_spec("fastformer._C") is None:
-        return "kernels not built"
+        return "no"
     from fastformer import _C
 
-    return f"{_C.cpu_isa()} kernels"
+    return _C.cpu_isa()
 
 
 def _slug(text: str) -> str:
