@@ -5,7 +5,12 @@ from torch import Tensor
 
 
 def check(
-    name: str, ours: Tensor | None, theirs: Tensor | None, exact: Tensor | None, summand: Tensor | None = None
+    name: str,
+    ours: Tensor | None,
+    theirs: Tensor | None,
+    exact: Tensor | None,
+    summand: Tensor | None = None,
+    roundings: int = 1,
 ) -> None:
     """Asserts the rule for one output.
 
@@ -15,6 +20,7 @@ def check(
         exact: the same in float64. Where it is infinite or NaN, ``ours`` must be the same.
         summand: what the output is a sum or difference of, if that is larger than the output itself: one rounding is
             then of the largest of these.
+        roundings: how many are allowed.
     """
     if exact is None:
         assert ours is None, f"{name}: expected None"
@@ -33,14 +39,14 @@ def check(
     comparable = theirs.isfinite()
     theirs_error = (theirs - exact)[comparable].abs().max().item() if comparable.any() else 0.0
     largest = max(x.abs().max().item() for x in (exact, summand) if x is not None and x.numel())
-    allowed = 2 * theirs_error + rounding * largest
+    allowed = 2 * theirs_error + roundings * rounding * largest
     assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's {theirs_error:.3g}, allowed {allowed:.3g}"
 
 
-def check_all(names: str, ours: tuple, theirs: tuple, exact: tuple, **summands: Tensor) -> None:
+def check_all(names: str, ours: tuple, theirs: tuple, exact: tuple, roundings: int = 1, **summands: Tensor) -> None:
     """:func:`check` of several outputs at once; ``names`` separated by spaces, each one's summand by its name."""
     for name, *outputs in zip(names.split(), ours, theirs, exact, strict=True):
-        check(name, *outputs, summands.get(name))
+        check(name, *outputs, summands.get(name), roundings)
 
 
 def double(*values):
