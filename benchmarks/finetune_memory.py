@@ -1,6 +1,6 @@
 """Peak memory of fine-tuning, fastformer's trainer beside transformers' Trainer.
 
-    python -m benchmarks.finetune_memory
+    python -m benchmarks.finetune_memory            --keep writes the table to benchmarks/results/<machine>/
     python -m benchmarks.finetune_memory --jobs gpt2 --steps 5
 
 MiniLM's shape (22.7 M parameters) as a classifier of two classes, GPT-2 124M on the next token; float32, dropout 0.1,
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import keep
 from benchmarks.memory import AVAILABLE, _largest
 
 GOAL = 0.7
@@ -142,9 +143,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--measure", nargs=2, metavar=("PROVIDER", "JOB"), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help="write the table to benchmarks/results")
     args = parser.parse_args(argv)
     if not args.measure:
-        return print(report(args.jobs, args.steps))
+        table = report(args.jobs, args.steps)
+        print(table)
+        if args.keep:
+            keep("finetune_memory", table, f"python -m benchmarks.finetune_memory --steps {args.steps}")
+        return
     provider, name = args.measure
     with tempfile.TemporaryDirectory() as directory:
         {"ours": ours, "theirs": theirs}[provider](JOBS[name], args.steps, str(Path(directory, "run")))

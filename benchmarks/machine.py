@@ -153,6 +153,21 @@ def versions(device: str) -> dict[str, str]:
     return found
 
 
+def keep(name: str, text: str, command: str) -> Path:
+    """Writes ``results/<machine>/<name>.md``: what a script printed, with the machine, the versions and the command.
+
+    For measurements that are no table of operations: whole processes, or rates with a quality beside them.
+    """
+    about = describe("cpu")
+    path = ROOT / "benchmarks" / "results" / str(about["machine"]) / f"{name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    packages = ", ".join(f"{package} {version}" for package, version in versions("cpu").items())
+    lines = [f"# {name.replace('_', ' ').capitalize()}", "", f"- {about['machine_details']}; {about['date']}"]
+    lines += [f"- commit {about['commit']}; {packages}", f"- `{command}`", "", "```", text.strip(), "```", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
 def commit() -> str:
     """The commit: from git, else $FASTFORMER_COMMIT, else a COMMIT file, else a hash of the sources."""
     revision = _run("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")

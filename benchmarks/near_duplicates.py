@@ -1,6 +1,6 @@
 """Near-duplicate removal on one core: MB of text a second, beside datasketch and rensa on the same documents.
 
-    python benchmarks/near_duplicates.py --megabytes 10
+    python benchmarks/near_duplicates.py --megabytes 10     --keep writes the table to benchmarks/results/<machine>/
 
 All three make shingles of five words in lower case, signatures of 128 hashes, and remove what is at least 0.8 similar
 to a document kept before; datasketch and rensa are given each shingle as a text, as their own examples do. datasketch
@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
 
+from benchmarks.machine import keep  # noqa: E402
 from fastformer.data import NearDuplicates, load_corpus  # noqa: E402
 
 THRESHOLD, HASHES, SHINGLE = 0.8, 128, 5
@@ -94,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=10.0, help="of text; default 10")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="write the table to benchmarks/results")
     options = parser.parse_args(arguments)
     texts, copies = documents(options.megabytes)
     missing = [name for name in PROVIDERS if name != "ours" and importlib.util.find_spec(name) is None]
@@ -107,17 +109,24 @@ def main(arguments: list[str] | None = None) -> int:
             started = time.perf_counter()
             removed[name] = provider(parts[name])
             speeds[name].append(sum(map(len, parts[name])) / 1e6 / (time.perf_counter() - started))
-    print(f"{len(texts):,} documents, {sum(copies):,} of them copies; {options.rounds} rounds, one core")
-    print(f"{'':12s}{'MB/s':>8s}{'found':>10s}{'others':>8s}")
+    lines = [f"{len(texts):,} documents, {sum(copies):,} of them copies; {options.rounds} rounds, one core"]
+    lines.append(f"{'':12s}{'MB/s':>8s}{'found':>10s}{'others':>8s}")
     for name, answers in removed.items():
         pairs = list(zip(answers, copies))
         found = sum(answer and copy for answer, copy in pairs) / max(1, sum(copy for _, copy in pairs))
         others = sum(answer and not copy for answer, copy in pairs)
-        print(f"{name:12s}{statistics.median(speeds[name]):8.1f}{found:10.1%}{others:8d}")
+        lines.append(f"{name:12s}{statistics.median(speeds[name]):8.1f}{found:10.1%}{others:8d}")
     if missing:
-        print(f"not installed: {', '.join(missing)}")
+        lines.append(f"not installed: {', '.join(missing)}")
     reached = statistics.median(speeds["ours"]) >= GOAL
-    print(f"goal: {GOAL:.0f} MB/s, {'reached' if reached else 'not reached'}")
+    lines.append(f"goal: {GOAL:.0f} MB/s, {'reached' if reached else 'not reached'}")
+    print("\n".join(lines))
+    if options.keep:
+        keep(
+            "near_duplicates",
+            "\n".join(lines),
+            f"python benchmarks/near_duplicates.py --megabytes {options.megabytes:g}",
+        )
     return 0
 
 
