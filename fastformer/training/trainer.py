@@ -118,7 +118,8 @@ class Trainer:
         config: a :class:`TrainConfig`, or any dataclass with its sections ``optimizer``, ``schedule`` and ``run``.
         objective: what is minimised.
         validation: finite batches, the same at every iteration, for the validation loss.
-        metrics: ``metrics(model)``, further numbers by name, measured beside the validation loss, in evaluation mode.
+        metrics: ``metrics(model)``, further numbers by name, measured beside the validation loss, in evaluation mode,
+            by every process.
         tokenizer: saved with every checkpoint.
         parallel: the other processes of the job.
         quiet: no progress line.

@@ -13,7 +13,7 @@ from fastformer.evaluation import Classification as Accuracy
 from fastformer.evaluation import evaluate as score
 from fastformer.models import BertConfig, BertForSequenceClassification
 from fastformer.training import CheckpointError, Objective, evaluate, sequence_classification
-from fastformer.training.checkpoint import find_checkpoint, load_state
+from fastformer.training.checkpoint import find_checkpoint, find_damage, load_state
 from tests.training.runs import losses, make_trainer, resumed
 
 
@@ -53,7 +53,8 @@ def stopped_and_resumed(config, parallel):
 
 
 def full_disk(config, parallel):
-    """The error of each rank where the disk of the last is full, and what is there after."""
+    """The error of each rank where the disk of the last is full, and what is there after; and what is said of the last
+    one's file when it is damaged later."""
     trainer = make_trainer(config, parallel=parallel)
     trainer.model.train()
     trainer.out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,15 @@ def full_disk(config, parallel):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, largest))
     left = sorted(path.name for path in trainer.out.iterdir() if "checkpoint" in path.name)
-    return {"error": said, "left": left, "step": load_state(find_checkpoint(trainer.out))["step"]}
+    step = load_state(find_checkpoint(trainer.out))["step"]
+    parallel.each(lambda: None)
+    parts = sorted((trainer.out / "checkpoint" / "training_state").glob("*.distcp"))
+    if parallel.writes:
+        data = bytearray(parts[-1].read_bytes())
+        data[len(data) // 2] ^= 1
+        parts[-1].write_bytes(data)
+    damage = parallel.first(lambda: find_damage(trainer.out / "checkpoint"))
+    return {"error": said, "left": left, "step": step, "files": [path.name for path in parts], "damage": damage}
 
 
 def float16(config, parallel=None):

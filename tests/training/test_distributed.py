@@ -130,6 +130,12 @@ def test_a_full_disk_of_one_rank_is_an_error_of_all_and_leaves_the_checkpoint_be
         assert rank["full disk"]["left"] == ["checkpoint"] and rank["full disk"]["step"] == 1
 
 
+def test_every_rank_has_written_a_file_and_each_is_checked(results):
+    for rank in results["fsdp"]:
+        assert rank["full disk"]["files"] == ["__0_0.distcp", "__1_0.distcp"]
+        assert rank["full disk"]["damage"] == "training_state/__1_0.distcp has other contents than were written"
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "tp"])
 def test_an_infinite_gradient_on_one_rank_skips_the_step_on_all(results, strategy):
     whole, ranks = results["float16"], [rank[f"float16 {strategy}"] for rank in results["fsdp"]]
