@@ -5,42 +5,51 @@ It sits above both because training does not import evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .data import to_device
+from .data import Batch, to_device
 
 if TYPE_CHECKING:
+    from .training import Parallel
     from .training.finetune import PreparedTask
 
 
-def task_metrics(data: PreparedTask, batch_size: int) -> Callable[[nn.Module], dict[str, float]] | None:
+def task_metrics(
+    data: PreparedTask, batch_size: int, parallel: Parallel | None = None
+) -> Callable[[nn.Module], dict[str, float]] | None:
     """The function that a trainer calls for its metrics: accuracy and macro F1 of labels (of tokens where each has
-    one), exact match and F1 of spans; None for tasks that are written, whose loss says enough while they are learnt."""
+    one), exact match and F1 of spans; None for tasks that are written, whose loss says enough while they are learnt.
+    Each process of ``parallel`` runs its share of the samples, and all get the metrics of a single one."""
     from .evaluation import Classification, evaluate
 
-    batches = data.validation_batches(batch_size)
+    batches = data.validation_batches(batch_size, parallel)
+    gather = None if parallel is None else parallel.gather
     if data.labels:
 
         def of_labels(model: nn.Module) -> dict[str, float]:
-            scores = evaluate(model, batches, Classification(data.labels), worst=0).scores()
+            scores = evaluate(model, batches, Classification(data.labels), worst=0, gather=gather).scores()
             return {"accuracy": scores["accuracy"], "macro_f1": scores["F1 macro"]}
 
         return of_labels
     if data.encoder.task == "question_answering":
-        return lambda model: span_scores(model, batches)
+        return lambda model: span_scores(model, batches, gather)
     return None
 
 
 @torch.no_grad()
-def span_scores(model: nn.Module, batches) -> dict[str, float]:
+def span_scores(
+    model: nn.Module, batches: Iterable[Batch], gather: Callable[[Any], list[Any]] | None = None
+) -> dict[str, float]:
     """Of the likeliest spans: the share that is exact, and the mean F1 of their tokens (a window without an answer has
-    its first token for one)."""
+    its first token for one). ``gather`` as in :func:`fastformer.evaluation.evaluate`."""
     device = next(model.parameters()).device
-    exact, f1, total = 0, 0.0, 0
+    exact: list[bool] = []
+    f1: list[float] = []
     for batch in batches:
         wanted = (batch["start_positions"], batch["end_positions"])
         positions = ("start_positions", "end_positions")
@@ -49,10 +58,16 @@ def span_scores(model: nn.Module, batches) -> dict[str, float]:
         spans = likeliest_spans(output.start_logits.float(), output.end_logits.float())
         first, last = (t.cpu() for t in spans)
         overlap = (torch.minimum(last, wanted[1]) - torch.maximum(first, wanted[0]) + 1).clamp(min=0)
-        f1 += float((2 * overlap / ((last - first + 1) + (wanted[1] - wanted[0] + 1))).sum())
-        exact += int(((first == wanted[0]) & (last == wanted[1])).sum())
-        total += len(first)
-    return {"exact": exact / total, "f1": f1 / total}
+        if "_dropped" not in batch:
+            f1 += (2 * overlap / ((last - first + 1) + (wanted[1] - wanted[0] + 1))).tolist()
+            exact += ((first == wanted[0]) & (last == wanted[1])).tolist()
+    parts = [(exact, f1)] if gather is None else gather((exact, f1))
+    total = sum(len(found) for found, _ in parts)
+    # Exact sums do not depend on who has which sample.
+    return {
+        "exact": sum(sum(found) for found, _ in parts) / total,
+        "f1": math.fsum(value for _, values in parts for value in values) / total,
+    }
 
 
 def likeliest_spans(start_logits: torch.Tensor, end_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

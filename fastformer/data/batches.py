@@ -21,7 +21,8 @@ from .tokenizers import Tokenizer
 Batch = dict[str, Any]
 """What a model is called with, under the names of ``transformers``: ``input_ids`` (B, S) int64, ``attention_mask``,
 ``labels`` … Labels of -100 are not scored; ``shift_labels`` (B, S) are shifted: entry t is scored at position t.
-``_ids``, which are not for the model, number the rows' samples, so that a message can name them."""
+What begins with ``_`` is not for the model: ``_ids`` number the rows' samples, so that a message can name them; of a
+batch with ``_dropped``, which a process runs because others have one more, no result counts."""
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

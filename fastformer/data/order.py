@@ -285,20 +285,29 @@ class EvaluationLoader:
 
     Args:
         dataset, collator: as in :class:`Loader`. What collators draw is the same each time.
-        batch_size: samples in a batch.
+        batch_size: samples in a batch, of all ranks together.
         seed: of what collators draw.
+        rank, world_size: this process takes the samples rank, rank + world_size, … of each batch. Where there are none
+            for it, it has one with ``_dropped``, so that all have the same number of batches.
     """
 
-    def __init__(self, dataset: Any, collator: Collator, batch_size: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, dataset: Any, collator: Collator, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         if batch_size < 1 or not len(dataset):
             raise ValueError(f"batch_size: got {batch_size} of {len(dataset)} samples, expected at least 1 of 1")
+        check_rank(rank, world_size, batch_size)
         self.dataset, self.collator, self.batch_size, self.seed = dataset, collator, batch_size, seed
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for begin in range(0, len(self.dataset), self.batch_size):
-            indices = np.arange(begin, min(begin + self.batch_size, len(self.dataset)))
+            of_all = np.arange(begin, min(begin + self.batch_size, len(self.dataset)))
+            mine = of_all[self.rank :: self.world_size]
+            indices = mine if len(mine) else of_all[:1]
             samples = [self.dataset[i] for i in indices.tolist()]
-            yield self.collator(samples, sample_keys(self.seed, np.zeros_like(indices), indices))
+            batch = self.collator(samples, sample_keys(self.seed, np.zeros_like(indices), indices))
+            yield batch if len(mine) else {**batch, "_dropped": True}

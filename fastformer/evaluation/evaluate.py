@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import time
@@ -104,6 +105,7 @@ def evaluate(
     records: str | Path | None = None,
     slices: Mapping[str, Slice] | None = None,
     worst: int = 10,
+    gather: Callable[[Any], list[Any]] | None = None,
 ) -> Evaluation:
     """Runs ``model`` over ``data`` and scores what it says.
 
@@ -119,6 +121,9 @@ def evaluate(
             in its place when all are there.
         slices: by name, from a record to the slice it belongs to: :func:`by_length`, :func:`by_label`, or your own.
         worst: how many of the worst examples to keep.
+        gather: of processes that share the work (``Parallel.gather``), a value of each in order of rank. ``data`` are
+            then this one's rows of every batch, as ``fastformer.data.EvaluationLoader`` gives them by rank, and each
+            process counts the records of all, in the order of a single one. One of them may write ``records``.
 
     Raises:
         ValueError: no examples, or metrics that were used before.
@@ -132,7 +137,9 @@ def evaluate(
     begin = time.perf_counter()
     found = Evaluation(metrics)
     counter = _Counter(metrics, slices or {}, worst)
-    stream = predict(model, data)
+    stream: Iterable[Record] = predict(model, data)
+    if gather is not None:
+        stream = _in_turn(gather(list(stream)))
     if records is None:
         for record in stream:
             counter.add(record)
@@ -188,6 +195,12 @@ def by_length(text: str = "text", edges: Sequence[int] = (10, 20, 40, 80, 160)) 
 def by_label(names: Sequence[str]) -> Slice:
     """Slices by the class of the reference."""
     return lambda record: names[record.reference]
+
+
+def _in_turn(parts: Sequence[Sequence[Record]]) -> Iterable[Record]:
+    """The first record of each, the second of each …; the later ones may have one less."""
+    for row in itertools.zip_longest(*parts):
+        yield from (record for record in row if record is not None)
 
 
 class _Counter:

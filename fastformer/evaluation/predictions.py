@@ -45,7 +45,7 @@ def classify(model: Any, batches: Iterable[Mapping[str, Any]]) -> Iterator[Recor
     Args:
         model: with ``logits`` (B, C) or (B, S, C).
         batches: the model's arguments; ``labels`` (B,) or (B, S) int64, -100 = not scored, and under ``"_examples"`` a
-            list of mappings to show beside them.
+            list of mappings to show beside them. One with ``"_dropped"`` is run and gives no records.
 
     Raises:
         ValueError: a batch without labels, labels of another shape, or one number instead of classes.
@@ -71,6 +71,8 @@ def classify(model: Any, batches: Iterable[Mapping[str, Any]]) -> Iterator[Recor
             chosen = logits.argmax(dim=-1)
             confidence = (logits.gather(-1, chosen[..., None])[..., 0] - logits.logsumexp(dim=-1)).exp()
             losses, chosen, confidence = losses.cpu(), chosen.cpu(), confidence.cpu()
+        if "_dropped" in batch:
+            continue
         shown = batch.get("_examples") or [{} for _ in labels]
         for i, example in enumerate(shown):
             if labels.dim() == 1:

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there, the newest beside a few before it.
 
 A checkpoint is a Hugging Face model directory (config.json, safetensors, in shards where they are large) with the
-tokenizer's files and ``training_state.pt`` (optimizer, random number generators, position in the data, settings). It is
-written to a temporary directory, to the disk, with ``manifest.json`` last, which has the size and checksum of every
+tokenizer's files and ``training_state.pt`` (optimizer, random number generators, position in the data, settings). Where
+ranks have parts of a model, the optimizer's tensors are in ``training_state/``, which all of them write (parts.py). It
+is written to a temporary directory, to the disk, with ``manifest.json`` last, which has the size and checksum of every
 other file; then the newest, ``checkpoint``, is renamed to ``checkpoint-<its step>``, and the new one takes its place.
 A process killed at any moment, or a disk that fills up, leaves the new checkpoint or those before it, never a mixture;
 and one whose files were damaged later is found out and passed over.
@@ -24,8 +25,10 @@ import torch
 from safetensors import SafetensorError
 
 from ..data import Tokenizer
+from .parallel import Parallel, Part
 
 STATE_FILE = "training_state.pt"
+PARTS = "training_state"
 MANIFEST_FILE = "manifest.json"
 NEWEST = "checkpoint"
 MERGED = "merged"
@@ -45,6 +48,8 @@ def save_checkpoint(
     *,
     keep: int = 1,
     weights: dict[str, torch.Tensor] | None = None,
+    parts: dict[str, Part] | None = None,
+    parallel: Parallel | None = None,
 ) -> Path:
     """Writes ``model`` (by its ``save_pretrained``), ``tokenizer`` and ``state`` as one.
 
@@ -52,16 +57,21 @@ def save_checkpoint(
         directory: where; what is there is replaced.
         keep: how many checkpoints there are afterwards: with 2, the one replaced stays as ``<directory>-<its step>``.
         weights: instead of the model's own ``state_dict``, passed on to ``save_pretrained``.
+        parts: what this rank has of the tensors that are not in ``state``.
+        parallel: the other processes of the job, all of which have to call this; one writes all but the parts.
 
     Raises:
-        CheckpointError: it could not be written (a full disk, for one). Nothing of it is left, and the checkpoints
-            before it are.
+        CheckpointError: a rank could not write (a full disk, for one); raised by all. Nothing of it is left, and the
+            checkpoints before it are.
     """
+    parallel = parallel or Parallel()
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(f"{directory.name}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
+    sums: dict[str, tuple[int, int]] = {}
+
+    def write_whole() -> None:
+        shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         given = {} if weights is None else {"state_dict": weights}
         model.save_pretrained(fresh, max_shard_size=MAX_SHARD_SIZE, **given)
@@ -69,16 +79,35 @@ def save_checkpoint(
             tokenizer.save(fresh)
         if state is not None:
             torch.save(state, fresh / STATE_FILE)
-        _write_manifest(fresh, (state or {}).get("step", 0))
+
+    def write_part() -> dict[str, tuple[int, int]]:
+        from .parts import write_parts  # torch.distributed.checkpoint takes a second to import
+
+        return {str(path.relative_to(fresh)): _sums(path) for path in write_parts(fresh / PARTS, parts or {})}
+
+    def finish() -> None:
+        _write_manifest(fresh, (state or {}).get("step", 0), sums)
         for path in [*fresh.rglob("*"), fresh]:
             _flush(path)
+
+    try:
+        parallel.each(lambda: write_whole() if parallel.writes else None)
+        if parts is not None:
+            sums = {name: found for of_rank in parallel.each(write_part) for name, found in of_rank.items()}
+        parallel.each(lambda: finish() if parallel.writes else None)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk, too
-        shutil.rmtree(fresh, ignore_errors=True)
+        parallel.each(lambda: shutil.rmtree(fresh, ignore_errors=True) if parallel.writes else None)
         free = shutil.disk_usage(directory.parent).free
         before = f"; {directory} is as it was" if directory.exists() else ""
         raise CheckpointError(
             f"could not write the checkpoint {directory} ({error}); {free / 2**20:,.0f} MiB are free there{before}"
         ) from error
+    parallel.each(lambda: _replace(directory, fresh, keep) if parallel.writes else None)
+    return directory
+
+
+def _replace(directory: Path, fresh: Path, keep: int) -> None:
+    """Puts ``fresh`` in the place of ``directory``."""
     if directory.exists():
         older = _retired(directory)
         shutil.rmtree(older, ignore_errors=True)
@@ -87,7 +116,6 @@ def save_checkpoint(
     _flush(directory.parent)
     for old in _older(directory)[max(0, keep - 1) :]:
         shutil.rmtree(old, ignore_errors=True)
-    return directory
 
 
 def find_checkpoint(path: str | Path, *, adapters: bool = False) -> Path:
@@ -172,7 +200,7 @@ def find_damage(directory: Path) -> str:
 
 
 def load_state(directory: str | Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` was given as ``state``, on the CPU.
+    """What ``save_checkpoint`` was given as ``state``, on the CPU; ``parts`` is where ranks have written theirs.
 
     Raises:
         FileNotFoundError: the checkpoint holds weights only and cannot be resumed.
@@ -180,7 +208,9 @@ def load_state(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"cannot resume: {path} does not exist, so {directory} holds weights only")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    parts = Path(directory) / PARTS
+    return state | {"parts": parts} if parts.is_dir() else state
 
 
 def random_state() -> dict[str, Any]:
@@ -199,11 +229,16 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _write_manifest(directory: Path, step: int) -> None:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(directory)): (path.stat().st_size, _checksum(path)) for path in files}
+def _write_manifest(directory: Path, step: int, sums: dict[str, tuple[int, int]]) -> None:
+    """``sums`` are those of the files that other ranks wrote, and have read again themselves."""
+    files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    entries = {name: _sums(path) for name, path in files.items() if name not in sums} | sums
     text = json.dumps({"step": step, "files": entries}, indent=2) + "\n"
     (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def _sums(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, _checksum(path)
 
 
 def _checksum(path: Path) -> int:

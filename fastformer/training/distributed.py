@@ -9,8 +9,8 @@ With ``parallel.tensor`` = T, ranks r T … r T + T - 1 share the layers and rea
 those groups. The global batch, the order of the data and the first weights are the same for any number of ranks, so
 the losses are too, but for rounding and for dropout, which each group draws for its own rows.
 
-A checkpoint holds whole tensors by parameter name, put together on the first rank, which writes it, so any number of
-ranks and any strategy can resume from it.
+A checkpoint has the weights as whole tensors, put together on the first rank. With fsdp and tp every rank writes what
+it has of the optimizer's state, with its place in the whole; any number of ranks and any strategy can resume from it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..nn import RelativePositionBias
 from .config import DTYPES, ParallelConfig, resolve_device
-from .parallel import Parallel
+from .parallel import Parallel, Part
 from .recompute import find_blocks
 from .tensor_parallel import Piece, tensor_parallel
 
@@ -202,8 +202,45 @@ class Distributed(Parallel):
         dist.all_gather_object(values, value, group=self.data.get_group())
         return values
 
+    def each(self, function: Callable[[], T]) -> list[T]:
+        own: Exception | None = None
+        done: tuple[T | None, str] = (None, "")
+        try:
+            done = (function(), "")
+        except Exception as error:
+            own, done = error, (None, str(error) or type(error).__name__)
+        of_all: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_all, done)
+        if own is not None:
+            raise own
+        if said := [f"rank {rank}: {message}" for rank, (_, message) in enumerate(of_all) if message]:
+            raise RuntimeError("; ".join(said))
+        return [result for result, _ in of_all]
+
+    def scaler(self, device_type: str, enabled: bool) -> torch.amp.GradScaler:
+        return (_Scaler if self.holds_part() else torch.amp.GradScaler)(device_type, enabled=enabled)
+
     def holds_part(self) -> bool:
         return self.sharded or self.tensor.size() > 1
+
+    def part(self, name: str, tensor: Tensor) -> Part:
+        local, size, begin = _local(tensor), list(tensor.shape), [0] * tensor.dim()
+        if isinstance(tensor, DTensor):  # some of the rows, as many on each rank but the last ones
+            begin[0] = min(self.rank * -(-size[0] // self.world_size), size[0])
+        if name not in self.pieces:
+            return Part(torch.Size(size), [(tuple(begin), local)] if local.numel() else [])
+        (dim, count), length = self.pieces[name]
+        mine, every = size[dim] // count, length // count  # of q, k or v, which lie side by side: this rank's and all
+        first = min(self.tensor.get_local_rank() * -(-every // self.tensor.size()), every)
+        boxes = []
+        for index in range(count):
+            low = max(begin[dim], index * mine)
+            high = min(begin[dim] + local.shape[dim], (index + 1) * mine)
+            if low < high and local.numel():
+                place = (*begin[:dim], index * every + first + low - index * mine, *begin[dim + 1 :])
+                boxes.append((place, local.narrow(dim, low - begin[dim], high - low)))
+        size[dim] = length
+        return Part(torch.Size(size), boxes)
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
@@ -222,9 +259,16 @@ class Distributed(Parallel):
             return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
         return super().share(name, whole, like)
 
-    def barrier(self) -> None:
-        self.any(False)
-
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _Scaler(torch.amp.GradScaler):
+    """Ranks that have parts of the gradient all take a step, or, where one has an infinite part, all skip it."""
+
+    def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, Tensor]:
+        found = super()._unscale_grads_(*args, **kwargs)
+        for infinite in found.values():
+            dist.all_reduce(infinite, dist.ReduceOp.MAX)  # not a sum: fused optimizers skip at 1
+        return found

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .parallel import Parallel
+from .parallel import Parallel, Part, read_missing
 
 
 class Ema:
@@ -47,21 +48,34 @@ class Ema:
         finally:
             self._exchange()
 
-    def state_dict(self, parallel: Parallel | None = None) -> dict[str, Tensor]:
-        """The average by parameter name, put together where ``parallel`` ranks have parts of it."""
+    def state_dict(self, parallel: Parallel | None = None) -> dict[str, Tensor | None]:
+        """The average by parameter name; None where ``parallel`` ranks have :meth:`parts` of it."""
         parallel = parallel or Parallel()
-        return {name: parallel.whole(name, tensor) for name, tensor in self.average.items()}
+        return {
+            name: None if parallel.holds_part() else parallel.whole(name, tensor)
+            for name, tensor in self.average.items()
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor], parallel: Parallel | None = None) -> None:
-        """Continues from what :meth:`state_dict` returned.
+    def parts(self, parallel: Parallel) -> dict[str, Part]:
+        """What this rank has of the average."""
+        return {f"average/{name}": parallel.part(name, tensor) for name, tensor in self.average.items()}
+
+    def load_state_dict(
+        self, state: dict[str, Tensor | None], parallel: Parallel | None = None, parts: Path | None = None
+    ) -> None:
+        """Continues from what :meth:`state_dict` returned, and from the directory ``parts`` what is None there.
 
         Raises:
             ValueError: it is of other parameters.
         """
+        parallel = parallel or Parallel()
         if state.keys() != self.average.keys():
             raise ValueError(f"ema: saved for other parameters: {sorted(state.keys() ^ self.average.keys())[:5]}")
         for name, tensor in state.items():
-            self.average[name].copy_((parallel or Parallel()).share(name, tensor, self.parameters[name]))
+            if tensor is not None:
+                self.average[name].copy_(parallel.share(name, tensor, self.parameters[name]))
+        mine = self.parts(parallel).items()
+        read_missing({key: part for key, part in mine if state[key.split("/", 1)[1]] is None}, parts)
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -25,7 +25,8 @@ def evaluate(
 
     Args:
         dtype: of the forward pass; float32, or half precision by autocast.
-        parallel: of a model that is spread over processes, each with batches of its own.
+        parallel: the other processes of the job. Each has as many batches, but its own rows of them, as
+            ``EvaluationWindows`` and ``EvaluationLoader`` give them by rank; the mean is over all.
     """
     parallel = parallel or Parallel()
     device = next(model.parameters()).device
@@ -33,7 +34,7 @@ def evaluate(
     model.eval()
     total, targets = torch.zeros((), device=device, dtype=torch.float64), 0
     for batch in batches:
-        count = objective.count(batch)
+        count = 0 if "_dropped" in batch else objective.count(batch)
         if count or parallel.world_size > 1:  # ranks that share a model run it together
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 loss = objective.loss(model, to_device(batch, device)).double()

@@ -29,6 +29,7 @@ from .config import OptimizerConfig, RunConfig, ScheduleConfig, _check
 from .logs import read_metrics
 from .lora import LoraConfig, add_lora, freeze, load_adapter, load_lora, merge_lora, trainable_parameters
 from .objectives import OBJECTIVES
+from .parallel import Parallel
 from .pretrain import count, cpu_threads
 from .trainer import Result, Trainer
 
@@ -145,9 +146,10 @@ class PreparedTask:
     labels: tuple[str, ...]
     encoder: Encoder
 
-    def validation_batches(self, batch_size: int) -> EvaluationLoader:
-        """The validation samples, in order."""
-        return EvaluationLoader(self.validation, self.collator, batch_size)
+    def validation_batches(self, batch_size: int, parallel: Parallel | None = None) -> EvaluationLoader:
+        """The validation samples, in order; of ``batch_size`` of all processes this one's."""
+        ranks = {} if parallel is None else {"rank": parallel.rank, "world_size": parallel.world_size}
+        return EvaluationLoader(self.validation, self.collator, batch_size, **ranks)
 
 
 Metrics = Callable[[PreparedTask, int], Callable[[nn.Module], dict[str, float]] | None]

@@ -12,12 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """What a rank has of a tensor.
+
+    Attributes:
+        size: of the whole tensor.
+        boxes: where in the whole each box begins, and a view of it in this rank's memory.
+    """
+
+    size: torch.Size
+    boxes: list[tuple[tuple[int, ...], Tensor]]
 
 
 class Parallel:
@@ -73,9 +86,21 @@ class Parallel:
         """``value`` of every rank, in order of rank."""
         return [value]
 
+    def each(self, function: Callable[[], T]) -> list[T]:
+        """What ``function`` returns on every process of the job, in order; an error of one is raised on all."""
+        return [function()]
+
+    def scaler(self, device_type: str, enabled: bool) -> torch.amp.GradScaler:
+        """The scaler of float16's loss; a step that it skips, all ranks skip."""
+        return torch.amp.GradScaler(device_type, enabled=enabled)
+
     def holds_part(self) -> bool:
         """Whether a rank has parts of the parameters only, which :meth:`whole` puts together."""
         return False
+
+    def part(self, name: str, tensor: Tensor) -> Part:
+        """Where in the whole what this rank has of ``tensor``, cut up as the parameter ``name``, belongs."""
+        return Part(tensor.shape, [((0,) * tensor.dim(), tensor)])
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """``tensor``, of which this rank has the part that it has of the parameter ``name``, put together on the rank
@@ -98,16 +123,31 @@ class Parallel:
         return {name: seen[id(tensor)] for name, tensor in state.items()}
 
     def optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's whole tensors by parameter name, such that any number of ranks can load them."""
+        """The optimizer's whole tensors by parameter name, such that any number of ranks can load them; None for those
+        that are in :meth:`optimizer_parts`."""
         state = {
-            name: {key: self.whole(name, value) if value.dim() else value for key, value in optimizer.state[p].items()}
+            name: {key: self._saved(name, value) if value.dim() else value for key, value in optimizer.state[p].items()}
             for name, p in model.named_parameters()
             if p in optimizer.state
         }
         return {"state": state}
 
-    def load_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Puts back what :meth:`optimizer_state` returned.
+    def _saved(self, name: str, tensor: Tensor) -> Tensor | None:
+        return None if self.holds_part() else self.whole(name, tensor)
+
+    def optimizer_parts(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Part]:
+        """What this rank has of the optimizer's tensors."""
+        return {
+            f"{key}/{name}": self.part(name, value)
+            for name, p in model.named_parameters()
+            for key, value in optimizer.state.get(p, {}).items()
+            if value.dim()
+        }
+
+    def load_optimizer_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], parts: Path | None = None
+    ) -> None:
+        """Puts back what :meth:`optimizer_state` returned, and from the directory ``parts`` what is None there.
 
         Raises:
             ValueError: it is of other parameters.
@@ -115,12 +155,29 @@ class Parallel:
         parameters, saved = dict(model.named_parameters()), state["state"]
         if unknown := sorted(saved.keys() - parameters.keys()):
             raise ValueError(f"optimizer: saved for other parameters, such as {', '.join(unknown[:5])}")
+        missing = {}
         for name, values in saved.items():
             p = parameters[name]
-            optimizer.state[p] = {
-                key: self.share(name, value, p) if value.dim() else value.to(p.device, copy=True)
-                for key, value in values.items()
-            }
+            mine = optimizer.state[p] = {}
+            for key, value in values.items():
+                if value is None:
+                    mine[key] = torch.empty_like(p, requires_grad=False)
+                    missing[f"{key}/{name}"] = self.part(name, mine[key])
+                else:
+                    mine[key] = self.share(name, value, p) if value.dim() else value.to(p.device, copy=True)
+        read_missing(missing, parts)
 
-    def barrier(self) -> None:
-        """Waits until every rank is here."""
+
+def read_missing(missing: dict[str, Part], parts: Path | None) -> None:
+    """Fills ``missing``, if there is something, from the directory ``parts`` of a checkpoint.
+
+    Raises:
+        ValueError: there is no such directory, or it has no such tensors.
+    """
+    if not missing:
+        return
+    if parts is None:
+        raise ValueError(f"state: has no {next(iter(missing))}, which is in files of its own; read it by load_state")
+    from .parts import read_parts  # torch.distributed.checkpoint takes a second to import
+
+    read_parts(parts, missing)

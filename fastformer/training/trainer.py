@@ -118,7 +118,8 @@ class Trainer:
         config: a :class:`TrainConfig`, or any dataclass with its sections ``optimizer``, ``schedule`` and ``run``.
         objective: what is minimised.
         validation: finite batches, the same at every iteration, for the validation loss.
-        metrics: ``metrics(model)``, further numbers by name, measured beside the validation loss, in evaluation mode.
+        metrics: ``metrics(model)``, further numbers by name, measured beside the validation loss, in evaluation mode,
+            by every process.
         tokenizer: saved with every checkpoint.
         parallel: the other processes of the job.
         quiet: no progress line.
@@ -146,8 +147,6 @@ class Trainer:
         self.parallel = parallel or Parallel()
         self.device = resolve_device(run.device)
         self.dtype = resolve_dtype(run.dtype, self.device)
-        if self.dtype == torch.float16 and self.parallel.holds_part():  # the loss's scale would differ between ranks
-            raise ValueError("run.dtype: float16 is not available where ranks share a model; use bfloat16")
         self.model = model
         if run.recompute:
             recompute_blocks(self.model)
@@ -159,7 +158,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.quiet = quiet
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = self.parallel.scaler(self.device.type, self.dtype == torch.float16)
         self.ema = Ema(self.model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         self.spikes = SpikeDetector(run.spike_zscore, run.spike_window)
         self.out = Path(run.out)
@@ -333,10 +332,11 @@ class Trainer:
         self.skipped, self._skipped_in_a_row = state["skipped"]
         self.best, self.measured_since_best = state["best"]
         self._saved = self.step
-        self.parallel.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        parts = state.get("parts")
+        self.parallel.load_optimizer_state(self.model, self.optimizer, state["optimizer"], parts)
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"], self.parallel)
+            self.ema.load_state_dict(state["ema"], self.parallel, parts)
         self.spikes.load_state_dict(state["spikes"])
         self.loader.load_state_dict(state["data"])
         if len(state["random"]) == self.parallel.world_size:
@@ -467,11 +467,11 @@ class Trainer:
         return measured
 
     def _save_weights(self, name: str, state: dict[str, Any] | None = None, keep: int = 1) -> Path:
-        weights = self.parallel.weights(self.model)
-        if self.parallel.writes:
-            save_checkpoint(self.out / name, self.model, self.tokenizer, state, keep=keep, weights=weights)
-        self.parallel.barrier()
-        return self.out / name
+        options: dict[str, Any] = {"keep": keep, "weights": self.parallel.weights(self.model)}
+        if state is not None and self.parallel.holds_part():
+            options["parts"] = self.parallel.optimizer_parts(self.model, self.optimizer)
+            options["parts"] |= {} if self.ema is None else self.ema.parts(self.parallel)
+        return save_checkpoint(self.out / name, self.model, self.tokenizer, state, parallel=self.parallel, **options)
 
     @contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:

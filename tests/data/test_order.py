@@ -153,6 +153,22 @@ def test_evaluation_sees_each_sample_once_and_repeats():
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_ranks_share_the_evaluation_as_often_and_draw_the_same():
+    """103 samples in batches of 12: the last has seven for two ranks, and in batches of 6 one, which both have."""
+    for size, last in ((12, (4, 3)), (6, (1, 0))):
+        whole = list(EvaluationLoader(SAMPLES, MaskedLM(1, 200), size))
+        ranks = [list(EvaluationLoader(SAMPLES, MaskedLM(1, 200), size, rank=r, world_size=2)) for r in (0, 1)]
+        for batch, *parts in zip(whole, *ranks, strict=True):
+            for rank, part in enumerate(parts):
+                if "_dropped" not in part:
+                    width = part["labels"].shape[1]
+                    assert torch.equal(part["labels"], batch["labels"][rank::2, :width])
+        counts = [0 if "_dropped" in rank[-1] else len(rank[-1]["labels"]) for rank in ranks]
+        assert tuple(counts) == last and not any("_dropped" in batch for rank in ranks for batch in rank[:-1])
+    with pytest.raises(ValueError, match="9 rows cannot be shared equally by world_size = 2 processes"):
+        EvaluationLoader(SAMPLES, MaskedLM(1, 200), 9, world_size=2)
+
+
 def test_errors_of_the_dataset_come_through_the_thread():
     class Broken(list):
         def __getitem__(self, index):

@@ -72,7 +72,7 @@ def results_of(suite, tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (out / "results.pt").is_file():
             script = [sys.executable, "-m", "tests.training.jobs", suite, str(out)]
-            done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, timeout=400)
+            done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, timeout=900)
             assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(out / "results.pt")
 

@@ -13,6 +13,7 @@ from fastformer.models import GPT2LMHeadModel
 from fastformer.training import BadLossError, OptimizerConfig, Parallel, ParallelConfig, Trainer
 from fastformer.training.distributed import Distributed, connect
 from tests.training.jobs import Traffic, fails, launch
+from tests.training.jobs_state import float16, full_disk, measured, read_again, state_of, stopped_and_resumed
 from tests.training.runs import TOKENS, losses, make_config, make_model, make_trainer, resumed, scored_by
 
 STEPS, SAVED, STOPPED = 10, 4, 6
@@ -38,7 +39,8 @@ def train(out, strategy, tensor=0, resume=False, stop=None, recompute=False):
         parameters = sum(
             p.numel() if not hasattr(p, "to_local") else p.to_local().numel() for p in trainer.model.parameters()
         )
-        return {"result": dataclasses.asdict(result), "losses": losses(out), "parameters": parameters}
+        found = {"result": dataclasses.asdict(result), "losses": losses(out), "parameters": parameters}
+        return found | {"state": state_of(trainer)}
 
 
 def raise_an_error():
@@ -73,11 +75,15 @@ def extras(out, strategy):
         make_trainer(configure(out / "dropout", strategy, dropout=0.5), parallel=parallel).fit()
         result["dropout"] = losses(out / "dropout"), float(torch.rand(()))
         result["bad"] = bad_loss(out / "bad", parallel)
+        result["measured"] = {samples: measured(parallel, samples) for samples in (9, 11)}
+        result["read"] = {strategy: read_again(config, out.parent / "fsdp 2 x tp 2", parallel)}
         if strategy == "fsdp":
-            try:
-                make_trainer(configure(out, dtype="float16"), parallel=parallel)
-            except ValueError as error:
-                result["float16"] = str(error)
+            tensor = Distributed(ParallelConfig("tp"), "cpu")
+            result["read"]["tp"] = read_again(config, out.parent / "fsdp 2 x tp 2", tensor)
+            for name, ranks in (("fsdp", parallel), ("tp", tensor)):
+                result[f"resumed {name}"] = stopped_and_resumed(configure(out / f"re {name}", dropout=0.5), ranks)
+                result[f"float16 {name}"] = float16(configure(out / f"float16 {name}", dtype="float16"), ranks)
+            result["full disk"] = full_disk(configure(out / "full"), parallel)
     return result
 
 
@@ -132,6 +138,10 @@ def run(out):
     results["uneven"] = uneven(configure(out / "uneven"), Parallel())
     for strategy in ("ddp", "fsdp"):
         results[strategy] = launch(2, extras, out / strategy, strategy)
+    results["float16"] = float16(configure(out / "float16", dtype="float16"))
+    results["measured"] = {samples: measured(Parallel(), samples) for samples in (9, 11)}
+    for name in RESULTS:
+        results[name][0]["read"] = read_again(configure(out / name), out / name)
     whole = {name: GPT2LMHeadModel.from_pretrained(out / "whole" / name).state_dict() for name in ("checkpoint", "ema")}
     jobs = {name: value[0] for name, value in results.items() if name in RESULTS}
     for job, first in jobs.items():

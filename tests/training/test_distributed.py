@@ -17,6 +17,7 @@ from fastformer.training.distributed import Distributed, connect
 from fastformer.training.logs import read_metrics
 from tests.training.jobs import ROOT, results_of
 
+JOBS = ["ddp 2", "ddp 2 x tp 2", "fsdp 2 x tp 2", "ddp 2 to 1", "fsdp 4 to 2", "1 to tp 2"]
 SAME = {"rel_tol": 0, "abs_tol": 3e-6}  # float32 roundings of a loss of 2.4, and of ten steps
 
 pytestmark = pytest.mark.slow
@@ -27,7 +28,7 @@ def results(tmp_path_factory):
     return results_of("training", tmp_path_factory)
 
 
-@pytest.mark.parametrize("job", ["ddp 2", "ddp 2 x tp 2", "fsdp 2 x tp 2", "ddp 2 to 1", "fsdp 4 to 2", "1 to tp 2"])
+@pytest.mark.parametrize("job", JOBS)
 def test_losses_and_weights_do_not_depend_on_the_ranks(results, job):
     """Ten steps with clipping, accumulation, an average; the last three jobs were stopped and resumed elsewhere."""
     whole = results["whole"]
@@ -98,8 +99,65 @@ def test_bytes_that_a_step_sends(results):
     assert 0 < abs(rounded["loss"] - fsdp["loss"]) < 0.02
 
 
-def test_float16_is_refused_where_ranks_share_a_model(results):
-    assert all("float16 is not available where ranks share a model" in rank["float16"] for rank in results["fsdp"])
+@pytest.mark.parametrize("job", JOBS)
+def test_one_process_reads_what_ranks_have_written(results, job):
+    """Moments and averages of q, k and v side by side, of rows of them, of a vocabulary that is not shared equally."""
+    first = results[job][0]
+    assert len(first["state"]) > 60 and first["state"].keys() == first["read"].keys()
+    different = [name for name, tensor in first["state"].items() if not tensor.equal(first["read"][name])]
+    assert not different
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tp"])
+def test_other_ranks_read_what_ranks_have_written(results, strategy):
+    """Two ranks what four had."""
+    written = results["fsdp 2 x tp 2"][0]["state"]
+    read = results["fsdp" if strategy == "tp" else strategy][0]["read"][strategy]
+    assert written.keys() == read.keys() and all(tensor.equal(read[name]) for name, tensor in written.items())
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "tp"])
+def test_a_run_of_several_ranks_resumes_to_the_bit(results, strategy):
+    for rank in results["fsdp"]:
+        whole, part = rank[f"resumed {strategy}"]["losses"]
+        assert rank[f"resumed {strategy}"]["begun"] == 4
+        assert len(whole) == 10 and whole == part
+
+
+def test_a_full_disk_of_one_rank_is_an_error_of_all_and_leaves_the_checkpoint_before(results):
+    for rank in results["fsdp"]:
+        assert re.search("could not write the checkpoint .*rank 1: .*; .* as it was", rank["full disk"]["error"])
+        assert rank["full disk"]["left"] == ["checkpoint"] and rank["full disk"]["step"] == 1
+
+
+def test_every_rank_has_written_a_file_and_each_is_checked(results):
+    for rank in results["fsdp"]:
+        assert rank["full disk"]["files"] == ["__0_0.distcp", "__1_0.distcp"]
+        assert rank["full disk"]["damage"] == "training_state/__1_0.distcp has other contents than were written"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "tp"])
+def test_an_infinite_gradient_on_one_rank_skips_the_step_on_all(results, strategy):
+    whole, ranks = results["float16"], [rank[f"float16 {strategy}"] for rank in results["fsdp"]]
+    assert not whole["changed"][3] and whole["changed"].count(True) >= 4
+    for rank in ranks:
+        assert rank["changed"] == whole["changed"] and rank["scales"] == whole["scales"]
+        assert rank["losses"] == ranks[0]["losses"]
+        assert all(math.isclose(a, b, abs_tol=2e-3) for a, b in zip(rank["losses"], whole["losses"], strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("samples, rows", [(9, ([2, 2, 1], [2, 2, 1])), (11, ([2, 2, 2], [2, 2, 1]))])
+def test_ranks_share_the_samples_that_are_measured(results, strategy, samples, rows):
+    """In batches of four. The ninth sample is the first rank's; the other runs it as well and drops what it said."""
+    whole = results["measured"][samples]
+    assert whole["rows"] == [4, 4, samples - 8]
+    for rank, mine in zip(results[strategy], rows):
+        found = rank["measured"][samples]
+        assert found["rows"] == mine
+        assert math.isclose(found["loss"], whole["loss"], rel_tol=1e-6)
+        assert found["scores"] == whole["scores"] and found["references"] == whole["references"]
+        assert found["worst"] == pytest.approx(whole["worst"], abs=2e-4)  # in the same order
 
 
 def test_torchrun_and_the_command(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastformer.data import CharTokenizer, load_tokenizer
 from fastformer.data.tasks import Columns, Encoder
 from fastformer.evaluation.predictions import classify_texts
 from fastformer.task_metrics import likeliest_spans, task_metrics
-from fastformer.training import LoraConfig, find_checkpoint
+from fastformer.training import LoraConfig, Parallel, find_checkpoint
 from fastformer.training.finetune import ExamplesConfig, finetune, prepare
 from fastformer.training.logs import read_metrics
 from tests.training.tuning import WORDS, config_for, reviews, save_base
@@ -121,6 +122,38 @@ def test_question_answering(bases, tmp_path):
     before = prepare(config, train=SPANS, metrics=task_metrics, quiet=True)._measure()
     result = finetune(config, train=SPANS, metrics=task_metrics, quiet=True)
     assert result.metrics["exact"] > 0.8 > before["exact"] and result.metrics["f1"] >= result.metrics["exact"]
+
+
+class Rank(Parallel):
+    """One of two that run after each other; the second has the values of both."""
+
+    world_size = 2
+
+    def __init__(self, rank, values):
+        self.rank, self.values = rank, values
+
+    def gather(self, value):
+        self.values.append(value)
+        return self.values
+
+
+class Guess(torch.nn.Linear):
+    """Spans from anywhere to anywhere after it."""
+
+    def forward(self, input_ids, **_):
+        scores = (input_ids * 7919 % 13 + 3 * torch.arange(input_ids.shape[1])).float()
+        return SimpleNamespace(start_logits=-scores, end_logits=scores % 17)
+
+
+def test_spans_measured_by_two_ranks_are_measured_as_by_one(bases, tmp_path):
+    prepared = []
+    config = config_for("question_answering", bases["bert"], tmp_path / "run")
+    prepare(config, train=SPANS, metrics=lambda data, _: prepared.append(data), quiet=True)
+    data = replace(prepared[0], validation=prepared[0].train[:9])
+    values, model = [], Guess(1, 1)
+    *_, of_both = (task_metrics(data, 4, Rank(rank, values))(model) for rank in (0, 1))
+    assert [len(exact) for exact, _ in values] == [5, 4]  # and one that is dropped
+    assert of_both == pytest.approx(task_metrics(data, 4)(model), rel=1e-6) and 0 < of_both["f1"] < 1
 
 
 def test_seq2seq_and_instructions(bases, tmp_path):
