@@ -8,6 +8,9 @@ out, and a resumed run continues with the very next one.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,48 +37,92 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return {name: moved.get(id(value), value) for name, value in batch.items()}
 
 
+FEW = 10  # documents; of fewer the ends are held out
+MANY = 100_000  # documents; of so many a share of the hashes is the same share of the text
+
+
 def split_documents(
-    corpus: Corpus, validation_fraction: float = 0.1
+    corpus: Corpus, validation_fraction: float = 0.1, *, seed: int = 0
 ) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
     """Train and validation parts that share no document.
 
-    With ten documents or more, whole documents are held out, evenly spaced through the corpus; with fewer, the end of
-    each document is.
+    With ten documents or more, whole documents are held out, drawn by a hash of their text: whatever their length and
+    their order, and those of the same text together. With fewer, the end of each document is held out.
 
     Args:
         corpus: what to split.
         validation_fraction: share of the characters to hold out, about, in (0, 1).
+        seed: another one draws other documents.
 
     Returns:
         (train, validation), in reading order.
     """
-    if not 0.0 < validation_fraction < 1.0:
-        raise ValueError(f"validation_fraction: got {validation_fraction}, expected a number between 0 and 1")
     documents = corpus.documents
-    if len(documents) < 10:
+    if len(documents) < FEW:
+        check_fraction(validation_fraction)
         train, held_out = [], []
         for document in documents:
             cut = int(len(document.text) * (1.0 - validation_fraction))
             train.append(Document(document.name, document.text[:cut]))
             held_out.append(Document(document.name, document.text[cut:]))
         return tuple(train), tuple(held_out)
-    train, held_out = [], []
-    for document, held in held_out_documents(documents, validation_fraction):
-        (held_out if held and document is not documents[-1] else train).append(document)
-    if not held_out:
-        held_out.append(train.pop())
-    return tuple(train), tuple(held_out)
+    holdout = Holdout(documents, validation_fraction, seed)
+    held = [document in holdout for document in documents]
+    train = tuple(document for document, out in zip(documents, held) if not out)
+    return train, tuple(itertools.compress(documents, held))
 
 
-def held_out_documents(documents: Iterable[Document], validation_fraction: float) -> Iterator[tuple[Document, bool]]:
-    """Each document of a stream, and whether it is held out: when the characters held out so far fall behind
-    ``validation_fraction`` of those that went by."""
-    passed = held = 0
-    for document in documents:
-        passed += len(document.text)
-        out = held + len(document.text) / 2 <= validation_fraction * passed
-        held += len(document.text) * out
-        yield document, out
+class Holdout:
+    """Which documents are held out: ``document in holdout``.
+
+    A document's place is the SHA-256 of ``seed`` and its text. In the order of these, documents are taken until they
+    hold the share of the text most nearly: at least one, and not all. One that holds more than half of the text (or
+    than the share, if that is larger) stays in the training part. Of :data:`MANY` documents or more each is held out
+    with the probability of the share, by itself.
+
+    Args:
+        documents: read once, as a stream, :data:`MANY` at most; 16 bytes are kept for each.
+        validation_fraction, seed: as in :func:`split_documents`.
+
+    Raises:
+        ValueError: ``validation_fraction`` is not in (0, 1).
+    """
+
+    def __init__(self, documents: Iterable[Document], validation_fraction: float, seed: int = 0) -> None:
+        check_fraction(validation_fraction)
+        self.seed = seed
+        self.limit, self.longest = int(validation_fraction * 2**64), math.inf
+        places: dict[int, int] = {}  # characters at each
+        lengths = []
+        for document in itertools.islice(documents, MANY):
+            place = self._place(document)
+            places[place] = places.get(place, 0) + len(document.text)
+            lengths.append(len(document.text))
+        if len(lengths) == MANY:
+            return
+        total = sum(lengths)
+        self.longest = max(validation_fraction, 0.5) * total
+        drawn = sorted((place, size) for place, size in places.items() if size <= self.longest)
+        held = list(itertools.accumulate(size for _, size in drawn))
+        most = len(held) - (len(drawn) == len(places))  # one stays
+        if most < 1:
+            raise ValueError(f"documents: {len(lengths)} of the same text; expected two that differ")
+        count = min(range(1, most + 1), key=lambda n: abs(held[n - 1] - validation_fraction * total))
+        self.limit = drawn[count - 1][0] + 1
+
+    def __contains__(self, document: Document) -> bool:
+        return len(document.text) <= self.longest and self._place(document) < self.limit
+
+    def _place(self, document: Document) -> int:
+        """A number below 2**64, each as likely."""
+        text = f"{self.seed}\0{document.text}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def check_fraction(validation_fraction: float) -> None:
+    """Raises ValueError unless it is in (0, 1)."""
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction: got {validation_fraction}, expected a number between 0 and 1")
 
 
 def encode_documents(tokenizer: Tokenizer, documents: tuple[Document, ...]) -> Tensor:

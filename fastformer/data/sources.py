@@ -130,7 +130,10 @@ class SequenceSource(Source):
 
 
 class FileSource(Source):
-    """Text files, JSON Lines and Parquet; arguments as for :func:`open_source`."""
+    """Text files, JSON Lines and Parquet; arguments as for :func:`open_source`.
+
+    With ``plain_text`` a single file of no known kind is text, and all lines of text end with ``\\n``, also the last.
+    """
 
     def __init__(
         self,
@@ -138,17 +141,19 @@ class FileSource(Source):
         text_field: str = "text",
         name_field: str = "name",
         undecodable: str = "error",
+        plain_text: bool = False,
     ) -> None:
         path = Path(path).expanduser()
         self.name = str(path)
         self.text_field, self.name_field, self.undecodable = text_field, name_field, undecodable
+        self.plain_text = plain_text
         if path.is_dir():
             self.root, self.files = path, sorted(f for f in path.rglob("*") if f.is_file() and _reader(f))
             if not self.files:
                 raise ValueError(f"source: {path} holds no files to read (looked for {_known_suffixes()})")
         elif path.is_file():
             self.root, self.files = path.parent, [path]
-            if not _reader(path):
+            if not (_reader(path) or plain_text):
                 raise ValueError(f"source: {path} is of no known kind; expected {_known_suffixes()}")
         else:
             raise FileNotFoundError(
@@ -162,7 +167,7 @@ class FileSource(Source):
         found = bool(self._file or self._position[1])
         while self._file < len(self.files):
             file = self.files[self._file]
-            for document, position in _READERS[_reader(file)](self, file, *self._position):
+            for document, position in _READERS[_reader(file) or TEXT_SUFFIXES[0]](self, file, *self._position):
                 self._position = position
                 found = True
                 yield document
@@ -194,6 +199,9 @@ class FileSource(Source):
             return
         with _open(file) as stream:
             text = self._decode(stream.read(), str(file))
+        if text and self.plain_text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            text += "\n" * (not text.endswith("\n"))
         if text:
             yield Document(self._label(file), text), [0, 1]
 

@@ -299,10 +299,34 @@ def train_wordpiece(
     tokenizer = _bert(tokenizers, tokenizers.models.WordPiece(unk_token=BERT_TOKENS["unk"]), lowercase)
     fixed = [*BERT_TOKENS.values(), *special_tokens]
     _check_size(vocab_size, len(fixed) + 1)
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=False)
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=len(fixed), special_tokens=fixed, show_progress=False)
     tokenizer.train_from_iterator(_some(texts), trainer)
+    characters, words = list(tokenizer.get_vocab()), _word_counts(trainer)
+    # Which of two equally frequent pairs is merged depends on the ids of their pieces, and the package numbers those
+    # that begin with ## in the order of a hash map, another one in each process (tokenizers, issue 1794). So the first
+    # pass only finds the characters, and the second one is given them as tokens that have their number already.
+    alphabet = [*fixed, *sorted(set(characters).difference(fixed), key=lambda piece: (piece.startswith("##"), piece))]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=alphabet, show_progress=False)
+    learner = tokenizers.Tokenizer(tokenizers.models.WordPiece())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    learner.train_from_iterator(_repeated(words), trainer)
+    tokenizer.model = tokenizers.models.WordPiece(learner.get_vocab(), unk_token=BERT_TOKENS["unk"])
+    tokenizer.add_special_tokens(fixed)
     _between_cls_and_sep(tokenizers, tokenizer)
     return SubwordTokenizer(tokenizer, BERT_TOKENS)
+
+
+def _word_counts(trainer: Any) -> dict[str, int]:
+    """How often ``trainer`` saw each word; its pickled state is the only way to them."""
+    (state,) = json.loads(trainer.__getstate__()).values()
+    return state["bpe_trainer"]["words"]
+
+
+def _repeated(words: dict[str, int], at_once: int = 10_000) -> Iterator[str]:
+    """Texts with each of the words as often as counted."""
+    for word, count in words.items():
+        for left in range(count, 0, -at_once):
+            yield f"{word} " * min(left, at_once)
 
 
 def train_unigram(
@@ -338,11 +362,13 @@ def train_unigram(
     )
     tokenizer.train_from_iterator(_some(texts), trainer)
     decoder = tokenizers.decoders.Metaspace()
+    learned = json.loads(tokenizer.to_str())["model"]["vocab"]
+    vocabulary = [tuple(entry) for entry in learned[: len(fixed)]] + _in_fixed_order(learned[len(fixed) :])
     if byte_fallback:
-        vocabulary = [tuple(entry) for entry in json.loads(tokenizer.to_str())["model"]["vocab"]]
         least = min(score for _, score in vocabulary)
         vocabulary += [(f"<0x{byte:02X}>", least - 10.0) for byte in range(256)]
-        tokenizer.model = tokenizers.models.Unigram(vocabulary, fixed.index(T5_TOKENS["unk"]), True)
+    tokenizer.model = tokenizers.models.Unigram(vocabulary, fixed.index(T5_TOKENS["unk"]), byte_fallback)
+    if byte_fallback:
         decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), decoder])
     tokenizer.decoder = decoder
     tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
@@ -351,6 +377,20 @@ def train_unigram(
         single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.token_to_id(end))]
     )
     return SubwordTokenizer(tokenizer, T5_TOKENS)
+
+
+def _in_fixed_order(pieces: list[list[Any]]) -> list[tuple[str, float]]:
+    """(piece, score), without what differs between two trainings on the same text.
+
+    The package adds up in the order of a hash map, another one in each process: the last digits of the scores and the
+    order of equal ones follow it. And it gives the characters that pruning took away the least score, plus 0.0001 for
+    each one before, in that order as well.
+    """
+    least, step = min(score for _, score in pieces), 1e-4
+    rare = {p: s for p, s in pieces if len(p) == 1 and abs((s - least) / step - round((s - least) / step)) < 1e-5}
+    fixed = dict(zip(sorted(rare), sorted(rare.values()))) if len(rare) > 1 else {}
+    rounded = [(piece, float(f"{fixed.get(piece, score):.8g}")) for piece, score in pieces]
+    return sorted(rounded, key=lambda entry: (-entry[1], entry[0]))
 
 
 def _byte_level(tokenizers: Any, model: Any) -> Any:

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .batches import held_out_documents, split_documents
+from .batches import FEW, Holdout, check_fraction, split_documents
 from .corpora import Corpus, Document
 from .shards import TokenShards, write_shards
-from .sources import open_source
+from .sources import Source, open_source
 from .tokenizers import KINDS, Tokenizer, load_tokenizer, train_tokenizer
 
 PARTS = ("train", "validation")
-FEW = 10  # documents; of fewer the ends are held out
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class TokenizeConfig:
     """Number of tokens a new tokenizer is trained to."""
     validation_fraction: float = 0.1
     """Share of the text held out, in whole documents where there are ten or more."""
+    seed: int = 0
+    """Another one holds out other documents."""
     shard_tokens: int = 1 << 28
     """Tokens in a file, about."""
 
@@ -67,34 +68,48 @@ def tokenize(config: TokenizeConfig) -> TokenizedCorpus:
     out = Path(config.out)
     if out.exists():
         raise FileExistsError(f"out: {out} exists already; choose another --out, or remove it")
-    if not 0.0 < config.validation_fraction < 1.0:
-        raise ValueError(f"validation_fraction: got {config.validation_fraction}, expected a number between 0 and 1")
+    check_fraction(config.validation_fraction)
+    parts = _Parts(config)
     if config.tokenizer in KINDS or not Path(config.tokenizer).exists():
-        parts = (False, True) if config.tokenizer == "char" else (False,)  # every character can be encoded
-        texts = (document.text for held_out in parts for document in _part(config, held_out))
+        seen = PARTS if config.tokenizer == "char" else PARTS[:1]  # every character can be encoded
+        texts = (document.text for name in seen for document in parts.read(name))
         tokenizer = train_tokenizer(config.tokenizer, texts, config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        for name, held_out in zip(PARTS, (False, True)):
-            write_shards(_part(config, held_out), tokenizer, fresh / name, shard_tokens=config.shard_tokens)
+        for name in PARTS:
+            write_shards(parts.read(name), tokenizer, fresh / name, shard_tokens=config.shard_tokens)
         os.rename(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load_tokenized(out)
 
 
-def _part(config: TokenizeConfig, held_out: bool) -> Iterator[Document]:
-    """The documents of one part, streamed; as :func:`split_documents` where there are few."""
-    source = iter(open_source(config.source, text_field=config.text_field))
-    first = tuple(itertools.islice(source, FEW))
-    if len(first) < FEW:
-        yield from split_documents(Corpus(str(config.source), first), config.validation_fraction)[held_out]
-        return
-    for document, held in held_out_documents(itertools.chain(first, source), config.validation_fraction):
-        if held is held_out:
-            yield document
+class _Parts:
+    """The parts that :func:`split_documents` makes, streamed: the source is read once more, to see what to hold out."""
+
+    def __init__(self, config: TokenizeConfig) -> None:
+        self.config = config
+        source = iter(self._open())
+        first = tuple(itertools.islice(source, FEW))
+        self.few: dict[str, tuple[Document, ...]] = {}
+        if len(first) < FEW:
+            corpus = Corpus(str(config.source), first)
+            self.few = dict(zip(PARTS, split_documents(corpus, config.validation_fraction)))
+        else:
+            self.holdout = Holdout(itertools.chain(first, source), config.validation_fraction, config.seed)
+
+    def read(self, part: str) -> Iterator[Document]:
+        """The documents of one of :data:`PARTS`."""
+        if self.few:
+            yield from self.few[part]
+            return
+        held = part == PARTS[1]
+        yield from (document for document in self._open() if (document in self.holdout) is held)
+
+    def _open(self) -> Source:
+        return open_source(self.config.source, text_field=self.config.text_field)
 
 
 def is_tokenized(path: str | Path) -> bool:

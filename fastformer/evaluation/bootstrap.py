@@ -16,6 +16,7 @@ a metric at once. scipy.stats.bootstrap would call the statistic with the data i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,15 +32,23 @@ _CHUNK = 4_000_000  # counts at a time: 32 MB
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and the interval that holds it with the given confidence."""
+    """A score and the interval that holds it with the given confidence.
+
+    ``low`` and ``high`` are NaN where there is none: one example says nothing of how much others differ.
+    """
 
     score: float
     low: float
     high: float
     confidence: float = 0.95
 
+    @property
+    def range(self) -> str:
+        """``[low, high]``, or a dash where there is none."""
+        return "–" if math.isnan(self.low) else f"[{number(self.low)}, {number(self.high)}]"
+
     def __str__(self) -> str:
-        return f"{number(self.score)} [{number(self.low)}, {number(self.high)}]"
+        return f"{number(self.score)} {self.range}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Comparison:
         difference: score - baseline, with its interval.
         paired_bootstrap: p-value, Koehn 2004.
         randomisation: p-value, Riezler and Maxwell 2005; NaN beside a baseline of which only the score is known.
+
+    Of a single example there are neither intervals nor p-values: NaN.
     """
 
     metric: str
@@ -78,7 +89,7 @@ def confidence_intervals(
     """An interval for every score of ``metric``.
 
     Args:
-        metric: with two examples or more.
+        metric: with two examples or more; of one there are no intervals.
         method: ``"percentile"``, or ``"bca"``, closer to its confidence for skewed scores of few examples.
         confidence: in (0, 1).
         resamples: draws; the ends of a 95% interval need 1000.
@@ -95,6 +106,8 @@ def confidence_intervals(
         raise ValueError(f"select: takes none of the {len(metric)} examples")
     total = rows.sum(axis=0)
     points = metric.scores(total)
+    if len(rows) == 1:
+        return {name: Interval(float(point), np.nan, np.nan, confidence) for name, point in points.items()}
     drawn = metric.scores(np.concatenate(list(_resampled(rows, resamples, seed))))
     left_out = metric.scores(total - rows) if method == "bca" else None
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
@@ -168,14 +181,18 @@ def compare(
         raise TypeError(f"baseline: expected a Metric or a number, got {type(baseline).__name__}")
     differences = differences[~np.isnan(differences)]
     low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
+    if len(rows) == 1:
+        low = high = bootstrapped = randomisation = float("nan")
+    else:
+        # Under the null hypothesis the difference is 0 and scatters as the resampled one does around its mean.
+        bootstrapped = _p_value(differences - differences.mean(), observed)
     return Comparison(
         metric=score,
         baseline_name=name,
         score=observed + theirs,
         baseline=theirs,
         difference=Interval(observed, float(low), float(high), confidence),
-        # Under the null hypothesis the difference is 0 and scatters as the resampled one does around its mean.
-        paired_bootstrap=_p_value(differences - differences.mean(), observed),
+        paired_bootstrap=bootstrapped,
         randomisation=randomisation,
     )
 

@@ -37,7 +37,8 @@ class EvaluateConfig:
     model: str = "runs/demo"
     """A checkpoint directory, or a run that holds one."""
     data: str = ""
-    """perplexity: a text file, a directory of them, or JSONL; other tasks: JSONL, one example a line."""
+    """perplexity: text, JSONL (.jsonl, .jsonl.gz), Parquet, or a directory of these; other tasks: JSONL, one example a
+    line."""
     task: Literal["perplexity", "classification", "seq2seq"] = "perplexity"
     """seq2seq is any written answer: an encoder-decoder model's, or a causal one's continuation."""
     out: str = "runs/evaluation"
@@ -155,8 +156,8 @@ def _examples(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
     """The examples of a file, one at a time; the file is there and has something in it."""
     path = Path(config.data).expanduser()
     if config.task == "perplexity" and path.suffix not in (".jsonl", ".json"):
-        documents = read_text(path).documents
-        return ({"name": document.name, config.text: document.text} for document in documents)
+        documents = read_text(path, text_field=config.text).documents
+        return ({**document.metadata, "name": document.name, config.text: document.text} for document in documents)
     if not path.is_file():
         raise FileNotFoundError(f"data: {str(path)!r} does not exist; expected JSONL, one example a line")
     if not path.stat().st_size:

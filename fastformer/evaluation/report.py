@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,15 +51,14 @@ def write_report(
         if name != metric.positive
     }
     rows = [
-        (name, number(i.score), _range(i))
-        for name, i in intervals.items()
-        if name not in classes and i.score == i.score
+        (name, number(i.score), i.range) for name, i in intervals.items() if name not in classes and i.score == i.score
     ]
     lines += _table(("score", "value", f"{percent} interval"), rows)
     signatures = [f"{metric.name}: `{metric.signature}`" for metric in evaluation.metrics if metric.signature]
     if signatures:
         lines += ["", *(f"- {signature}" for signature in signatures)]
-    lines += ["", f"Intervals: {method} bootstrap over examples, {resamples:,} resamples, seed {seed}."]
+    how = f"Intervals: {method} bootstrap over examples, {resamples:,} resamples, seed {seed}."
+    lines += ["", how if len(evaluation) > 1 else "A single example: no interval can be had."]
     if baselines:
         comparisons = [
             found for name, other in baselines.items() for found in evaluation.compare(other, name, **options)
@@ -92,10 +90,13 @@ def _comparisons(comparisons: Sequence[Comparison], percent: str) -> list[str]:
     rows = []
     for found in comparisons:
         p = [f"{value:.3g}" if value == value else "–" for value in (found.paired_bootstrap, found.randomisation)]
-        change = f"{number(found.difference.score)} {_range(found.difference)}"
+        change = f"{number(found.difference.score)} {found.difference.range}"
         rows.append((found.baseline_name, found.metric, number(found.score), number(found.baseline), change, *p))
     head = ("baseline", "score", "this", "baseline's", f"difference, {percent} interval", "p, paired bootstrap")
-    note = "p: how likely a difference so large is by chance, two-sided; – beside a score without its examples."
+    note = (
+        "p: how likely a difference so large is by chance, two-sided; – beside a score without its examples, and of a "
+        "single one."
+    )
     return [*_table((*head, "p, randomisation"), rows), "", note]
 
 
@@ -121,12 +122,6 @@ def _worst(evaluation: Evaluation) -> list[str]:
         shown = "; ".join(f"{key}: {_short(content)}" for key, content in rest.items())
         rows.append((str(line["index"]), value(line["prediction"]), value(line["reference"]), scores, shown))
     return _table(("example", "prediction", "reference", "scores", "more"), rows)
-
-
-def _range(interval: Interval) -> str:
-    if math.isnan(interval.low):
-        return "–"
-    return f"[{number(interval.low)}, {number(interval.high)}]"
 
 
 def _short(content: Any, most: int = 160) -> str:

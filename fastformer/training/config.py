@@ -51,7 +51,10 @@ class DataConfig:
     """Text, tokens and batches."""
 
     path: str = "shakespeare"
-    """A text file, a directory of text files, or the name of a built-in corpus: shakespeare, python."""
+    """Text, JSON Lines (also .jsonl.gz), Parquet, a directory of these, what `fastformer tokenize` wrote, or a built-in
+    corpus: shakespeare, python."""
+    text_field: str = "text"
+    """The field of a record of JSON Lines or Parquet that holds its text."""
     tokenizer: str = "char"
     """char, bpe (trained on the text), or a directory that holds a saved tokenizer."""
     vocab_size: int = 1024

@@ -52,7 +52,7 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Prep
     if is_tokenized(config.path):
         shards = load_tokenized(config.path, tokenizer)
         return _long_enough(PreparedData(shards, shards.train.tokenizer(), shards.train, shards.validation), config)
-    corpus = load_corpus(config.path)
+    corpus = load_corpus(config.path, text_field=config.text_field)
     train, validation = split_documents(corpus, config.validation_fraction)
     if tokenizer is None:
         if config.tokenizer in ("char", "bpe") or not Path(config.tokenizer).exists():

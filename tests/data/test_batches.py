@@ -1,5 +1,6 @@
 """Batches: targets one step ahead, every token once an epoch, the same for a seed, resumable to the window; splits."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from fastformer.data import (
     Corpus,
     Document,
     Windows,
+    batches,
     encode_documents,
     evaluation_batches,
     split_documents,
@@ -106,9 +108,9 @@ def test_a_batch_on_another_device():
 
 
 def test_evaluation_windows_are_fixed_and_spread():
-    batches = list(evaluation_batches(TOKENS, 10, 4))
-    assert [len(b["input_ids"]) for b in batches] == [4] * 24 + [3]
-    starts = torch.cat([b["input_ids"][:, 0] for b in batches])
+    found = list(evaluation_batches(TOKENS, 10, 4))
+    assert [len(b["input_ids"]) for b in found] == [4] * 24 + [3]
+    starts = torch.cat([b["input_ids"][:, 0] for b in found])
     assert torch.equal(starts, torch.arange(99) * 10)
     few = torch.cat([b["input_ids"][:, 0] for b in evaluation_batches(TOKENS, 10, 4, max_windows=5)])
     assert few.tolist() == [0, 190, 390, 590, 790]
@@ -125,13 +127,45 @@ def documents(count, length=100):
     return Corpus("test", tuple(Document(str(i), chr(97 + i) * length) for i in range(count)))
 
 
-def test_many_documents_are_held_out_whole_and_spread():
-    train, held_out = split_documents(documents(20), 0.1)
+def test_many_documents_are_held_out_whole_by_their_text():
+    corpus = documents(20)
+    train, held_out = split_documents(corpus, 0.1)
     assert len(train) == 18 and len(held_out) == 2
     assert not {d.name for d in train} & {d.name for d in held_out}
-    first, second = (int(d.name) for d in held_out)
-    assert second - first >= 5
-    assert split_documents(documents(20), 0.1) == (train, held_out)
+    turned = Corpus("test", tuple(Document("again", d.text) for d in corpus.documents[::-1]))
+    assert {d.text for d in split_documents(turned, 0.1)[1]} == {d.text for d in held_out}
+    assert any(split_documents(corpus, 0.1, seed=seed)[1] != held_out for seed in range(1, 5))
+
+
+def test_long_documents_are_held_out_as_often_as_short_ones():
+    """Of 59 documents of log-normal lengths: the share of the text, and so of the documents, over 60 seeds."""
+    sizes = np.random.default_rng(0).lognormal(6, 1.5, 59).astype(int) + 1
+    corpus = Corpus("test", tuple(Document(str(i), f"{i:04d}" + "x" * size) for i, size in enumerate(sizes)))
+    parts = [split_documents(corpus, 0.1, seed=seed)[1] for seed in range(60)]
+    assert np.mean([len(part) for part in parts]) / 59 == pytest.approx(0.1, abs=0.035)
+    shares = np.array([sum(len(d.text) for d in part) / len(corpus) for part in parts])
+    assert shares.mean() == pytest.approx(0.1, abs=0.03) and shares.max() < 0.3
+
+
+def test_both_parts_have_a_document():
+    giant = Corpus("test", (Document("giant", "g" * 10_000), *documents(9).documents))
+    same = Corpus("test", documents(1).documents * 10)
+    for seed in range(20):
+        train, held_out = split_documents(giant, 0.1, seed=seed)
+        assert train[0].name == "giant" and held_out
+        train, held_out = split_documents(documents(10), 0.99, seed=seed)
+        assert len(train) == 1 and len(held_out) == 9
+        assert len(split_documents(documents(10), 0.001, seed=seed)[1]) == 1
+    with pytest.raises(ValueError, match="10 of the same text"):
+        split_documents(same)
+
+
+def test_a_stream_is_read_no_further_than_it_must(monkeypatch):
+    monkeypatch.setattr(batches, "MANY", 500)
+    stream = (Document(str(i), f"{i} text") for i in range(2000))
+    held = batches.Holdout(stream, 0.2)
+    assert next(stream).name == "500"
+    assert sum(document in held for document in stream) == pytest.approx(300, abs=60)
 
 
 def test_few_documents_lose_their_ends():

@@ -1,6 +1,8 @@
 """Corpora: what is kept of a play, replacements with their reason, files and directories, errors that name the path."""
 
+import gzip
 import importlib.util
+import json
 
 import pytest
 
@@ -82,10 +84,32 @@ def test_a_file_and_a_directory(tmp_path):
     assert corpus.text == "öne\ntwo\nthree\n" and len(corpus) == 14
 
 
+def test_records_are_documents(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed (pip install 'fastformer[data]')")
+    import pyarrow
+
+    records = [{"body": "one", "id": 1}, {"body": "", "id": 2}, {"body": "two\n", "id": 3}]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+        documents = load_corpus(tmp_path / name, text_field="body").documents
+        assert [(d.text, d.metadata) for d in documents] == [("one", {"id": 1}), ("two\n", {"id": 3})]
+    assert len(load_corpus(tmp_path, text_field="body").documents) == 6
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1 has no field 'boddy'.* did you mean 'body'"):
+        load_corpus(tmp_path, text_field="boddy")
+
+
+def test_a_text_of_any_name_has_line_ends_of_one_kind(tmp_path):
+    (tmp_path / "text").write_bytes(b"one\r\ntwo\rthree")
+    assert load_corpus(tmp_path / "text").text == "one\ntwo\nthree\n"
+
+
 def test_errors_name_the_path(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.txt.*expected 'shakespeare'"):
         load_corpus(tmp_path / "nowhere.txt")
-    with pytest.raises(ValueError, match="holds no text files"):
+    with pytest.raises(ValueError, match="holds no files to read"):
         load_corpus(tmp_path)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fastformer import cli
-from fastformer.data import TokenizeConfig, is_tokenized, load_tokenized, tokenize
+from fastformer.data import TokenizeConfig, is_tokenized, load_corpus, load_tokenized, split_documents, tokenize
 from fastformer.training import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fastformer.training.pretrain import prepare_data, pretrain
 
@@ -32,6 +32,8 @@ def test_records_are_streamed_and_some_held_out_whole(tmp_path, capsys):
     train, held_out = ([tokenizer.decode(d) for d in part] for part in (data.train, data.validation))
     assert sorted(train + held_out) == [record["body"] for record in records]
     assert 0.15 < data.validation.characters / len(data) < 0.25
+    whole = load_corpus(source, text_field="body")
+    assert held_out == [document.text for document in split_documents(whole, 0.2)[1]]  # what pretrain holds out
 
 
 def test_pretrain_reads_and_resumes_on_shards(text, tmp_path):

@@ -1,6 +1,9 @@
 """Tokenizers: round trips, files, and unknown characters; text that comes token by token is the text decoded whole."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -223,3 +226,26 @@ def test_a_fingerprint_tells_tokenizers_apart(bpe, wordpiece):
     prints = [fingerprint(t) for t in (bpe, wordpiece, *others)]
     assert len(set(prints)) == 5
     assert fingerprint(CharTokenizer("ab")) == prints[2]
+
+
+TRAINS = """
+from fastformer.data import python_reference, train_tokenizer
+from fastformer.data.tokenizers import fingerprint
+texts = [document.text for document in python_reference().documents[:12]]
+print(*(fingerprint(train_tokenizer(kind, texts, 900)) for kind in ("bpe", "wordpiece", "unigram")))
+"""
+
+
+def test_the_same_text_gives_the_same_tokenizer_in_every_process():
+    """Hash maps of the package are ordered otherwise in each one, and its WordPiece and unigram follow that order."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINS],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in "12"
+    ]
+    first, second = (process.communicate(timeout=120)[0].split() for process in running)
+    assert len(first) == 3 and first == second

@@ -159,3 +159,14 @@ def test_bad_input():
         compare(metric, 1.0, score="F1")
     with pytest.raises(TypeError, match="baseline: expected a Metric or a number, got str"):
         compare(metric, "0.9")
+
+
+def test_of_one_example_there_is_no_interval():
+    one, other = mean_of([0.5]), mean_of([0.25])
+    for method in ("percentile", "bca"):
+        assert str(confidence_intervals(one, method=method)["share"]) == "0.5 –"
+    assert str(confidence_intervals(mean_of([0.5, 0.25]), select=np.array([1]))["share"]) == "0.25 –"
+    for baseline in (other, 0.25):
+        found = compare(one, baseline)
+        assert str(found.difference) == "0.25 –"
+        assert np.isnan([found.paired_bootstrap, found.randomisation]).all()

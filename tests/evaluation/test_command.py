@@ -1,5 +1,6 @@
 """``fastformer evaluate`` on small checkpoints: the report and the records of each task, and clear errors."""
 
+import gzip
 import json
 
 import pytest
@@ -58,10 +59,19 @@ def test_perplexity_of_a_text(gpt2, tmp_path, capsys):
     assert cli.main(["evaluate", *arguments]) == 0
     wanted = perplexity(GPT2LMHeadModel.from_pretrained(gpt2), TEXT * 3, TOKENIZER, stride=10).compute()
     shown = capsys.readouterr().out
-    assert f"bits per byte                  {wanted['bits per byte']:.4g} [" in shown
+    assert f"bits per byte                  {wanted['bits per byte']:.4g} –" in shown
     (record,) = records(out)
     assert record["name"] == "text.txt" and record["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
-    assert f"| perplexity | {wanted['perplexity']:.4g} |" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert f"| perplexity | {wanted['perplexity']:.4g} | – |" in report and "A single example: no interval" in report
+
+
+def test_perplexity_of_records(gpt2, tmp_path):
+    lines = "".join(json.dumps({"body": text, "kind": text[:3]}) + "\n" for text in (TEXT, TEXT[::-1]))
+    (tmp_path / "texts.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    arguments = ["--model", gpt2, "--data", str(tmp_path / "texts.jsonl.gz"), "--text", "body", "--slices", "kind"]
+    assert cli.main(["evaluate", *arguments, "--out", str(tmp_path / "out"), *FAST]) == 0
+    assert [record["kind"] for record in records(tmp_path / "out")] == ["the", TEXT[::-1][:3]]
 
 
 def test_classification_with_slices_and_baselines(bert, tmp_path, capsys):

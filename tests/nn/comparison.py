@@ -39,7 +39,9 @@ def compare(
     exact = copy.deepcopy(theirs).double()
     results = []
     upstream = None
-    for module, double in ((exact, True), (theirs, False), (ours, False)):
+    # Of a float64 module the copy is torch's own result already.
+    same = all(x.dtype == torch.float64 for x in (*theirs.state_dict().values(), *inputs) if x.is_floating_point())
+    for module, double in ((exact, True), *(() if same else ((theirs, False),)), (ours, False)):
         module.zero_grad()
         leaves = [x.double() if double and x.is_floating_point() else x for x in inputs]
         leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in leaves]
@@ -51,7 +53,7 @@ def compare(
         found |= {f"gradient of input {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}
         found |= {f"gradient of {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
         results.append(found)
-    wanted, torchs, mine = results
+    wanted, torchs, mine = results[0], results[-2], results[-1]
     assert mine.keys() == torchs.keys() == wanted.keys()
     for name in wanted:
         assert_as_accurate(name, mine[name], torchs[name], wanted[name], roundings=roundings)
