@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one"
     )
     parser.add_argument("--seconds", type=float, default=1.5, help="timed seconds per case (default 1.5)")
+    parser.add_argument("--cases", default="", help="only cases named so, as pytest's -k: 'bfloat16 and not sweep'")
     parser.add_argument("--limit", type=float, default=0.0, help="skip the cases not begun after so many seconds")
     parser.add_argument("--limits", type=Path, help="file of the machine's limits: read if it exists, else written")
     parser.add_argument("--limits-only", action="store_true", help="measure the limits and stop")
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         f"-c{os.devnull}",
         f"--rootdir={ROOT}",
         f"--confcutdir={ROOT / 'benchmarks'}",
+        *([f"-k={args.cases}"] if args.cases else []),
     ]
     code = pytest.main([*options, *(str(ROOT / "benchmarks" / f"{op}.py") for op in args.ops)], plugins=[recorder])
     results = recorder.results

@@ -86,7 +86,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> regist
     reason = linear_refusal(input, weight, bias)
     if reason is not None:
         return registry.Explanation("linear", "torch", {"cpu": reason, "torch": "chosen"})
-    if matmul.few(input.shape[:-1].numel(), input.dtype):
+    if matmul.few(input.shape[:-1].numel(), weight):
         way = "a few rows, the weight is read once"
     else:
         way = f"float32 matmuls of converted pieces: this CPU has no instructions for {str(input.dtype)[6:]}"

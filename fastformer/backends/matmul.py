@@ -38,6 +38,11 @@ FEW_ROWS_FLOAT32_WEIGHT = 1 << 18
 """Elements of a float32 weight from which on the kernel is asked: the way to it takes longer than smaller products."""
 FEW_ROWS_CONVERTED = 16
 """The same where b would have to be converted."""
+FEW_ROWS_MULTIPLIED = 2
+"""The same for half precision that the CPU itself multiplies, while b lies in the cache: from three rows on arithmetic
+takes longer than reading it, and those instructions do more of it."""
+CACHED = 1 << 24
+"""Elements of half precision that may lie in the cache, 32 MiB."""
 
 
 def _without_instructions() -> frozenset[torch.dtype]:
@@ -58,15 +63,18 @@ def converts(t: Tensor) -> bool:
     return t.dtype in CONVERTED and t.device.type == "cpu"
 
 
-def few(rows: int, dtype: torch.dtype) -> bool:
-    """Whether CPU tensors of ``dtype`` have so few rows that the kernel for them is the faster one, and it is there."""
+def few(rows: int, weight: Tensor) -> bool:
+    """Whether CPU tensors have so few rows that the kernel for them is the faster one, and it is there."""
+    dtype = weight.dtype
     most = FEW_ROWS_CONVERTED if dtype in CONVERTED else FEW_ROWS.get(dtype, 0)
+    if rows > FEW_ROWS_MULTIPLIED and dtype in HALF and dtype not in CONVERTED and weight.numel() < CACHED:
+        return False
     return rows <= most and _kernel() is not None
 
 
 def of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """x ``(*, K)`` times weight^T plus bias by the kernel of few rows; None if these are more, or not for it."""
-    if not few(x.shape[:-1].numel(), x.dtype) or weight.dim() != 2:
+    if not few(x.shape[:-1].numel(), weight) or weight.dim() != 2:
         return None
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     kernel = _kernel()
@@ -104,7 +112,7 @@ def weight_grad(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
 def _half(a: Tensor, b: Tensor, out: Tensor | None, start: Tensor | None) -> Tensor:
     if out is None:
         out = empty(a, a.shape[0], b.shape[1])
-    kernel = _kernel() if few(len(a), a.dtype) else None
+    kernel = _kernel() if few(len(a), b) else None
     if kernel is not None and kernel.product(a, b.t(), start, out):
         return out
     if a.dtype in CONVERTED and a.numel() * b.shape[1] > SMALL:

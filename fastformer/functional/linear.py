@@ -94,7 +94,7 @@ def refusal(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return "PyTorch's matmul is the vendor library's"
     if dtype == torch.float32 and weight.numel() < matmul.FEW_ROWS_FLOAT32_WEIGHT:
         return "a weight so small that PyTorch's matmul is done first"
-    return None if matmul.few(input.shape[:-1].numel(), dtype) else "more than a few rows"
+    return None if matmul.few(input.shape[:-1].numel(), weight) else "more than a few rows"
 
 
 def _ordinary(t: Tensor) -> bool:
