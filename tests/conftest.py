@@ -1,9 +1,14 @@
 """Every test draws the same random numbers in every run and tests our kernels at any size; slow tests come first."""
 
+import contextlib
+
 import pytest
 import torch
 
 from fastformer.backends import chunks, matmul, registry
+
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401  # torch.testing imports it, which fails once something has looked for pip
 
 registry.TORCH_UP_TO.clear()  # tests/functional/test_small.py tests what PyTorch is left
 chunks.SMALL_LOGITS = 0  # and small tables of logits in one piece
