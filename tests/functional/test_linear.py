@@ -387,7 +387,7 @@ def test_explain(cpu, monkeypatch):
         assert many.backend == trained.backend == "cpu" and "no instructions for bfloat16" in many.reasons["cpu"]
     else:
         assert many.backend == trained.backend == "torch" and "more than a few rows" in many.reasons["cpu"]
-        # Where the CPU multiplies bfloat16 itself, four rows are for the kernel only if reading the weight takes longer.
+        # Where the CPU multiplies bfloat16 itself, four rows are the kernel's only if the weight is out of the cache.
         assert fastformer.explain("linear", x[:4], w, b).backend == "torch"
         monkeypatch.setattr(matmul, "CACHED", 0)
         assert fastformer.explain("linear", x[:4], w, b).backend == "cpu"
