@@ -74,7 +74,7 @@ def check_attention(arguments, dout, dlse=None):
     exact_gradients = reference.backward(*double(dout, dlse, q, k, v), *exact, options)
     upstream = dout, torch.zeros_like(theirs[1]) if dlse is None else dlse.to(dout.dtype)
     their_gradients = torch.autograd.grad(theirs, leaves, upstream)
-    # The kernel rounds scale log2(e), a constant: all scores are off by the same factor, which does not average out, and
+    # The kernel rounds scale log2(e), a constant: all scores are off by one factor, which does not average out, and
     # a score of 8 makes of half a rounding four of its exponential's.
     check_all("dq dk dv", gradients[:3], their_gradients, exact_gradients[:3], roundings=4)
 
