@@ -128,7 +128,7 @@ class Agent:
             "optimizer": self.optimizer.state_dict(),
             "environments": self.environments.state_dict(),
             "observations": policy.observations.state_dict(),
-            "embeddings": {} if policy.texts is None else policy.texts.cache(),
+            "embeddings": None if policy.texts is None else policy.texts.vectors(),
             "bonus": None if self.bonus is None else self.bonus.state_dict(),
         }
 
@@ -139,7 +139,7 @@ class Agent:
         self.policy.observations.load_state_dict(state["observations"])
         self.environments.load_state_dict(state["environments"])
         if self.policy.texts is not None:
-            self.policy.texts.load_cache(state["embeddings"])
+            self.policy.texts.load_vectors(state["embeddings"])
         if self.bonus is not None and state["bonus"] is not None:
             self.bonus.load_state_dict(state["bonus"])
 

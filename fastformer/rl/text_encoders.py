@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,9 @@ class LanguageModelEncoder(nn.Module):
 class EncodedTexts(nn.Module):
     """Numbers of texts -> their vectors; zeros for -1.
 
+    An encoder that stays as it is embeds each text of the table once, in the order they came. One that is trained
+    embeds those of a batch, once until the next step of the optimiser where no gradient is wanted.
+
     Args:
         table: of the texts.
         encoder: with ``size``, called with a list of texts; ``trained`` if its weights are.
@@ -116,41 +119,59 @@ class EncodedTexts(nn.Module):
         self.table, self.encoder, self.batch_size = table, encoder, batch_size
         self.size: int = encoder.size  # type: ignore[assignment]
         self.trained = bool(getattr(encoder, "trained", False))
-        self._cache: dict[int, Tensor] = {}
+        self._embedded = 0
+        self._vectors = torch.zeros(1, self.size)  # row n + 1 is text n
+        self._fresh: dict[int, Tensor] = {}
 
     def forward(self, numbers: Tensor) -> Tensor:
         """``(…)`` int64 -> ``(…, size)``."""
+        if not self.trained:
+            if self._embedded < len(self.table) or self._vectors.device != numbers.device:
+                self._catch_up(numbers.device)
+            return self._vectors[numbers + 1]
         distinct, places = numbers.unique(return_inverse=True)
         wanted = distinct.tolist()
-        if self.trained and torch.is_grad_enabled():
-            known = [n for n in wanted if n >= 0]
-            parts = [self._embed(known[i : i + self.batch_size]) for i in range(0, len(known), self.batch_size)]
-            if len(known) < len(wanted):  # -1 is the smallest, so it comes first
-                parts.insert(0, torch.zeros(1, self.size, device=numbers.device))
-            return torch.cat(parts)[places]
-        missing = [n for n in wanted if n >= 0 and n not in self._cache]
-        with torch.no_grad():
-            for i in range(0, len(missing), self.batch_size):
-                part = missing[i : i + self.batch_size]
-                self._cache.update(zip(part, self._embed(part).unbind()))
-        nothing = torch.zeros(self.size, device=numbers.device)
-        return torch.stack([self._cache[n] if n >= 0 else nothing for n in wanted])[places]
+        known = [n for n in wanted if n >= 0]
+        if torch.is_grad_enabled():
+            vectors = list(self._embed(known))
+        else:
+            missing = [n for n in known if n not in self._fresh]
+            self._fresh.update(zip(missing, itertools.chain.from_iterable(self._embed(missing))))
+            vectors = [torch.stack([self._fresh[n] for n in known])] if known else []
+        if len(known) < len(wanted):  # -1 is the smallest, so it comes first
+            vectors.insert(0, torch.zeros(1, self.size, device=numbers.device))
+        return torch.cat(vectors)[places]
 
     def forget(self) -> None:
         """To be called after a step of the optimiser: what was embedded by other weights is embedded anew."""
-        if self.trained:
-            self._cache.clear()
+        self._fresh.clear()
 
-    def cache(self) -> dict[int, Tensor]:
-        """What a run saves to embed nothing twice; a batch of other texts may differ in the last bits."""
-        return {} if self.trained else dict(self._cache)
+    def vectors(self) -> Tensor:
+        """What a run saves, ``(texts, size)``: in a batch of other texts the last bits may differ."""
+        return self._vectors[1 : 1 + self._embedded].clone()
 
-    def load_cache(self, cache: dict[int, Tensor]) -> None:
-        device = next(self.encoder.parameters(), torch.empty(0)).device
-        self._cache = {number: vector.to(device) for number, vector in cache.items()}
+    def load_vectors(self, vectors: Tensor) -> None:
+        """Puts them back."""
+        self._embedded = len(vectors)
+        self._vectors = torch.cat([torch.zeros(1, self.size), vectors])
 
-    def _embed(self, numbers: Sequence[int]) -> Tensor:
-        return self.encoder([self.table.texts[n] for n in numbers])
+    def _catch_up(self, device: torch.device) -> None:
+        """Embeds the texts that came since the last time."""
+        new = range(self._embedded, len(self.table))
+        self._vectors = self._vectors.to(device)
+        if len(self._vectors) <= len(self.table):
+            room = torch.zeros(2 * len(self.table) + 1 - len(self._vectors), self.size, device=device)
+            self._vectors = torch.cat([self._vectors, room])
+        with torch.no_grad():
+            at = self._embedded + 1
+            for part in self._embed(new):
+                self._vectors[at : at + len(part)] = part
+                at += len(part)
+        self._embedded = len(self.table)
+
+    def _embed(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        for i in range(0, len(numbers), self.batch_size):
+            yield self.encoder([self.table.texts[n] for n in numbers[i : i + self.batch_size]])
 
 
 def make_encoder(name: str, *, trained: bool = False) -> nn.Module:

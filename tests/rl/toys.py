@@ -134,3 +134,7 @@ def truncated_line():
 
 def unrewarded():
     return Line(reward=0.0)
+
+
+def recall_of_two():
+    return Recall(values=2)
