@@ -106,6 +106,7 @@ def speed(jobs: list[str], seeds: int, scale: float) -> str:
 
 def run_ours(name: str, steps: int, seed: int) -> tuple[float, float]:
     config = preset(name, "CartPole-v1")
+    config = dataclasses.replace(config, dqn=dataclasses.replace(config.dqn, double=False))  # the peer's is not
     with tempfile.TemporaryDirectory() as out:
         run = dataclasses.replace(
             config.run, steps=steps, eval_every=0, final_episodes=EPISODES, tensorboard=False, out=out, save_every=0

@@ -1,5 +1,7 @@
 """Reinforcement learning: vectorised environments, policies of numbers and of texts, DQN, REINFORCE, A2C, PPO."""
 
+from typing import TYPE_CHECKING, Any
+
 from .a2c import A2C, A2CConfig
 from .agent import Agent, BadUpdateError, Iteration, OnPolicyAgent
 from .buffers import ReplayBuffer, Rollout, SumTree, Transitions
@@ -25,7 +27,9 @@ from .reinforce import Reinforce, ReinforceConfig
 from .returns import discounted_returns, generalised_advantages, n_step_returns
 from .run import Result, load_policy, make_agent, train
 from .text_encoders import EncodedTexts, LanguageModelEncoder, WordHashes
-from .text_environments import MiniGridText, TextWorldGame
+
+if TYPE_CHECKING:
+    from .text_environments import MiniGridText, TextWorldGame
 
 __all__ = [
     "A2C",
@@ -86,3 +90,11 @@ __all__ = [
     "train",
     "value_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("MiniGridText", "TextWorldGame"):  # subclasses of Gymnasium's, which need not be there
+        from . import text_environments
+
+        return getattr(text_environments, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

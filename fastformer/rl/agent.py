@@ -69,7 +69,8 @@ class Agent:
         self.total_steps, self.steps, self.updates = total_steps, 0, 0
         self.generator = torch.Generator().manual_seed(seed)
         self.device = next(policy.parameters()).device
-        self.optimizer = self.make_optimizer([p for p in policy.parameters() if p.requires_grad])
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = self.make_optimizer(self.parameters)
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, self.config.learning_rate, eps=self.config.adam_eps, fused=True)
@@ -107,7 +108,7 @@ class Agent:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         limit = self.config.clip_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(norm):
             raise BadUpdateError(
                 f"{self.name} on {self.environments.name}, step {self.steps}, update {self.updates + 1}: the loss is "

@@ -83,10 +83,10 @@ def make_environment(name: Make, options: dict[str, Any] | None = None) -> Any:
     """
     if callable(name):
         return name()
-    from . import text_environments
-
     if name.startswith("textworld:"):
-        return text_environments.TextWorldGame(name.removeprefix("textworld:"), **(options or {}))
+        from .text_environments import TextWorldGame
+
+        return TextWorldGame(name.removeprefix("textworld:"), **(options or {}))
     gymnasium = require("gymnasium", "fastformer.rl", "rl")
     if name.startswith("MiniGrid"):
         require("minigrid", f"the environment {name}", "rl")
@@ -94,7 +94,11 @@ def make_environment(name: Make, options: dict[str, Any] | None = None) -> Any:
         environment = gymnasium.make(name, disable_env_checker=True, **(options or {}))
     except gymnasium.error.Error as error:
         raise ValueError(f"environment: {name!r} cannot be made: {error}") from error
-    return text_environments.MiniGridText(environment) if name.startswith("MiniGrid") else environment
+    if not name.startswith("MiniGrid"):
+        return environment
+    from .text_environments import MiniGridText
+
+    return MiniGridText(environment)
 
 
 class Environments:

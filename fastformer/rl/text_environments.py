@@ -12,39 +12,35 @@ from typing import Any
 
 from ..extras import require
 
+gymnasium = require("gymnasium", "fastformer.rl's environments", "rl")
+spaces = require("gymnasium.spaces", "fastformer.rl's environments", "rl")
+
 TEXT = string.printable
-LONGEST = 100_000
+LONGEST, LONGEST_COMMAND = 100_000, 190
 # name -> rooms, objects, length of the quest; any other name is the path of a game's file
 GAMES = {"small": (2, 4, 2), "medium": (3, 6, 3), "large": (6, 10, 5)}
 
 
-class MiniGridText:
+class MiniGridText(gymnasium.ObservationWrapper, gymnasium.utils.RecordConstructorArgs):
     """What a MiniGrid agent sees, in words, nearest first: ``go to the red door. a closed red door 2 ahead 1 left``.
 
     Actions stay MiniGrid's numbers: 0 left, 1 right, 2 forward, 3 pick up, 4 drop, 5 toggle, 6 done.
 
     Args:
-        environment: one with ``mission``, ``direction`` and ``image`` in its observations.
+        env: one with ``mission``, ``direction`` and ``image`` in its observations.
     """
 
-    def __init__(self, environment: Any) -> None:
-        spaces = require("gymnasium", "fastformer.rl", "rl").spaces
+    def __init__(self, env: Any) -> None:
+        gymnasium.utils.RecordConstructorArgs.__init__(self)
+        gymnasium.ObservationWrapper.__init__(self, env)
         constants = require("minigrid.core.constants", "MiniGridText", "rl")
         self._kinds = constants.IDX_TO_OBJECT
         self._colours = constants.IDX_TO_COLOR
         self._states = {number: name for name, number in constants.STATE_TO_IDX.items()}
-        self.environment = environment
         self.observation_space = spaces.Text(LONGEST, charset=TEXT)
-        self.action_space = environment.action_space
-        self.metadata, self.render_mode, self.spec = environment.metadata, environment.render_mode, environment.spec
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        observation, info = self.environment.reset(seed=seed, options=options)
-        return self.describe(observation), info
-
-    def step(self, action: int) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        observation, *rest = self.environment.step(action)
-        return (self.describe(observation), *rest)  # type: ignore[return-value]
+    def observation(self, observation: dict[str, Any]) -> str:
+        return self.describe(observation)
 
     def describe(self, observation: dict[str, Any]) -> str:
         """The observation in words. The agent is in the middle of the view's last row and looks up."""
@@ -71,11 +67,8 @@ class MiniGridText:
             parts.append(f"carrying a {self._colours[int(image[middle, last, 1])]} {kind}")
         return ". ".join(parts)
 
-    def close(self) -> None:
-        self.environment.close()
 
-
-class TextWorldGame:
+class TextWorldGame(gymnasium.Env):
     """One TextWorld game (Côté et al. 2018): texts in, admissible commands to choose from, the score's rise as reward.
 
     Args:
@@ -85,10 +78,6 @@ class TextWorldGame:
         directory: where games are kept.
         memory: rooms described before stay in the observation, as far as so many last answers of the game go.
     """
-
-    metadata: dict[str, Any] = {"render_modes": []}
-    render_mode = None
-    spec = None
 
     def __init__(
         self,
@@ -103,7 +92,6 @@ class TextWorldGame:
             raise ValueError(f"max_steps: got {max_steps}, expected at least 1")
         if memory < 0:
             raise ValueError(f"memory: got {memory}, expected at least 0")
-        spaces = require("gymnasium", "fastformer.rl", "rl").spaces
         textworld = require("textworld", f"the environment textworld:{game}", "rl")
         path = Path(game).expanduser()
         if game in GAMES:
@@ -116,7 +104,7 @@ class TextWorldGame:
         self._game = textworld.start(str(path), request_infos=self._infos)
         self.max_steps, self.memory = max_steps, memory
         self.observation_space = spaces.Text(LONGEST, charset=TEXT)
-        self.action_space = spaces.Text(1000, charset=TEXT)
+        self.action_space = spaces.Text(LONGEST_COMMAND, charset=string.ascii_letters + string.digits + " -'")
         self._steps, self._score, self._answers = 0, 0, []
 
     @staticmethod
@@ -131,6 +119,7 @@ class TextWorldGame:
         return path
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
         state = self._game.reset()
         self._steps, self._score, self._answers = 0, 0, []
         return self._seen(state), self._info(state)

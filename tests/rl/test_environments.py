@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed")
 
+from gymnasium.utils.env_checker import check_env
+
 from fastformer.rl import (
     EnvironmentFailed,
     Environments,
@@ -160,10 +162,29 @@ def test_wrong_spaces_and_settings_are_named():
         PolicyConfig(heads=3)
 
 
+@pytest.mark.filterwarnings("ignore:.*unwrapped")
 def test_minigrid_in_words():
     pytest.importorskip("minigrid", reason="minigrid is not installed")
     environment = make_environment("MiniGrid-GoToDoor-5x5-v0")
     text, _ = environment.reset(seed=0)
     assert text.startswith("go to the green door. a closed ")
     assert environment.step(0)[0] != text
+    check_env(environment, skip_render_check=True)
     environment.close()
+
+
+@pytest.mark.filterwarnings("ignore:Game|.*unwrapped")
+@pytest.mark.slow  # compiles a game
+def test_textworld(tmp_path):
+    pytest.importorskip("textworld", reason="textworld is not installed")
+    game = make_environment("textworld:small", {"directory": str(tmp_path), "max_steps": 3})
+    text, info = game.reset(seed=0)
+    assert "go east" in info["choices"] or len(info["choices"]) > 1
+    for command in info["walkthrough"]:
+        text, reward, terminated, _, info = game.step(command)
+    assert terminated and reward == 1 and text
+    game.reset()
+    assert [game.step("look")[3] for _ in range(3)] == [False, False, True]
+    check_env(game, skip_render_check=True)
+    with pytest.raises(ValueError, match="textworld:huge"):
+        make_environment("textworld:huge")
