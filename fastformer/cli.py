@@ -115,6 +115,23 @@ def search(arguments: Sequence[str]) -> int:
     return 0
 
 
+def rl(arguments: Sequence[str]) -> int:
+    """Train an agent in an environment: DQN, REINFORCE, A2C or PPO."""
+    from .rl.config import AgentConfig, preset
+    from .rl.run import train
+    from .training.config import load_config
+
+    path, rest = _take_config(arguments)
+    if path:
+        default = load_config(path, AgentConfig)
+    else:
+        default = preset(_value_of("--algorithm", rest, "ppo"), _value_of("--environment", rest, "CartPole-v1"))
+    text = "Train an agent in an environment. Defaults are the pair's own where there are some. "
+    text += "--config FILE.yaml reads the same keys from a file; flags override it."
+    train(parse(AgentConfig, rest, "rl", default=default, description=text))
+    return 0
+
+
 def generate(arguments: Sequence[str]) -> int:
     """Write text with a trained model, shown as it is made."""
     config = parse(GenerateConfig, arguments, "generate")
@@ -194,6 +211,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "search": search,
+    "rl": rl,
     "generate": generate,
     "evaluate": evaluate,
     "bench": bench,
@@ -209,6 +227,7 @@ examples:
   fastformer pretrain --config run.yaml --run.resume
   fastformer finetune --task classification --model MODEL --data.path reviews.csv --run.out runs/sentiment
   fastformer search --task classification --model MODEL --data.path reviews.csv --search.trials 20 --run.out runs/search
+  fastformer rl --algorithm ppo --environment CartPole-v1 --seeds 3 --run.out runs/cartpole
   fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine
   fastformer generate --model runs/demo --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 40 --seed 0
   fastformer evaluate --model runs/demo --data held-out.txt --stride 32
@@ -298,6 +317,16 @@ def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
         else:
             rest.append(argument)
     return path, rest
+
+
+def _value_of(flag: str, arguments: Sequence[str], default: str) -> str:
+    """The last value given to ``flag``, by which the other defaults are chosen."""
+    for previous, argument in zip(["", *arguments], arguments):
+        if previous == flag:
+            default = argument
+        elif argument.startswith(f"{flag}="):
+            default = argument.removeprefix(f"{flag}=")
+    return default
 
 
 def _no_arguments(verb: str, arguments: Sequence[str]) -> None:
