@@ -14,6 +14,7 @@ A directory holds ``tokenizer.json`` and ``tokenizer_config.json``, which ``tran
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -110,13 +111,15 @@ class SubwordTokenizer:
         """``text``, or two texts, between the kind's special tokens, with where each token comes from.
 
         Args:
-            text: with ``pretokenized`` a sequence of words.
+            text: with ``pretokenized`` a sequence of words, which are read as they would be with spaces between them.
             max_length: tokens at most, special ones included; of two texts the longer one is cut first.
 
         Returns:
             The package's ``Encoding``: ``ids``, ``type_ids``, ``offsets`` (characters), ``word_ids``, ``sequence_ids``.
         """
         tokenizer = self._tokenizer
+        if pretokenized and self._keeps_spaces:
+            text = [f" {word}" if i else word for i, word in enumerate(text)]
         texts = [tokenizer.encode(text, is_pretokenized=pretokenized, add_special_tokens=False)]
         texts += [] if pair is None else [tokenizer.encode(pair, add_special_tokens=False)]
         if max_length is not None:
@@ -131,6 +134,18 @@ class SubwordTokenizer:
     def special_tokens_added(self, texts: int = 1) -> int:
         """How many special tokens stand around one text or two."""
         return self._tokenizer.num_special_tokens_to_add(texts == 2)
+
+    @property
+    def separates_texts(self) -> bool:
+        """Whether a special token stands between two texts."""
+        return self.special_tokens_added(2) > self.special_tokens_added(1)
+
+    @functools.cached_property
+    def _keeps_spaces(self) -> bool:
+        """Whether the space before a word is the beginning of its first token, and has to be in the text."""
+        steps = json.loads(self._tokenizer.to_str())["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        return any(step.get("type") == "ByteLevel" and not step["add_prefix_space"] for step in steps)
 
     def windows(self, text: str, pair: str, max_length: int, stride: int) -> list[Any]:
         """:meth:`encoding` of both, ``pair`` cut into windows that overlap by ``stride`` tokens.

@@ -1,7 +1,8 @@
 """From labelled examples to what a model is called with, for each task a model is fine-tuned for.
 
     classification            text (and text_pair)       -> label
-    token_classification      tokens, words              -> tags, one per word; scored at a word's first token
+    token_classification      tokens, words              -> tags, one per word; scored at its first token, a
+                                                            decoder's at its last, where it has read the word
     question_answering        question, context          -> answer, a span (Devlin et al. 2018, arXiv:1810.04805, §4.2)
     seq2seq                   source                     -> target, by an encoder-decoder
     instruction               messages, or source        -> the assistant's messages, or target, by a decoder
@@ -70,6 +71,8 @@ class Encoder:
         prompt: what seq2seq and instruction read, {} in the place of the source.
         cut: False makes a text that is too long an error.
         columns: which column is what.
+        causal: for a decoder: no segments, and a line's end between two texts if the tokenizer has nothing for it; tags
+            are scored at a word's last token.
     """
 
     task: str
@@ -80,6 +83,7 @@ class Encoder:
     prompt: str = "{}"
     cut: bool = True
     columns: Columns = field(default_factory=Columns)
+    causal: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -127,9 +131,11 @@ class Encoder:
             ids = encode(self.tokenizer, text)
             return [{"input_ids": ids[: self.max_length] if self.cut else ids, "labels": label}]
         pair = example[self.columns.text_pair] if self.columns.text_pair else None
+        if pair is not None and self.causal and not self.tokenizer.separates_texts:
+            pair = f"\n{pair}"
         encoding = self.tokenizer.encoding(text, pair, max_length=self.max_length if self.cut else None)
         sample = {"input_ids": encoding.ids, "labels": label}
-        return [sample if pair is None else {**sample, "token_type_ids": encoding.type_ids}]
+        return [sample if pair is None or self.causal else {**sample, "token_type_ids": encoding.type_ids}]
 
     def _token_classification(self, example: Example) -> list[dict[str, Any]]:
         words, tags = example[self.columns.tokens], example[self.columns.tags]
@@ -140,10 +146,9 @@ class Encoder:
         numbers = [self._label(tag) for tag in tags]
         limit = self.max_length if self.cut else None
         encoding = self.tokenizer.encoding(list(words), max_length=limit, pretokenized=True)
-        labels, before = [], None
-        for word in encoding.word_ids:
-            labels.append(IGNORED if word is None or word == before else numbers[word])
-            before = word
+        owners = encoding.word_ids
+        beside = [*owners[1:], None] if self.causal else [None, *owners[:-1]]
+        labels = [IGNORED if word is None or word == other else numbers[word] for word, other in zip(owners, beside)]
         return [{"input_ids": encoding.ids, "labels": labels}]
 
     def _question_answering(self, example: Example) -> list[dict[str, Any]]:

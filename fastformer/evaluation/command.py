@@ -132,9 +132,10 @@ def _task(config: EvaluateConfig, model: Any, tokenizer: Any) -> tuple[Callable[
         return lambda: [Perplexity()], partial(score_examples, tokenizer=tokenizer, text=config.text, **options), []
     if config.task == "classification":
         labels = getattr(model.config, "id2label", None)
-        if not labels:
+        writes = getattr(model, "get_output_embeddings", lambda: None)() is not None  # words, not classes
+        if writes or not labels:
             raise ValueError(
-                f"model: {type(model).__name__} has no id2label; expected a model with a classification head"
+                f"model: {type(model).__name__} has no classes; expected a model with a classification head"
             )
         names = [labels[number] for number in sorted(labels)]
         _check_labels(config)

@@ -219,9 +219,9 @@ def _get(example: Mapping[str, Any], key: str, index: int) -> Any:
 
 
 def _pad_token(model: Any, tokenizer: Any) -> int:
-    """Any token will do: its positions are masked."""
-    for owner in (tokenizer, model.config):
+    """A decoder that classifies looks for its own; elsewhere any token will do, as its positions are masked."""
+    for owner in (model.config, tokenizer):
         token = getattr(owner, "pad_token_id", None)
-        if token is not None:
+        if token is not None and token >= 0:  # old Llamas have -1 for none
             return int(token)
     return 0

@@ -36,24 +36,19 @@ from .inputs import (
     packed_texts,
     padding_mask,
 )
-from .losses import PROBLEM_TYPES
+from .labels import LabelledConfig
 from .outputs import BaseModelOutput, BaseModelOutputWithPooling
-from .pretrained import PreTrainedConfig, PreTrainedModel
+from .pretrained import PreTrainedModel
 
 
 @dataclass
-class BertConfig(PreTrainedConfig):
+class BertConfig(LabelledConfig):
     """The fields, defaults and config.json of ``transformers.BertConfig``; other entries are kept in ``extra``.
 
-    ``num_labels`` (default 2) is the number of entries of ``id2label``; setting it to another number names the labels
-    anew. ``classifier_dropout=None`` is hidden_dropout_prob.
+    ``classifier_dropout=None`` is hidden_dropout_prob.
     """
 
     model_type: ClassVar[str] = "bert"
-    derived_fields: ClassVar[dict[str, tuple[str, ...]]] = {
-        "num_labels": ("id2label", "label2id"),
-        "id2label": ("label2id", "num_labels"),
-    }
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -75,10 +70,6 @@ class BertConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
-    id2label: dict[int, str] | None = None
-    label2id: dict[str, int] | None = None
-    num_labels: int | None = None
-    problem_type: str | None = None
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -107,40 +98,6 @@ class BertConfig(PreTrainedConfig):
         if kind != "absolute":
             raise ValueError(f"position_embedding_type: {kind!r} is not available, only 'absolute'")
         self._name_labels()
-
-    def _name_labels(self) -> None:
-        """Brings id2label, label2id and num_labels into agreement."""
-        count = self.num_labels
-        if count is not None and count < 1:
-            raise ValueError(f"num_labels: {count} is not positive")
-        if self.id2label is None and self.label2id is not None:
-            self.id2label = {i: label for label, i in self.label2id.items()}
-        if self.id2label is None:
-            self.id2label = {i: f"LABEL_{i}" for i in range(2 if count is None else count)}
-        elif count is not None and count != len(self.id2label):
-            raise ValueError(f"num_labels: {count} beside an id2label of {len(self.id2label)}")
-        else:
-            self.id2label = {int(i): label for i, label in self.id2label.items()}  # strings in config.json
-        if self.label2id is None:
-            self.label2id = {label: i for i, label in self.id2label.items()}
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(f"problem_type: {self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}")
-        if self.problem_type == "single_label_classification" and self.num_labels == 1:
-            raise ValueError("problem_type: single_label_classification takes at least two labels")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if "extra" not in self.__dict__:  # the constructor has not set every field yet
-            return
-        if name == "id2label":
-            super().__setattr__("num_labels", len(value))
-        elif name == "num_labels" and value != len(self.id2label or ()):
-            super().__setattr__("id2label", {i: f"LABEL_{i}" for i in range(value)})
-            super().__setattr__("label2id", {f"LABEL_{i}": i for i in range(value)})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of config.json, where id2label stands for num_labels."""
-        return {name: value for name, value in super().to_dict().items() if name != "num_labels"}
 
 
 class BertEmbeddings(torch_nn.Module):

@@ -37,13 +37,17 @@ from .inputs import (
     packed_texts,
     padding_mask,
 )
+from .labels import LabelledDecoderConfig
 from .losses import causal_lm_loss, head_loss, next_tokens
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from .pretrained import PreTrainedConfig, PreTrainedModel
+from .pretrained import PreTrainedModel
+
+HEADS = (r"^lm_head\.", r"^score\.", r"^classifier\.")
+"""What the classes with a head have beside ``transformer``."""
 
 
 @dataclass
-class GPT2Config(PreTrainedConfig):
+class GPT2Config(LabelledDecoderConfig):
     """The fields, defaults and config.json of ``transformers.GPT2Config``; other entries are kept in ``extra``.
 
     ``n_inner=None`` is 4 * n_embd. ``reorder_and_upcast_attn`` needs no code: attention always accumulates in float32.
@@ -95,6 +99,7 @@ class GPT2Config(PreTrainedConfig):
         check_activation("activation_function", self.activation_function)
         if self.add_cross_attention:
             raise ValueError("add_cross_attention: cross-attention is not available in this GPT-2")
+        self._name_labels()
 
     @property
     def hidden_size(self) -> int:
@@ -203,12 +208,13 @@ class GPT2Block(torch_nn.Module):
 
 
 class GPT2PreTrainedModel(PreTrainedModel):
-    """Initialisation and checkpoint conventions of both GPT-2 classes."""
+    """Initialisation and checkpoint conventions of all GPT-2 classes."""
 
     config_class = GPT2Config
     base_model_prefix = "transformer"
-    # Old checkpoints carry the causal mask of every layer.
-    ignored_keys = (r"(^|\.)attn\.(bias|masked_bias)$",)
+    # Old checkpoints carry the causal mask of every layer; a head that the class has is loaded all the same.
+    ignored_keys = (r"(^|\.)attn\.(bias|masked_bias)$", *HEADS)
+    head_keys = HEADS
 
     def init_module(self, name: str, module: torch_nn.Module) -> None:
         """Normal(0, initializer_range), zero biases; projections onto the residual stream by 1 / sqrt(2 n_layer) less.
@@ -218,6 +224,8 @@ class GPT2PreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, torch_nn.Embedding | torch_nn.Linear):
             module.weight.normal_(0.0, std)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
         elif isinstance(module, Conv1D):
             onto_residual = name.endswith("c_proj")
             module.weight.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if onto_residual else std)
@@ -232,8 +240,6 @@ class GPT2Model(GPT2PreTrainedModel):
     Parameters: ``wte.weight (vocab_size, n_embd)``, ``wpe.weight (n_positions, n_embd)``, ``h.<i>.ln_1``,
     ``.attn.c_attn``, ``.attn.c_proj``, ``.ln_2``, ``.mlp.c_fc``, ``.mlp.c_proj``, and ``ln_f``.
     """
-
-    ignored_keys = (*GPT2PreTrainedModel.ignored_keys, r"^lm_head\.")
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)

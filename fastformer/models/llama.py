@@ -41,6 +41,8 @@ from .losses import causal_lm_loss, head_loss, next_tokens
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import PreTrainedModel
 
+HEADS = (r"^lm_head\.", r"^score\.")
+"""What the classes with a head have beside ``model``."""
 MAX_POSITION = 1 << 24
 """From here on float32, in which angles are computed, skips whole numbers."""
 
@@ -169,12 +171,13 @@ class LlamaDecoderLayer(torch_nn.Module):
 
 
 class LlamaPreTrainedModel(PreTrainedModel):
-    """Initialisation and checkpoint conventions of both Llama classes."""
+    """Initialisation and checkpoint conventions of all Llama classes."""
 
     config_class = LlamaConfig
     base_model_prefix = "model"
-    # Old checkpoints carry every layer's frequencies.
-    ignored_keys = (r"(^|\.)rotary_emb\.inv_freq$",)
+    # Old checkpoints carry every layer's frequencies; a head that the class has is loaded all the same.
+    ignored_keys = (r"(^|\.)rotary_emb\.inv_freq$", *HEADS)
+    head_keys = HEADS
 
     def init_module(self, name: str, module: torch_nn.Module) -> None:
         """Normal(0, initializer_range); zero biases, and zero for the padding token."""
@@ -194,8 +197,6 @@ class LlamaModel(LlamaPreTrainedModel):
     Parameters: ``embed_tokens.weight (vocab_size, hidden_size)``, ``layers.<i>.self_attn.{q,k,v,o}_proj``,
     ``.mlp.{gate,up,down}_proj``, ``.input_layernorm``, ``.post_attention_layernorm``, and ``norm``.
     """
-
-    ignored_keys = (*LlamaPreTrainedModel.ignored_keys, r"^lm_head\.")
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -314,7 +315,6 @@ class LlamaForCausalLM(LlamaPreTrainedModel):
     """:class:`LlamaModel` as ``model``, and ``lm_head`` onto the vocabulary."""
 
     tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    head_keys = (r"^lm_head\.",)
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)

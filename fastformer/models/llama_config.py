@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from ..nn.rotary_scaling import scaling_type, unknown_keys
 from .activations import FUSED_ACTIVATIONS
-from .pretrained import PreTrainedConfig
+from .labels import LabelledDecoderConfig
 
 
 @dataclass
-class LlamaConfig(PreTrainedConfig):
+class LlamaConfig(LabelledDecoderConfig):
     """The fields, defaults and config.json of ``transformers.LlamaConfig``; other entries are kept in ``extra``.
 
     ``rope_parameters`` has ``rope_theta``, ``rope_type`` ("default", "linear", "dynamic", "yarn", "llama3", "longrope"
@@ -75,6 +75,7 @@ class LlamaConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act: {self.hidden_act!r} is not one of {', '.join(sorted(FUSED_ACTIVATIONS))}")
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id: {self.pad_token_id} is not in a vocabulary of {self.vocab_size}")
+        self._name_labels()
         self._set_rope(_merged(self.rope_parameters, rope_scaling, rope_theta))
 
     def _positive(self, name: str) -> None:

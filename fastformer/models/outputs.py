@@ -120,6 +120,11 @@ class SequenceClassifierOutput(MaskedLMOutput):
 
 
 @dataclass
+class SequenceClassifierOutputWithPast(CausalLMOutputWithPast):
+    """The same from a decoder."""
+
+
+@dataclass
 class TokenClassifierOutput(MaskedLMOutput):
     """Logits per token, ``(B, S, num_labels)``."""
 

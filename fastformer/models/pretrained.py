@@ -161,8 +161,14 @@ class PreTrainedModel(torch.nn.Module):
         if module._parameters and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
 
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """The layer onto the vocabulary, for models that have one."""
+        return None
+
     def generate(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """Continues ``input_ids``; see :func:`fastformer.generation.generate` for the arguments."""
+        if self.get_output_embeddings() is None:
+            raise ValueError(f"model: {type(self).__name__} does not predict the next token, so it writes no text")
         # Generation sits above the models in the import order, so it is looked up only when called.
         return importlib.import_module("fastformer.generation").generate(self, input_ids, **kwargs)
 

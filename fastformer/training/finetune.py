@@ -35,12 +35,17 @@ from .trainer import Result, Trainer
 # (task, config.json's model_type) -> class
 CLASSES = {
     ("classification", "bert"): "BertForSequenceClassification",
+    ("classification", "gpt2"): "GPT2ForSequenceClassification",
+    ("classification", "llama"): "LlamaForSequenceClassification",
     ("token_classification", "bert"): "BertForTokenClassification",
+    ("token_classification", "gpt2"): "GPT2ForTokenClassification",
+    ("token_classification", "llama"): "LlamaForTokenClassification",
     ("question_answering", "bert"): "BertForQuestionAnswering",
     ("seq2seq", "t5"): "T5ForConditionalGeneration",
     ("instruction", "gpt2"): "GPT2LMHeadModel",
     ("instruction", "llama"): "LlamaForCausalLM",
 }
+DECODERS = ("gpt2", "llama")
 OBJECTIVE_OF = {"classification": "sequence_classification"}  # the others have their task's name
 DROPOUTS = {  # the fields of a configuration that dropout is set by
     "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -207,7 +212,7 @@ def prepare(
     tokenizer = load_tokenizer(checkpoint or base)
     data = prepare_data(config, base, tokenizer, train, validation)
     torch.manual_seed(config.run.seed)
-    model = _load_model(config, base if checkpoint is None or config.lora.rank else checkpoint, data.labels)
+    model = _load_model(config, base if checkpoint is None or config.lora.rank else checkpoint, data)
     check_tokenizer(model, tokenizer)
     if config.lora.rank:
         model = load_lora(model, checkpoint, trainable=True) if checkpoint else add_lora(model, config.lora, base)
@@ -269,8 +274,9 @@ def prepare_data(
         prompt=data.prompt,
         cut=data.too_long == "cut",
         columns=data.columns,
+        causal=values.get("model_type") in DECODERS,
     )
-    collator = collator_of(config.task, getattr(tokenizer, "pad_token_id", None) or 0)
+    collator = collator_of(config.task, _padding(config.task, values, tokenizer))
     return PreparedTask(encoder(examples), encoder(measured, "validation"), collator, labels, encoder)
 
 
@@ -280,8 +286,14 @@ def describe(data: PreparedTask, trainer: Trainer) -> str:
     trained, total = trainable_parameters(model)
     on = f"cpu, {cpu_threads()}" if trainer.device.type == "cpu" else str(trainer.device)
     classes = f"; {len(data.labels)} classes" if data.labels else ""
+    padding = (
+        f", padded with token {data.collator.pad_token_id}"
+        if _ends_at_padding(config.task, data.encoder.causal)
+        else ""
+    )
     return (
-        f"data   {count(len(data.train))} samples to train on, {count(len(data.validation))} to measure on{classes}\n"
+        f"data   {count(len(data.train))} samples to train on, {count(len(data.validation))} to measure on{classes}"
+        f"{padding}\n"
         f"model  {config.model}: {count(trained)} of {count(total)} parameters are trained\n"
         f"run    {on}, {str(trainer.dtype)[6:]}; {config.run.max_steps} steps of "
         f"{config.data.batch_size * config.optimizer.accumulate} samples"
@@ -295,7 +307,35 @@ def _base(model: str) -> Path:
     return find_checkpoint(path) if path.exists() else resolve(model)
 
 
-def _load_model(config: FinetuneConfig, directory: Path, labels: tuple[str, ...]) -> PreTrainedModel:
+def _ends_at_padding(task: str, causal: bool) -> bool:
+    """Whether the model takes the last token before the padding, so that its configuration has to name that."""
+    return causal and task == "classification"
+
+
+def _padding(task: str, values: dict[str, Any], tokenizer: Tokenizer) -> int:
+    """The token that short texts are filled up with: the tokenizer's, else any, as it is neither seen nor scored.
+
+    But a decoder that classifies looks for it, to find where a text ends: a tokenizer without one, as GPT-2's and most
+    Llamas', then lends the end of text, unless the model says which.
+
+    Raises:
+        ValueError: there is no such token.
+    """
+    own = getattr(tokenizer, "pad_token_id", None)
+    if own is not None or not _ends_at_padding(task, values.get("model_type") in DECODERS):
+        return own or 0
+    ends = values.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    for token in (values.get("pad_token_id"), tokenizer.eos_token_id, *ends):
+        if token is not None and token >= 0:  # old Llamas have -1 for none
+            return token
+    raise ValueError(
+        "tokenizer: has no padding token and no end of text, and by one of these a decoder finds the last token of a "
+        "text, which it classifies"
+    )
+
+
+def _load_model(config: FinetuneConfig, directory: Path, data: PreparedTask) -> PreTrainedModel:
     from .. import models
 
     kind = read_config(directory).get("model_type")
@@ -303,11 +343,14 @@ def _load_model(config: FinetuneConfig, directory: Path, labels: tuple[str, ...]
     if name is None:
         known = ", ".join(sorted(kind for task, kind in CLASSES if task == config.task))
         raise ValueError(f"model: {directory} is a {kind!r}, and {config.task} is for {known}")
-    changes: dict[str, Any] = {"id2label": dict(enumerate(labels))} if labels else {}
+    changes: dict[str, Any] = {"id2label": dict(enumerate(data.labels))} if data.labels else {}
+    if _ends_at_padding(config.task, data.encoder.causal):
+        changes["pad_token_id"] = data.collator.pad_token_id
     if config.task == "question_answering":
         changes["num_labels"] = 2
     if config.dropout != -1:
-        changes |= dict.fromkeys(DROPOUTS[kind], config.dropout)
+        heads = ("classifier_dropout",) if config.task == "token_classification" else ()
+        changes |= dict.fromkeys((*DROPOUTS[kind], *heads), config.dropout)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*this head starts at random values")  # it is about to be trained
         return getattr(models, name).from_pretrained(directory, dtype=torch.float32, **changes)

@@ -26,7 +26,7 @@ from .checkpoint import ADAPTER_CONFIG
 from .config import _check
 from .recompute import find_blocks
 
-HEADS = ("pooler", "classifier", "qa_outputs")
+HEADS = ("pooler", "classifier", "qa_outputs", "score")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_errors_come_before_the_model_runs(gpt2, bert, tmp_path, capsys, monkeyp
     ):
         assert message in fails([*labels, str(data)], capsys), message
     wrong = ["--model", gpt2, "--task", "classification", *FAST, "--data", str(one_class)]
-    assert "model: GPT2LMHeadModel has no id2label" in fails(wrong, capsys)
+    assert "model: GPT2LMHeadModel has no classes" in fails(wrong, capsys)
     (tmp_path / "empty.txt").write_text("")
     assert "is empty" in fails(["--model", gpt2, "--data", str(tmp_path / "empty.txt")], capsys)
     for bad, message in (

@@ -1,6 +1,7 @@
 """Fine-tuning end to end on small models: every task learns, resumes to the bit, and names what does not fit."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 import fastformer
 from fastformer import cli
-from fastformer.data import load_tokenizer
+from fastformer.data import CharTokenizer, load_tokenizer
 from fastformer.data.tasks import Columns, Encoder
+from fastformer.evaluation.predictions import classify_texts
 from fastformer.task_metrics import likeliest_spans, task_metrics
 from fastformer.training import LoraConfig, find_checkpoint
 from fastformer.training.finetune import ExamplesConfig, finetune, prepare
@@ -30,7 +32,7 @@ PAIRS = [{"source": f"{a} {b}", "target": f"{b}"} for a in WORDS[:6] for b in WO
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")
-    return {kind: save_base(kind, root / kind) for kind in ("bert", "gpt2", "t5")}
+    return {kind: save_base(kind, root / kind) for kind in ("bert", "gpt2", "llama", "t5")}
 
 
 def losses(out):
@@ -67,6 +69,51 @@ def test_token_classification(bases, tmp_path):
     result = finetune(config, train=TAGGED, metrics=task_metrics, quiet=True)
     assert result.metrics["accuracy"] == 1.0
     assert _newest(tmp_path / "run").config.label2id == {"O": 0, "X": 1}
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("gpt2", 0), ("llama", 4)])
+def test_decoders_classify(bases, tmp_path, capsys, kind, rank):
+    """Their tokenizers have no padding token: the end of text is it, and the model's configuration says so."""
+    lora = LoraConfig(rank=rank, targets=("all",) if rank else ())
+    config = config_for(
+        "classification", bases[kind], tmp_path / "run", rate=2e-2 if rank else 1e-2, steps=60, lora=lora
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = finetune(config, train=reviews(), metrics=task_metrics)
+    assert result.metrics["accuracy"] == 1.0
+    tokenizer = load_tokenizer(bases[kind])
+    assert tokenizer.pad_token_id is None
+    assert f"; 2 classes, padded with token {tokenizer.eos_token_id}\n" in capsys.readouterr().out
+    model = fastformer.from_pretrained(tmp_path / "run" / ("merged" if rank else "checkpoint"))
+    assert model.config.pad_token_id == tokenizer.eos_token_id and model.config.id2label == {0: "neg", 1: "pos"}
+    records = list(classify_texts(model, reviews(20, seed=9), tokenizer, ["neg", "pos"]))  # of several lengths
+    assert [r.prediction for r in records] == [r.reference for r in records] == [0, 1] * 10
+
+
+def test_a_decoder_tags_a_word_where_it_ends(bases, tmp_path):
+    tokenizer = load_tokenizer(bases["gpt2"])
+    encoder = Encoder("token_classification", tokenizer, 16, labels=("A", "B"), causal=True)
+    sample = encoder([{"tokens": ["cat", "fineat", "mat"], "tags": ["A", "B", 0]}])[0]
+    assert sample["input_ids"] == tokenizer.encode("cat fineat mat")
+    pieces = len(tokenizer.encode(" fineat"))
+    first = len(tokenizer.encode("cat"))
+    assert pieces > 1 and sample["labels"] == [*[-100] * (first - 1), 0, *[-100] * (pieces - 1), 1, 0]
+    pair = Encoder("classification", tokenizer, 9, labels=("A", "B"), columns=Columns(text_pair="other"), causal=True)
+    sample = pair([{"text": "the cat", "other": "a mat", "label": "B"}])[0]
+    assert sample == {"input_ids": tokenizer.encode("the cat\na mat"), "labels": 1}
+    config = config_for("token_classification", bases["llama"], tmp_path / "run", rate=1e-2, steps=40, dropout=0.0)
+    assert finetune(config, train=TAGGED, metrics=task_metrics, quiet=True).metrics["accuracy"] == 1.0
+    assert _newest(tmp_path / "run").dropout.p == 0.0
+
+
+def test_a_decoder_without_any_end_of_text(bases, tmp_path):
+    base = save_base("gpt2", tmp_path / "characters")
+    CharTokenizer.from_text("".join(map(chr, range(32, 332)))).save(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    with pytest.raises(ValueError, match=r"tokenizer: has no padding token and no end of text"):
+        finetune(config_for("classification", base, tmp_path / "run"), train=reviews(), quiet=True)
 
 
 def test_question_answering(bases, tmp_path):

@@ -8,7 +8,16 @@ from pathlib import Path
 import torch
 
 from fastformer.data import BPETokenizer, train_unigram, train_wordpiece
-from fastformer.models import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from fastformer.models import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from fastformer.training import OptimizerConfig, RunConfig, ScheduleConfig
 from fastformer.training.finetune import ExamplesConfig, FinetuneConfig
 
@@ -30,6 +39,11 @@ def save_base(kind: str, directory: Path) -> Path:
     elif kind == "gpt2":
         tokenizer = BPETokenizer.train(texts, 300)
         model = GPT2LMHeadModel(GPT2Config(tokenizer.vocab_size, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2))
+    elif kind == "llama":
+        tokenizer = BPETokenizer.train(texts, 300)
+        model = LlamaForCausalLM(
+            LlamaConfig(tokenizer.vocab_size, max_position_embeddings=CONTEXT, initializer_range=0.2, **SHAPE)
+        )
     else:
         tokenizer = train_unigram(texts, 400, sentinels=4)
         shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
