@@ -1,0 +1,1 @@
+"""Reinforcement learning: environments, agents, policy optimisation for language models, applications."""
