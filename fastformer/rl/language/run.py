@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ...data import CausalLM, EvaluationLoader, Loader, load_tokenizer, to_device
+from ...data.collators import IGNORED
 from ...data.examples import read_examples, split_examples
 from ...data.tokenizers import check_tokenizer
 from ...models.pretrained import read_config
@@ -309,6 +310,11 @@ def _supervised(setting: Setting, task: Task) -> AlignTrainer:
     model, _ = setting.trained()
     metrics = None
     if task.verifier is not None:
+        # Nothing that is longer than any answer is right, and a small model may have no room for more.
+        longest = max(sum(label != IGNORED for label in s["labels"]) for s in samples + measured)
+        rollout = setting.config.rollout
+        rollout = dataclasses.replace(rollout, max_new_tokens=min(rollout.max_new_tokens, longest))
+        setting.config = dataclasses.replace(setting.config, rollout=rollout)
         held_out = _prompts(setting, task.held_out)
         rewards = Rewards({"verifier": task.verifier})
         metrics = held_out_metrics(setting, SamplingModel(model), *held_out, rewards, task.verifier)

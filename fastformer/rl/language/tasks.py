@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.examples import check_columns, read_examples
-from ...extras import require
+from ...extras import MissingPackageError
 from .rewards import RewardFunction, exact_answer
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -46,7 +46,13 @@ def reasoning_gym_task(
     Raises:
         ValueError: a task or a setting that there is not, or no question left to train on.
     """
-    gym = require("reasoning_gym", "a reasoning-gym task", "rl")
+    try:
+        import reasoning_gym as gym
+    except ModuleNotFoundError as error:
+        if error.name != "reasoning_gym":
+            raise
+        message = "data.task needs the package 'reasoning-gym', which is not installed: pip install reasoning-gym"
+        raise MissingPackageError(message, name=error.name) from None
     try:
         dataset = gym.create_dataset(name, size=size + held_out, seed=seed, **(options or {}))
     except (ValueError, TypeError, AssertionError) as error:

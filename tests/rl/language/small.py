@@ -14,11 +14,13 @@ from fastformer.training import LoraConfig, OptimizerConfig, RunConfig, Schedule
 CHARACTERS = "\n0123456789+= ab"
 
 
-def save_base(directory: Path, seed: int = 0) -> Path:
-    """A directory with the model and its tokenizer; "\\n" ends a text."""
-    torch.manual_seed(seed)
+def save_base(directory: Path, deviation: float = 0.02) -> Path:
+    """A directory with the model, its weights of this standard deviation, and its tokenizer; "\\n" ends a text."""
+    torch.manual_seed(0)
     tokenizer = CharTokenizer(CHARACTERS)
-    config = GPT2Config(tokenizer.vocab_size, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    config = GPT2Config(
+        tokenizer.vocab_size, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=deviation
+    )
     GPT2LMHeadModel(config).save_pretrained(directory)
     tokenizer.save(directory)
     return directory

