@@ -13,6 +13,7 @@ from fastformer.models import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -24,6 +25,7 @@ from fastformer.training.tensor_parallel import tensor_parallel
 from tests.training.jobs import Traffic, launch
 
 V = 13  # shared by two ranks as 7 and 6, by four as 4, 4, 4 and 1
+PAD = 9
 
 
 def models():
@@ -49,6 +51,7 @@ def models():
         mlp_bias=True,
         max_position_embeddings=8,
     )
+    scored = LlamaConfig.from_dict({**llama.to_dict(), "pad_token_id": PAD})
     return {
         "gpt2": lambda: GPT2LMHeadModel(gpt2),
         "bert": lambda: BertForMaskedLM(bert),
@@ -57,6 +60,7 @@ def models():
             T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
         ),
         "llama": lambda: LlamaForCausalLM(llama),
+        "classifier": lambda: LlamaForSequenceClassification(scored),
     }
 
 
@@ -75,6 +79,8 @@ def make_batch(name):
     labels[0, :3] = -100
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
+    if name == "classifier":
+        ids, labels = ids.masked_fill(mask == 0, PAD), torch.tensor([1, 0])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

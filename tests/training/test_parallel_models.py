@@ -20,7 +20,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "classifier"])
 def test_loss_logits_and_gradients_are_the_whole_models(results, ranks, name):
     for of_rank in (result[name] for result in results[f"{ranks} ranks"]):
         assert of_rank["loss"] < 1e-14 and of_rank["logits"] < 1e-14
@@ -28,7 +28,7 @@ def test_loss_logits_and_gradients_are_the_whole_models(results, ranks, name):
         assert not wrong
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "classifier"])
 def test_sharded_loss_gradients_and_weights_are_the_whole_models(results, name):
     for of_rank in (result[name] for result in results["sharded"]):
         assert of_rank["loss"] < 1e-14
