@@ -105,6 +105,15 @@ def finetune(arguments: Sequence[str]) -> int:
     return 0
 
 
+def align(arguments: Sequence[str]) -> int:
+    """Align a language model: reward models, DPO, and PPO, GRPO or RLOO on its own completions."""
+    from .rl.language.config import AlignConfig
+    from .rl.language.run import align as train
+
+    train(_parse_or_read(AlignConfig, arguments, "align"))
+    return 0
+
+
 def search(arguments: Sequence[str]) -> int:
     """Find learning rate, batch size and dropout for a fine-tuning."""
     from .task_metrics import task_metrics
@@ -210,6 +219,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "tokenize": tokenize,
     "pretrain": pretrain,
     "finetune": finetune,
+    "align": align,
     "search": search,
     "rl": rl,
     "generate": generate,
@@ -226,6 +236,7 @@ examples:
   fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
   fastformer pretrain --config run.yaml --run.resume
   fastformer finetune --task classification --model MODEL --data.path reviews.csv --run.out runs/sentiment
+  fastformer align --algorithm grpo --model MODEL --data.task chain_sum --lora.rank 8 --run.out runs/sums
   fastformer search --task classification --model MODEL --data.path reviews.csv --search.trials 20 --run.out runs/search
   fastformer rl --algorithm ppo --environment CartPole-v1 --seeds 3 --run.out runs/cartpole
   fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine

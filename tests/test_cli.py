@@ -56,6 +56,7 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "pretrain": ["--model.n-layer", "--data.path", "--optimizer.accumulate", "--run.resume", "--config"],
         "finetune": ["--task", "--model", "--data.path", "--lora.rank", "--freeze", "--run.resume", "--config"],
         "rl": ["--algorithm", "--environment", "--seeds", "--ppo.clip", "--policy.text-encoder", "--run.resume"],
+        "align": ["--algorithm", "--data.task", "--rollout.group-size", "--policy.kl-limit", "--lora.rank"],
         "search": ["--search.trials", "--search.learning-rate", "--data.columns.label", "--search.pruning"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
         "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],
