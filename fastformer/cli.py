@@ -85,7 +85,7 @@ def pretrain(arguments: Sequence[str]) -> int:
     """Train a GPT-2 on your text."""
     from .training.config import TrainConfig, load_config
 
-    path, rest = _take_config(arguments)
+    path, rest = _take(arguments, "config")
     default = load_config(path, TrainConfig) if path else TrainConfig()
     epilogue = "--config FILE.yaml reads the same sections and keys from a file; flags override it."
     config = parse(TrainConfig, rest, "pretrain", default=default, description=f"Train a GPT-2 on text. {epilogue}")
@@ -102,6 +102,15 @@ def finetune(arguments: Sequence[str]) -> int:
     from .training.finetune import finetune as train
 
     train(_parse_or_read(FinetuneConfig, arguments, "finetune"), metrics=task_metrics)
+    return 0
+
+
+def generative(arguments: Sequence[str]) -> int:
+    """Train a VAE, a GAN or an autoregressive model of images or lines of text, measure it, and show samples."""
+    from .generative_measures import run
+    from .training.generative import GenerativeConfig, defaults
+
+    run(_parse_or_read(GenerativeConfig, arguments, "generative", chosen_by=("family", defaults)))
     return 0
 
 
@@ -193,6 +202,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "tokenize": tokenize,
     "pretrain": pretrain,
     "finetune": finetune,
+    "generative": generative,
     "search": search,
     "generate": generate,
     "evaluate": evaluate,
@@ -208,6 +218,7 @@ examples:
   fastformer pretrain --data.path my.txt --model.n-embd 256 --run.max-minutes 30 --run.out runs/mine
   fastformer pretrain --config run.yaml --run.resume
   fastformer finetune --task classification --model MODEL --data.path reviews.csv --run.out runs/sentiment
+  fastformer generative --family gan --data.path digits --run.out runs/gan
   fastformer search --task classification --model MODEL --data.path reviews.csv --search.trials 20 --run.out runs/search
   fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine
   fastformer generate --model runs/demo --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 40 --seed 0
@@ -217,7 +228,7 @@ examples:
 
 def usage() -> str:
     """The text of ``fastformer --help``."""
-    verbs = "\n".join(f"  {name:10s}{function.__doc__}" for name, function in VERBS.items())
+    verbs = "\n".join(f"  {name:12s}{function.__doc__}" for name, function in VERBS.items())
     return f"""\
 fastformer {__version__}: transformer layers as fused kernels, and what trains and samples a model with them
 
@@ -269,12 +280,22 @@ def parse(cls: type[Config], arguments: Sequence[str], verb: str, **settings: An
     return tyro.cli(cls, args=list(arguments), prog=f"fastformer {verb}", **settings)
 
 
-def _parse_or_read(cls: type[Config], arguments: Sequence[str], verb: str) -> Config:
-    """:func:`parse`, over the values of ``--config FILE.yaml``."""
+def _parse_or_read(
+    cls: type[Config],
+    arguments: Sequence[str],
+    verb: str,
+    chosen_by: tuple[str, Callable[[str], Config]] | None = None,
+) -> Config:
+    """:func:`parse`, over the values of ``--config FILE.yaml``, over ``cls()``; with ``chosen_by``, a field and a
+    function of it, over what that returns for the field's value."""
     from .training.config import load_config
 
-    path, rest = _take_config(arguments)
+    path, rest = _take(arguments, "config")
     default = load_config(path, cls) if path else cls()
+    if chosen_by is not None:
+        name, defaults = chosen_by
+        default = defaults(_take(rest, name)[0] or getattr(default, name))
+        default = load_config(path, cls, default) if path else default
     text = f"{(cls.__doc__ or '').strip()} --config FILE.yaml reads the same keys from a file; flags override it."
     return parse(cls, rest, verb, default=default, description=text)
 
@@ -284,20 +305,20 @@ def say(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Splits ``--config FILE`` or ``--config=FILE`` off."""
-    rest, path = [], None
+def _take(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Splits ``--name VALUE`` or ``--name=VALUE`` off."""
+    rest, value = [], None
     pending = iter(arguments)
     for argument in pending:
-        if argument == "--config":
-            path = next(pending, None)
-            if path is None:
-                raise ValueError("--config: needs the name of a YAML file")
-        elif argument.startswith("--config="):
-            path = argument.removeprefix("--config=")
+        if argument == f"--{name}":
+            value = next(pending, None)
+            if value is None:
+                raise ValueError(f"--{name}: needs {'the name of a YAML file' if name == 'config' else 'a value'}")
+        elif argument.startswith(f"--{name}="):
+            value = argument.removeprefix(f"--{name}=")
         else:
             rest.append(argument)
-    return path, rest
+    return value, rest
 
 
 def _no_arguments(verb: str, arguments: Sequence[str]) -> None:

@@ -55,6 +55,7 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "demo": ["--minutes", "--tokenizer", "--out", "--seed", "--device"],
         "pretrain": ["--model.n-layer", "--data.path", "--optimizer.accumulate", "--run.resume", "--config"],
         "finetune": ["--task", "--model", "--data.path", "--lora.rank", "--freeze", "--run.resume", "--config"],
+        "generative": ["--family", "--gan.loss", "--vae.free-bits", "--data.path", "--run.resume", "--config"],
         "search": ["--search.trials", "--search.learning-rate", "--data.columns.label", "--search.pruning"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
         "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],

@@ -106,7 +106,8 @@ class ImageGPT(PreTrainedModel):
         of p(x | y) over classes that are equally frequent."""
         config = self.config
         if labels is None and config.num_labels:
-            each = [self.log_prob(pixel_values, torch.full_like(pixel_values[:, 0, 0, 0], y).long()) for y in range(config.num_labels)]  # fmt: skip  # noqa: E501
+            classes = torch.arange(config.num_labels, device=pixel_values.device)
+            each = [self.log_prob(pixel_values, y.expand(len(pixel_values))) for y in classes]
             return torch.logsumexp(torch.stack(each), 0) - math.log(config.num_labels)
         logits = self(pixel_values, labels).logits
         pixels = pixel_values.permute(0, 2, 3, 1).flatten(1).long()
