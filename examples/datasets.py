@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from .packages import debian_descriptions, debian_package, python_package
+from fastformer.data.packages import debian_descriptions, debian_package, python_package
 
 Example = dict[str, Any]
 

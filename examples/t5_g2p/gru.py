@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastformer.data.packages import python_package
 from fastformer.evaluation import Record
 
 from ..datasets import Example
-from ..packages import python_package
 
 # The order of the rows of its two embeddings, as g2p_en/g2p.py has it.
 UNKNOWN_LETTER, END_OF_WORD, FIRST_LETTER = 1, 2, 3

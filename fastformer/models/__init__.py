@@ -26,11 +26,15 @@ if TYPE_CHECKING:
         LlamaForSequenceClassification,
         LlamaForTokenClassification,
     )
+    from .gan import TransformerGAN, TransformerGANConfig
     from .generation_config import GenerationConfig
     from .gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
+    from .image_gpt import ImageGPT, ImageGPTConfig
     from .llama import LlamaConfig, LlamaForCausalLM, LlamaModel
     from .pretrained import PreTrainedConfig, PreTrainedModel
     from .t5 import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
+    from .vae import TransformerVAE, TransformerVAEConfig
+    from .vae_text import TransformerTextVAE, TransformerTextVAEConfig
 
 # Where each public name lives.
 _MODULES = {
@@ -47,6 +51,8 @@ _MODULES = {
     "GPT2LMHeadModel": "gpt2",
     "GPT2Model": "gpt2",
     "GenerationConfig": "generation_config",
+    "ImageGPT": "image_gpt",
+    "ImageGPTConfig": "image_gpt",
     "KVCache": "cache",
     "LlamaConfig": "llama",
     "LlamaForCausalLM": "llama",
@@ -59,6 +65,12 @@ _MODULES = {
     "T5EncoderModel": "t5",
     "T5ForConditionalGeneration": "t5",
     "T5Model": "t5",
+    "TransformerGAN": "gan",
+    "TransformerGANConfig": "gan",
+    "TransformerTextVAE": "vae_text",
+    "TransformerTextVAEConfig": "vae_text",
+    "TransformerVAE": "vae",
+    "TransformerVAEConfig": "vae",
 }
 _ARCHITECTURES = (
     "BertForMaskedLM",
@@ -70,6 +82,7 @@ _ARCHITECTURES = (
     "GPT2ForTokenClassification",
     "GPT2LMHeadModel",
     "GPT2Model",
+    "ImageGPT",
     "LlamaForCausalLM",
     "LlamaForSequenceClassification",
     "LlamaForTokenClassification",
@@ -77,13 +90,20 @@ _ARCHITECTURES = (
     "T5EncoderModel",
     "T5ForConditionalGeneration",
     "T5Model",
+    "TransformerGAN",
+    "TransformerTextVAE",
+    "TransformerVAE",
 )
 # config.json's model_type -> the class for a checkpoint that names no architecture.
 _DEFAULTS = {
     "bert": "BertModel",
+    "fastformer_image_gpt": "ImageGPT",
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "t5": "T5ForConditionalGeneration",
+    "transformer_gan": "TransformerGAN",
+    "transformer_text_vae": "TransformerTextVAE",
+    "transformer_vae": "TransformerVAE",
 }
 
 __all__ = [
@@ -100,6 +120,8 @@ __all__ = [
     "GPT2LMHeadModel",
     "GPT2Model",
     "GenerationConfig",
+    "ImageGPT",
+    "ImageGPTConfig",
     "KVCache",
     "LlamaConfig",
     "LlamaForCausalLM",
@@ -112,6 +134,12 @@ __all__ = [
     "T5EncoderModel",
     "T5ForConditionalGeneration",
     "T5Model",
+    "TransformerGAN",
+    "TransformerGANConfig",
+    "TransformerTextVAE",
+    "TransformerTextVAEConfig",
+    "TransformerVAE",
+    "TransformerVAEConfig",
     "from_pretrained",
 ]
 

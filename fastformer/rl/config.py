@@ -66,7 +66,7 @@ AT_LEAST_ZERO = ("processes", "bonus", "eval_every", "save_every", "threads")
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """Train an agent in an environment."""
+    """Train an agent in an environment. Defaults are the pair's own where there are some."""
 
     algorithm: Literal["dqn", "reinforce", "a2c", "ppo"] = "ppo"
     """Of the sections named like algorithms only this one's counts."""

@@ -96,11 +96,24 @@ class OptimizerConfig:
     """Batches whose gradients are summed into one step; the loss is that of the one large batch."""
     ema_decay: float = 0.0
     """Weight of the past in a running average of the weights, which is what is evaluated; 0: none."""
+    rates: tuple[str, ...] = ()
+    """Parameters with a learning rate of their own, as the beginning of their names and a multiple of the others':
+    discriminator.=2."""
+
+    @property
+    def multiples(self) -> dict[str, float]:
+        """``rates`` as beginnings of names and their multiples of the learning rate."""
+        return {name: float(value) for name, _, value in (rate.rpartition("=") for rate in self.rates)}
 
     def __post_init__(self) -> None:
+        try:
+            named = all(name and multiple >= 0 for name, multiple in self.multiples.items())
+        except ValueError:
+            named = False
         _check(
             "optimizer",
             self,
+            ("rates", "beginnings of names with a number of at least 0 each, such as discriminator.=2", named),
             ("learning_rate", "above 0", self.learning_rate > 0),
             ("weight_decay", "at least 0", self.weight_decay >= 0),
             ("beta1", "in [0, 1)", 0 <= self.beta1 < 1),

@@ -117,10 +117,15 @@ def peak_memory(device: torch.device) -> int:
 
 
 def tokens_in(batch: Batch) -> int:
-    """Tokens that the model reads, without padding."""
+    """Tokens that the model reads, without padding; pixels of images."""
     if "attention_mask" in batch:
         return int(batch["attention_mask"].sum())
-    return batch["input_ids"].numel() if "input_ids" in batch else 0
+    return next((batch[name].numel() for name in ("input_ids", "pixel_values") if name in batch), 0)
+
+
+def length_in(batch: Batch) -> int:
+    """Tokens in a row; 0 where there are no tokens."""
+    return batch["input_ids"].shape[-1] if "input_ids" in batch else 0
 
 
 def name_batch(samples: list[Any], describe: Callable[[Any], str] = str, shown: int = 16) -> str:

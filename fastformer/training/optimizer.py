@@ -17,18 +17,23 @@ from .config import OptimizerConfig
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the parameters of ``model`` that require a gradient, in two groups: those of two dimensions or more
-    with weight decay, the others without.
+    with weight decay, the others without; and two more for each entry of ``config.rates``, whose ``multiple`` of the
+    learning rate they have.
 
     Raises:
-        ValueError: no parameter requires a gradient.
+        ValueError: no parameter requires a gradient, or none begins as an entry of ``config.rates`` does.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("model: no parameter requires a gradient, so there is nothing to train")
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = []
+    for beginning, multiple in {**config.multiples, "": 1.0}.items():
+        chosen = [parameters.pop(name) for name in list(parameters) if name.startswith(beginning)]
+        if beginning and not chosen:
+            raise ValueError(f"optimizer.rates: no parameter that is trained begins with {beginning!r}")
+        decayed = {"params": [p for p in chosen if p.dim() >= 2], "weight_decay": config.weight_decay}
+        others = {"params": [p for p in chosen if p.dim() < 2], "weight_decay": 0.0}
+        groups += [{**group, "multiple": multiple} for group in (decayed, others)]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,

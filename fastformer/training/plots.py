@@ -27,6 +27,7 @@ def plot_loss(
     *,
     title: str,
     reference: tuple[str, float] | None = None,
+    label: str = "cross-entropy (nats per token)",
 ) -> Path:
     """Training loss (every step, faint, and smoothed) and validation loss over the steps of a run.
 
@@ -35,6 +36,7 @@ def plot_loss(
         path: the PNG to write.
         title: above the plot.
         reference: (label, loss) of a published result, as a dotted line.
+        label: what the loss is.
     """
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
@@ -63,7 +65,7 @@ def plot_loss(
         low, high = min(settled + ([reference[1]] if reference else [])), max(settled)
         axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.03 * (high - low) + 1e-3)
     axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_ylabel(label)
     axes.legend(frameon=False)
     return _save(figure, axes, path, title)
 
@@ -165,6 +167,32 @@ def plot_search(trials: Sequence[Mapping[str, Any]], metric: str, best_is: str, 
             axes.set_xscale("log")
     stopped = len(trials) - len(ended)
     return _save(figure, panels[0], path, f"{len(ended)} trials to the end, {stopped} stopped", suptitle=True)
+
+
+def plot_images(images: Any, path: str | Path, *, levels: int, columns: int = 16, title: str) -> Path:
+    """A sheet of images, row by row.
+
+    Args:
+        images: ``(N, C, H, W)``, whole numbers in [0, levels); 3 channels are colours, of others the first is shown.
+        path: the PNG to write.
+        levels: the brightest is levels - 1.
+        columns: images in a row.
+        title: above the sheet.
+    """
+    import numpy as np
+
+    pixels = np.asarray(images, dtype=np.float32) / (levels - 1)
+    pixels = pixels.transpose(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels[:, 0]
+    columns, (height, width) = min(columns, len(pixels)), pixels.shape[1:3]
+    rows = -(-len(pixels) // columns)
+    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, *pixels.shape[3:]), dtype=np.float32)
+    for i, image in enumerate(pixels):
+        y, x = i // columns * (height + 1), i % columns * (width + 1)
+        sheet[y : y + height, x : x + width] = image
+    figure, axes = _figure(max(4.0, 0.45 * columns), 0.5 + max(0.6, 0.45 * rows))
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+    return _save(figure, axes, path, title)
 
 
 def _figure(width: float, height: float, columns: int = 1):

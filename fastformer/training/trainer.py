@@ -31,7 +31,7 @@ from .config import decisive, resolve_device, resolve_dtype, to_dict
 from .ema import Ema
 from .evaluate import evaluate
 from .logs import MetricsLog, Progress
-from .monitor import SpikeDetector, flops_per_token, name_batch, peak_flops, peak_memory, tokens_in
+from .monitor import SpikeDetector, flops_per_token, length_in, name_batch, peak_flops, peak_memory, tokens_in
 from .objectives import Objective, causal_lm
 from .optimizer import make_optimizer
 from .parallel import Parallel
@@ -242,7 +242,7 @@ class Trainer:
         optimizer = self.config.optimizer
         rate = optimizer.learning_rate * self._learning_rate_factor()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("multiple", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         batches = [self.loader.next_batch() for _ in range(optimizer.accumulate)]
         named = [sample for batch in batches for sample in batch.get("_ids", ())]
@@ -266,7 +266,7 @@ class Trainer:
         norm = self.parallel.clip(list(self.model.parameters()), optimizer.clip_norm or math.inf)
         self.step += 1
         tokens = sum(map(tokens_in, batches))
-        self._length = batches[0]["input_ids"].shape[-1]
+        self._length = length_in(batches[0])
         done = Step(self.step, total, norm, rate, tokens, named)
         run = self.config.run
         if run.on_bad_loss == "skip" or run.spike_zscore:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from examples import packages
+from fastformer.data import packages
 
 
 @pytest.fixture(autouse=True)

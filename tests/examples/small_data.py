@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 
-from examples.packages import cache
+from fastformer.data.packages import cache
 
 GOOD = "wonderful moving brilliant charming delightful superb".split()
 BAD = "dull tedious clumsy shallow awful tiresome".split()

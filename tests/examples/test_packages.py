@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from examples import packages
-from examples.packages import MissingDataError, cache, debian_descriptions, debian_package, python_package
+from fastformer.data import packages
+from fastformer.data.packages import MissingDataError, cache, debian_descriptions, debian_package, python_package
 
 
 def offline(monkeypatch, tmp_path):

@@ -23,6 +23,7 @@ from tests.examples.small_data import fill_cache
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(path.parent.name for path in EXAMPLES.glob("*/__main__.py"))
+TUNED = [name for name in RECIPES if name != "generative"]  # that has a test of its own
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def smoke(name, out, *flags):
     return module.run(configure(cls, EXAMPLES / name, ["--smoke", "--out", str(out), *flags]))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TUNED)
 def test_recipe_runs_and_reports(name, data, tmp_path, capsys):
     results = smoke(name, tmp_path / "out")
     assert json.loads((tmp_path / "out/results.json").read_text()) == json.loads(json.dumps(results))
@@ -69,7 +70,7 @@ def test_recipe_runs_and_reports(name, data, tmp_path, capsys):
     assert all(who in printed for who in results["scores"])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TUNED)
 def test_full_configuration_is_read_and_takes_flags(name, tmp_path):
     _, cls = recipe_of(name)
     config = configure(cls, EXAMPLES / name, ["--out", "elsewhere", "--seed", "7", "--finetune.data.batch-size", "17"])
@@ -81,6 +82,21 @@ def test_full_configuration_is_read_and_takes_flags(name, tmp_path):
         reduced.finetune.epochs,
         reduced.finetune.run.max_steps,
     ) < (0, 10)
+
+
+def test_generative_models_stand_beside_baselines(tmp_path, capsys):
+    results = smoke("generative", tmp_path / "out")
+    assert json.loads((tmp_path / "out/results.json").read_text()) == results
+    report, printed = (tmp_path / "out/report.md").read_text(), capsys.readouterr().out
+    for who, scores in results["scores"].items():
+        assert who in report and who in printed and scores["frechet_distance"] > 0
+    assert len(results["scores"]) == 6 and {"vae", "vae-convolutional", "gan"} < set(os.listdir(tmp_path / "out"))
+    for sheet in ("vae/samples.png", "vae/interpolations.png", "gan/samples.png", "gaussian.png"):
+        assert (tmp_path / "out" / sheet).stat().st_size > 1000
+    _, cls = recipe_of("generative")
+    config = configure(cls, EXAMPLES / "generative", ["--gan.optimizer.learning-rate", "1e-4"])
+    assert config.gan.optimizer.learning_rate == 1e-4 and config.gan.optimizer.beta1 == 0.0
+    assert config.vae.run.max_steps > 100
 
 
 def test_every_recipe_says_what_it_shows_and_how_to_run_it():
