@@ -1,4 +1,4 @@
-"""Letters to phonemes with a T5 from nothing: span corruption on words and on pronunciations, then the pairs.
+"""Letters to phonemes with a T5 from nothing: span corruption on the dictionary's lines, then the pairs.
 
 CMUdict without stress, split by word as CMU Sphinx's g2p-seq2seq does. A word is an error unless the answer is one of
 its pronunciations. Beside it, on the same words: the GRU that the package g2p-en ships (gru.py), and the published
@@ -36,7 +36,7 @@ class GraphemeToPhoneme(Seq2SeqRecipe):
     """Say words: letters to phonemes, learned from CMUdict."""
 
     pretraining: bool = True
-    """First learn to fill gaps in words and in pronunciations, each by themselves."""
+    """First learn to fill gaps in the lines of the dictionary: a word and its pronunciation."""
     pretrain: Phase = field(default_factory=Phase)
     """That first part."""
 
@@ -100,9 +100,9 @@ def symbols(examples: Sequence[Example]) -> SubwordTokenizer:
 
 
 def unlabelled(pairs: Sequence[Example], tokenizer: Any) -> list[dict[str, Any]]:
-    """Every word and every pronunciation on its own."""
-    texts = {e["source"] for e in pairs} | {e["target"] for e in pairs}
-    return [{"input_ids": ids} for ids in tokenizer.encode_batch(sorted(texts)) if len(ids) > 1]
+    """A line for each pair. By themselves, words and pronunciations would teach the decoder to do without the encoder."""
+    lines = sorted({f"{e['source']} {e['target']}" for e in pairs})
+    return [{"input_ids": ids} for ids in tokenizer.encode_batch(lines)]
 
 
 def compute_curve(recipe: GraphemeToPhoneme, model: Any, pairs: Sequence[Example]) -> list[dict[str, float]]:
