@@ -41,6 +41,7 @@ def plot_returns(
     for name, value in (references or {}).items():
         axes.axhline(value, color=INK, linewidth=1.0, linestyle=":", label=f"{name}: {value:.3g}")
     axes.set_xlabel("steps in the environment")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel(metric.replace("_", " "))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

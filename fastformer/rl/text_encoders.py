@@ -28,26 +28,29 @@ BODIES = {"bert": "BertModel", "gpt2": "GPT2Model", "llama": "LlamaModel", "t5":
 
 
 class WordHashes(nn.Module):
-    """Counts of words and of pairs of neighbours, hashed into ``size`` numbers with signs, scaled to length 1.
+    """Counts of words and of up to ``ngram`` neighbours, hashed into ``size`` numbers with signs, scaled to length 1.
 
     Weinberger et al. 2009, "Feature hashing for large scale multitask learning". Nothing to train, microseconds a text:
-    the baseline of a language model, and enough where an environment has a few dozen words.
+    the baseline of a language model, and enough where an environment has a few dozen words. Six neighbours tell which
+    door it is that is "red door 3 ahead 1 left".
     """
 
-    def __init__(self, size: int = 256) -> None:
+    def __init__(self, size: int = 1024, ngram: int = 6) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size: got {size}, expected at least 1")
-        self.size = size
+        for name, value in (("size", size), ("ngram", ngram)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        self.size, self.ngram = size, ngram
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """B texts -> ``(B, size)``."""
         counts = torch.zeros(len(texts), self.size)
-        for row, text in zip(counts, texts):
+        for row, text in zip(counts.numpy(), texts):
             words = re.findall(r"\w+", text.lower())
-            for feature in [*words, *map(" ".join, itertools.pairwise(words))]:
-                value = zlib.crc32(feature.encode())
-                row[(value >> 1) % self.size] += 1.0 if value & 1 else -1.0
+            for length in range(1, self.ngram + 1):
+                for first in range(len(words) - length + 1):
+                    value = zlib.crc32(" ".join(words[first : first + length]).encode())
+                    row[(value >> 1) % self.size] += 1.0 if value & 1 else -1.0
         return nn.functional.normalize(counts, dim=1)
 
 

@@ -22,6 +22,7 @@ from fastformer.rl import (
 )
 from fastformer.rl.agent import BadUpdateError
 from fastformer.rl.config import AgentConfig, RunConfig
+from fastformer.rl.plots import mean_and_spread
 from fastformer.training.config import from_dict
 from fastformer.training.logs import read_metrics
 from tests.rl.test_policies import Letters, small_model
@@ -184,6 +185,11 @@ def test_a_language_model_learns_to_write_what_is_rewarded():
         )
         rewards.append(sum(text[:1] in tuple("abcdefghijklm") for text in texts) / 32)
     assert rewards[0] < 0.8 and sum(rewards[-3:]) / 3 > 0.9
+
+
+def test_the_plot_is_of_steps_that_at_least_half_of_the_seeds_measured():
+    seeds = [[{"step": 10, "r": 1.0}, {"step": 20, "r": 5.0}, {"step": 30, "loss": 1.0}], [{"step": 20, "r": 7.0}], []]
+    assert mean_and_spread(seeds, "r") == [(20, 6.0, 5.0, 7.0)]
 
 
 def test_presets_and_settings():

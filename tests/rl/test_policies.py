@@ -114,9 +114,9 @@ def test_a_text_is_embedded_once():
     numbers = torch.tensor(
         [[table.number("a red door"), table.number("a blue door")], [table.number("a red door"), -1]]
     )
-    texts = EncodedTexts(table, Counting(64))
+    texts = EncodedTexts(table, Counting(1024))
     vectors = texts(numbers)
-    assert vectors.shape == (2, 2, 64) and torch.equal(vectors[0, 0], vectors[1, 0]) and not vectors[1, 1].any()
+    assert vectors.shape == (2, 2, 1024) and torch.equal(vectors[0, 0], vectors[1, 0]) and not vectors[1, 1].any()
     texts(numbers)
     assert texts.encoder.seen == 2
     assert vectors[0, 0] @ vectors[0, 1] > 0.1  # a word in common
