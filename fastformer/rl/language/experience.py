@@ -27,7 +27,7 @@ from .estimators import (
     whiten,
 )
 from .losses import Notes
-from .policy import PolicyWithValue, Reference, SamplingModel, device_of, evaluating, token_log_probs
+from .policy import Reference, SamplingModel, device_of, evaluating, precision, token_log_probs
 from .rewards import Rewards, Scored
 from .rollouts import Rollouts, roll_out
 
@@ -144,23 +144,26 @@ class Experience:
         config = self.config
         old_needed = config.updates > 1 or config.algorithm == "ppo" or self._kl_in_rewards()
         temperature = config.rollout.temperature
-        old, values, reference = [], [], []
+        old: list[Tensor] = []
+        values: list[Tensor] = []
+        reference: list[Tensor] = []
         for rows in torch.arange(len(batch["input_ids"])).split(config.data.batch_size):
             ids = batch["input_ids"][rows].to(device_of(self.policy))
             mask = batch["completion_mask"][rows].to(ids.device)
-            if old_needed:
-                with evaluating(self.policy):
+            with evaluating(self.policy), precision(self.policy, config.run.dtype):
+                if old_needed:
                     log_probs, value = token_log_probs(self.policy, ids, mask, temperature)
-                old.append(log_probs.cpu())
-                values.append(value.cpu() if value is not None else value)
-            if self.reference is not None:
-                reference.append(self.reference.log_probs(ids, mask, temperature).cpu())
+                    old.append(log_probs.cpu())
+                    if value is not None:
+                        values.append(value.cpu())
+                if self.reference is not None:
+                    reference.append(self.reference.log_probs(ids, mask, temperature).cpu())
         tokens = batch["completion_mask"][:, 1:]
         if old_needed:
             batch["old_log_probs"] = torch.cat(old)
             difference = (batch["old_log_probs"] - batch["sampling_log_probs"]).abs()
             notes["sampling_difference"] = float(masked_mean(difference, tokens))
-            if isinstance(self.policy, PolicyWithValue):
+            if values:
                 batch["values"] = torch.cat(values)
         if self.reference is not None:
             batch["reference_log_probs"] = torch.cat(reference)

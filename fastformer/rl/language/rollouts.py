@@ -176,6 +176,7 @@ def _sample(
         stop_strings=None,
         **(drawn if temperature else {"do_sample": False}),
     )
+    assert isinstance(tokens, Tensor)
     new = tokens[:, width:]
     table = recorder.table(new).float().cpu() if record else torch.zeros(new.shape)
     found = []

@@ -31,7 +31,7 @@ from ...training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from ...training.config import DTYPES, RunConfig
+from ...training.config import DTYPES, RunConfig, resolve_device
 from ...training.finetune import DROPOUTS, _base, _max_length
 from ...training.logs import read_metrics
 from ...training.lora import add_lora, load_adapter, load_lora, merge_lora
@@ -41,7 +41,7 @@ from ...training.trainer import Result
 from .config import ONLINE, AlignConfig
 from .experience import Experience, score
 from .losses import Noted, PolicyLoss, PreferenceLoss, ScoreLoss, completion_log_probs
-from .policy import PolicyWithValue, Reference, SamplingModel, device_of, evaluating, sequence_scores
+from .policy import PolicyWithValue, Reference, SamplingModel, device_of, evaluating, precision, sequence_scores
 from .preferences import Pairs, encode_answers, encode_pairs, end_token, prompt_text
 from .rewards import ModelReward, RewardFunction, Rewards, matches, overlong
 from .rollouts import roll_out
@@ -198,6 +198,7 @@ class Setting:
         torch.manual_seed(config.run.seed)
         model = self.load(self.base if config.lora.rank or self.checkpoint is None else self.checkpoint, scores=scores)
         check_tokenizer(model, self.tokenizer)
+        model.to(resolve_device(config.run.device))
         if not config.lora.rank:
             return model, None
         plain = copy.deepcopy(model) if config.algorithm in ONLINE else None
@@ -339,11 +340,13 @@ def _preferences(setting: Setting, pairs: Iterable[Mapping[str, Any]] | None) ->
     scores = config.algorithm == "reward"
     model, _ = setting.trained(scores=scores)
     loss: Noted = ScoreLoss() if scores else PreferenceLoss(config.policy)
+    ipo = config.policy.preference_loss == "ipo"
     if not scores:
         resumed_whole = setting.checkpoint is not None and not config.lora.rank
         reference = setting.load() if resumed_whole else model
         for part in (samples, measured):
-            add_reference(reference, part, data.batch_size, mean=config.policy.preference_loss == "ipo")
+            with precision(model, config.run.dtype):
+                add_reference(reference.to(device_of(model)), part, data.batch_size, mean=ipo)
     validation = EvaluationLoader(measured, Pairs(), data.batch_size)
     setting.say(f"data   {count(len(samples))} pairs to learn from, {count(len(measured))} to measure on")
 
@@ -352,18 +355,18 @@ def _preferences(setting: Setting, pairs: Iterable[Mapping[str, Any]] | None) ->
         right = total = 0
         for batch in validation:
             batch = to_device(batch, device_of(model))
-            if scores:
-                better, worse = sequence_scores(model, batch["input_ids"], batch["lengths"]).chunk(2)
-            else:
-                mean = config.policy.preference_loss == "ipo"
-                better, worse = (completion_log_probs(model, batch, mean) - batch["reference"]).chunk(2)
+            with precision(model, config.run.dtype):
+                if scores:
+                    better, worse = sequence_scores(model, batch["input_ids"], batch["lengths"]).chunk(2)
+                else:
+                    better, worse = (completion_log_probs(model, batch, mean=ipo) - batch["reference"]).chunk(2)
             right, total = right + int((better > worse).sum()), total + len(better)
         return {"held_out_accuracy": right / total}
 
     return setting.trainer(model, setting.loader(samples, Pairs()), loss, validation=validation, metrics=accuracy)
 
 
-def add_reference(model: nn.Module, samples: list[dict[str, Any]], batch_size: int, mean: bool = False) -> None:
+def add_reference(model: Any, samples: list[dict[str, Any]], batch_size: int, mean: bool = False) -> None:
     """Adds to pairs the log-probabilities of their completions under ``model``, its adapters switched off: one pass
     before training, in place of one at every step."""
     adapted = hasattr(model, "disable_adapter")
