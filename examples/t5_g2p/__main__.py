@@ -100,7 +100,7 @@ def symbols(examples: Sequence[Example]) -> SubwordTokenizer:
 
 
 def unlabelled(pairs: Sequence[Example], tokenizer: Any) -> list[dict[str, Any]]:
-    """A line for each pair. By themselves, words and pronunciations would teach the decoder to do without the encoder."""
+    """A line for each pair: words and pronunciations apart would teach the decoder to do without the encoder."""
     lines = sorted({f"{e['source']} {e['target']}" for e in pairs})
     return [{"input_ids": ids} for ids in tokenizer.encode_batch(lines)]
 
