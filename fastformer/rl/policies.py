@@ -94,17 +94,18 @@ class HistoryBody(nn.Module):
 
 
 class TextBody(nn.Module):
-    """The text's vector, and an MLP of it."""
+    """An MLP of the text's vector, which has length 1 and is scaled to numbers of about 1, as layers are made for."""
 
     def __init__(self, texts: EncodedTexts, config: PolicyConfig) -> None:
         super().__init__()
         self.texts = texts
         self.layers = mlp(texts.size, config)
+        self.scale = math.sqrt(texts.size)
         self.size = config.hidden[-1]
 
     def forward(self, rows: Tensor) -> Tensor:
         """``(B, 1 + C)`` -> ``(B, size)``."""
-        return self.layers(self.texts(rows[:, 0]))
+        return self.layers(self.scale * self.texts(rows[:, 0]))
 
 
 class NumberBody(nn.Sequential):
@@ -134,11 +135,12 @@ class ChoiceHead(nn.Module):
         super().__init__()
         self.texts = texts
         self.layers = mlp(texts.size, config)
+        self.scale = math.sqrt(texts.size)
         self.match = _orthogonal(nn.Linear(config.hidden[-1], size), 1.0)
 
     def forward(self, features: Tensor, rows: Tensor) -> Tensor:
         """features ``(B, F)``, rows ``(B, 1 + C)`` -> ``(B, C)``."""
-        choices = self.match(self.layers(self.texts(rows[:, 1:])))
+        choices = self.match(self.layers(self.scale * self.texts(rows[:, 1:])))
         scores = torch.einsum("bf,bcf->bc", features, choices) / math.sqrt(features.shape[1])
         return scores.masked_fill(rows[:, 1:] < 0, -math.inf)
 
