@@ -21,7 +21,7 @@ from ..extras import require
 from .batches import Batch
 from .packages import debian_package
 
-FASHION = "usr/share/dataset-fashion-mnist"
+FASHION = "usr/share/datasets/fashion-mnist"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
 
 

@@ -61,8 +61,9 @@ class GANSettings:
 
     loss: Literal["non_saturating", "hinge"] = "non_saturating"
     """The pair of losses."""
-    r1: float = 1.0
-    """Weight of the squared gradient at real images (gamma of Mescheder et al. 2018, equation 9); 0: none."""
+    r1: float = 0.1
+    """Weight of the squared gradient at real images (gamma of Mescheder et al. 2018, equation 9); 0: none. Larger
+    images want more of it."""
     r1_every: int = 4
     """Batches between two of those, each with so much more weight (StyleGAN2, arXiv:1912.04958, appendix B)."""
     augment: tuple[str, ...] = ("translation", "cutout")
