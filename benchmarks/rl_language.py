@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
+SYSTEM = "Answer with the number alone."  # or the model explains itself, and no answer fits the limit
 GOAL = 2.0  # rollouts a second, ours over TRL's
 OPTIONS = ("min_terms=2", "max_terms=2", "max_digits=1")
 
@@ -45,6 +46,7 @@ class Job:
     group_size: int = 8
     lora: int = 0
     chat: bool = False
+    system: str = ""
     end: str = ""
 
     @property
@@ -55,7 +57,9 @@ class Job:
 
 JOBS = {
     "gpt": Job(learning_rate=3e-4, max_new_tokens=6),
-    "smollm2": Job(learning_rate=2e-4, max_new_tokens=16, lora=8, chat=True, prompts=4, end="<|im_end|>"),
+    "smollm2": Job(
+        learning_rate=2e-4, max_new_tokens=16, lora=8, chat=True, prompts=4, end="<|im_end|>", system=SYSTEM
+    ),
 }
 
 
@@ -130,7 +134,7 @@ def ours(job: Job, start: Path, task: Any, steps: int, seed: int, out: Path) -> 
     config = AlignConfig(
         algorithm="grpo",
         model=str(start),
-        data=AlignDataConfig(batch_size=job.rows, chat=job.chat),
+        data=AlignDataConfig(batch_size=job.rows, chat=job.chat, system=job.system),
         rollout=RolloutConfig(job.prompts, job.group_size, job.max_new_tokens, end=job.end),
         lora=LoraConfig(rank=job.lora, alpha=16.0),
         optimizer=OptimizerConfig(learning_rate=job.learning_rate, weight_decay=0.0, beta2=0.999),
@@ -158,7 +162,11 @@ def theirs(job: Job, start: Path, task: Any, steps: int, seed: int, out: Path) -
         options = {"tokenizer_file": str(start / "tokenizer.json"), "eos_token": end, "pad_token": end}
         tokenizer = transformers.PreTrainedTokenizerFast(**options)
     model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
-    asked = (lambda text: [{"role": "user", "content": text}]) if job.chat else (lambda text: text)
+
+    def asked(text: str) -> Any:
+        roles = {"system": job.system, "user": text}
+        return [{"role": role, "content": content} for role, content in roles.items()] if job.chat else text
+
     rows = datasets.Dataset.from_list([{"prompt": asked(e["prompt"]), "number": i} for i, e in enumerate(task.train)])
 
     def correct(prompts: Any, completions: Any, number: Sequence[int], **columns: Any) -> list[float]:
