@@ -64,7 +64,7 @@ class Result:
         tokens_per_second: training steps only.
         train_loss: mean of the last logged steps.
         validation_loss: after the last step; NaN without validation batches.
-        stopped: why: "steps", "minutes", "patience" or "interrupted".
+        stopped: why: "steps", "minutes", "patience", "interrupted", or what a subclass stops for.
         best: value of ``run.best_metric`` of the best measured model; NaN where there is none.
         skipped: steps left out.
         metrics: of the last measurement.
