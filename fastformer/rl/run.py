@@ -10,7 +10,7 @@ import ast
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,18 @@ def train(config: AgentConfig, *, make: Make | None = None, quiet: bool = False)
         torch.set_num_threads(config.run.threads)
     out = Path(config.run.out)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    for seed in seeds:
-        if has_checkpoint(out / f"seed-{seed}") and not config.run.resume:
-            raise FileExistsError(
-                f"run.out: {out / f'seed-{seed}'} holds a checkpoint already; continue it with --run.resume, or choose "
-                "another --run.out"
-            )
+    begun = [seed for seed in seeds if has_checkpoint(out / f"seed-{seed}")]
+    if begun and not config.run.resume:
+        raise FileExistsError(
+            f"run.out: {out / f'seed-{begun[0]}'} holds a checkpoint already; continue it with --run.resume, or choose "
+            "another --run.out"
+        )
+    if config.run.resume and not begun:
+        raise FileNotFoundError(f"run.resume: no seed in {out} has a checkpoint; run without it")
     results = []
     for seed in seeds:
-        result = _train_seed(config, seed, make, quiet)
+        resume = seed in begun  # the run may have been stopped before its later seeds
+        result = _train_seed(replace(config, run=replace(config.run, resume=resume)), seed, make, quiet)
         results.append(result)
         if not quiet:
             print(

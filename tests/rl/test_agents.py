@@ -136,6 +136,10 @@ def test_resuming_repeats_the_run_to_the_bit(algorithm, tmp_path):
         train(config("cut"), make=Identity, quiet=True)
     with pytest.raises(ValueError, match=r"run\.copies: got 4, and the run in"):
         train(config("cut", resume=True, copies=4), make=Identity, quiet=True)
+    with pytest.raises(FileNotFoundError, match="no seed in"):
+        train(config("new", resume=True), make=Identity, quiet=True)
+    both = train(dataclasses.replace(config("cut", resume=True), seeds=2), make=Identity, quiet=True)
+    assert both[0].greedy == whole.greedy and both[1].steps == whole.steps  # the second had not begun
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "a2c", "ppo"])
