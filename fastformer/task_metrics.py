@@ -15,20 +15,17 @@ from torch import nn
 from .data import Batch, to_device
 
 if TYPE_CHECKING:
-    from .training import Parallel
     from .training.finetune import PreparedTask
 
 
-def task_metrics(
-    data: PreparedTask, batch_size: int, parallel: Parallel | None = None
-) -> Callable[[nn.Module], dict[str, float]] | None:
+def task_metrics(data: PreparedTask, batch_size: int) -> Callable[[nn.Module], dict[str, float]] | None:
     """The function that a trainer calls for its metrics: accuracy and macro F1 of labels (of tokens where each has
     one), exact match and F1 of spans; None for tasks that are written, whose loss says enough while they are learnt.
-    Each process of ``parallel`` runs its share of the samples, and all get the metrics of a single one."""
+    Each process of ``data.parallel`` runs its share of the samples, and all get the metrics of a single one."""
     from .evaluation import Classification, evaluate
 
-    batches = data.validation_batches(batch_size, parallel)
-    gather = None if parallel is None else parallel.gather
+    batches = data.validation_batches(batch_size)
+    gather = data.parallel.gather
     if data.labels:
 
         def of_labels(model: nn.Module) -> dict[str, float]:

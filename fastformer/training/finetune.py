@@ -25,11 +25,11 @@ from ..data.tokenizers import check_tokenizer
 from ..models import PreTrainedModel
 from ..models.pretrained import read_config, resolve
 from .checkpoint import MERGED, NEWEST, find_checkpoint, has_checkpoint, load_state, restore_checkpoint, save_checkpoint
-from .config import OptimizerConfig, RunConfig, ScheduleConfig, _check
+from .config import OptimizerConfig, ParallelConfig, RunConfig, ScheduleConfig, _check
 from .logs import read_metrics
 from .lora import LoraConfig, add_lora, freeze, load_adapter, load_lora, merge_lora, trainable_parameters
 from .objectives import OBJECTIVES
-from .parallel import Parallel
+from .parallel import Parallel, processes
 from .pretrain import count, cpu_threads
 from .trainer import Result, Trainer
 
@@ -118,12 +118,17 @@ class FinetuneConfig:
     )
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/finetune", eval_every=0, save_every=0))
     """run.eval_every 0 measures after every epoch."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task: got {self.task!r}, expected one of {', '.join(TASKS)}")
         if self.freeze and self.lora.rank:
             raise ValueError(f"freeze: got {self.freeze!r} beside lora.rank, which freezes all but adapters and head")
+        if self.lora.rank and self.parallel.strategy in ("fsdp", "tp"):
+            raise ValueError(
+                f"parallel.strategy: got {self.parallel.strategy!r} beside lora.rank; adapters are trained with ddp"
+            )
         if self.epochs < 0:
             raise ValueError(f"epochs: got {self.epochs}, expected at least 0")
         if self.dropout != -1 and not 0 <= self.dropout < 1:
@@ -138,6 +143,7 @@ class PreparedTask:
         train, validation: samples, which ``collator`` takes.
         labels: names of the classes, for classification.
         encoder: what made the samples.
+        parallel: the processes that share them.
     """
 
     train: list[dict[str, Any]]
@@ -145,11 +151,16 @@ class PreparedTask:
     collator: Any
     labels: tuple[str, ...]
     encoder: Encoder
+    parallel: Parallel = field(default_factory=Parallel)
 
-    def validation_batches(self, batch_size: int, parallel: Parallel | None = None) -> EvaluationLoader:
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Which rows of a batch are this process's, for a loader."""
+        return {"rank": self.parallel.rank, "world_size": self.parallel.world_size}
+
+    def validation_batches(self, batch_size: int) -> EvaluationLoader:
         """The validation samples, in order; of ``batch_size`` of all processes this one's."""
-        ranks = {} if parallel is None else {"rank": parallel.rank, "world_size": parallel.world_size}
-        return EvaluationLoader(self.validation, self.collator, batch_size, **ranks)
+        return EvaluationLoader(self.validation, self.collator, batch_size, **self.ranks)
 
 
 Metrics = Callable[[PreparedTask, int], Callable[[nn.Module], dict[str, float]] | None]
@@ -174,9 +185,17 @@ def finetune(
         FileNotFoundError: a file or model that does not exist.
         ValueError: settings, examples, model and tokenizer that do not fit together; the message names what.
     """
-    trainer = prepare(config, train=train, validation=validation, metrics=metrics, quiet=quiet)
-    result = trainer.fit()
-    out, run = trainer.out, trainer.config.run
+    with processes(config.parallel, config.run.device) as parallel:
+        options: dict[str, Any] = {"train": train, "validation": validation, "metrics": metrics}
+        trainer = prepare(config, **options, quiet=quiet or not parallel.writes, parallel=parallel)
+        result = trainer.fit()
+        parallel.each(lambda: _finish(trainer, result, quiet) if parallel.writes else None)
+    return result
+
+
+def _finish(trainer: Trainer, result: Result, quiet: bool) -> None:
+    """Adapters merged, the losses plotted, and a line about it."""
+    config, out, run = trainer.config, trainer.out, trainer.config.run
     written = out / ("best" if run.keep_best and (out / "best").is_dir() else NEWEST)
     if config.lora.rank:
         if written.name == "best":
@@ -189,7 +208,6 @@ def finetune(
     if not quiet:
         measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result.metrics.items())
         print(f"{result.steps} steps in {result.seconds:.0f} s; {measured}\n{written}")
-    return result
 
 
 def prepare(
@@ -200,19 +218,20 @@ def prepare(
     metrics: Metrics | None = None,
     quiet: bool = False,
     trainer_class: type[Trainer] = Trainer,
+    parallel: Parallel | None = None,
 ) -> Trainer:
     """The trainer of a run, ready to ``fit``; arguments and errors as in :func:`finetune`."""
-    out = Path(config.run.out)
-    if has_checkpoint(out) and not config.run.resume:
+    out, parallel = Path(config.run.out), parallel or Parallel()
+    if not config.run.resume and parallel.first(lambda: has_checkpoint(out)):
         raise FileExistsError(
             f"run.out: {out} holds a checkpoint already; continue it with --run.resume, or choose another --run.out"
         )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     base = _base(config.model)
-    checkpoint = restore_checkpoint(out) if config.run.resume else None
+    checkpoint = parallel.first(lambda: restore_checkpoint(out)) if config.run.resume else None
     tokenizer = load_tokenizer(checkpoint or base)
-    data = prepare_data(config, base, tokenizer, train, validation)
+    data = dataclasses.replace(prepare_data(config, base, tokenizer, train, validation), parallel=parallel)
     torch.manual_seed(config.run.seed)
     model = _load_model(config, base if checkpoint is None or config.lora.rank else checkpoint, data)
     check_tokenizer(model, tokenizer)
@@ -230,12 +249,14 @@ def prepare(
             seed=config.run.seed,
             pool=64 * min(config.data.batch_size, len(data.train)),
             lengths=lengths_of(data.train),
+            **data.ranks,
         ),
         config,
         objective=OBJECTIVES[OBJECTIVE_OF.get(config.task, config.task)],
         validation=data.validation_batches(config.data.batch_size),
         metrics=None if metrics is None else metrics(data, config.data.batch_size),
         tokenizer=tokenizer,
+        parallel=parallel,
         quiet=quiet,
     )
     if checkpoint is not None:

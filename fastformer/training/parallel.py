@@ -10,6 +10,7 @@ batch, however the targets are spread.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .config import ParallelConfig
 
 T = TypeVar("T")
 
@@ -166,6 +169,18 @@ class Parallel:
                 else:
                     mine[key] = self.share(name, value, p) if value.dim() else value.to(p.device, copy=True)
         read_missing(missing, parts)
+
+
+@contextmanager
+def processes(config: ParallelConfig, device: str) -> Iterator[Parallel]:
+    """:func:`.distributed.connect`, whose import takes a second, only where there may be several processes."""
+    if config.strategy == "none" and os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Parallel()
+        return
+    from .distributed import connect
+
+    with connect(config, device) as parallel:
+        yield parallel
 
 
 def read_missing(missing: dict[str, Part], parts: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from ..models.gpt2 import GPT2Config, GPT2LMHeadModel
 from .checkpoint import NEWEST, has_checkpoint, load_state, restore_checkpoint
 from .config import DataConfig, TrainConfig
 from .logs import read_metrics
-from .parallel import Parallel
+from .parallel import Parallel, processes
 from .trainer import Result, Trainer
 
 
@@ -102,11 +101,7 @@ def pretrain(config: TrainConfig, *, quiet: bool = False) -> Result:
         FileNotFoundError: ``run.resume`` is set and there is no checkpoint.
         ValueError: settings that do not fit the text or the run being resumed.
     """
-    if config.parallel.strategy == "none" and os.environ.get("WORLD_SIZE", "1") == "1":
-        return _pretrain(config, Parallel(), quiet)
-    from .distributed import connect  # takes a second to import
-
-    with connect(config.parallel, config.run.device) as parallel:
+    with processes(config.parallel, config.run.device) as parallel:
         return _pretrain(config, parallel, quiet)
 
 

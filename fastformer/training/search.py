@@ -73,6 +73,11 @@ class SearchConfig(FinetuneConfig):
 
     search: SearchSettings = field(default_factory=SearchSettings)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parallel.strategy != "none":
+            raise ValueError(f"parallel.strategy: got {self.parallel.strategy!r}, expected none (one process a trial)")
+
 
 @dataclass(frozen=True)
 class Found:

@@ -80,7 +80,7 @@ def results_of(suite, tmp_path_factory):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     suite, out = sys.argv[1:]
-    from tests.training import jobs_models, jobs_training
+    from tests.training import jobs_models, jobs_training, jobs_tuning
 
-    run = {"training": jobs_training.run, "models": jobs_models.run}[suite]
+    run = {"training": jobs_training.run, "models": jobs_models.run, "tuning": jobs_tuning.run}[suite]
     torch.save(run(Path(out)), Path(out) / "results.pt")

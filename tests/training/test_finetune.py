@@ -14,9 +14,10 @@ from fastformer.data import CharTokenizer, load_tokenizer
 from fastformer.data.tasks import Columns, Encoder
 from fastformer.evaluation.predictions import classify_texts
 from fastformer.task_metrics import likeliest_spans, task_metrics
-from fastformer.training import LoraConfig, Parallel, find_checkpoint
+from fastformer.training import LoraConfig, Parallel, ParallelConfig, find_checkpoint
 from fastformer.training.finetune import ExamplesConfig, finetune, prepare
 from fastformer.training.logs import read_metrics
+from tests.training.jobs import results_of
 from tests.training.tuning import WORDS, config_for, reviews, save_base
 
 SPANS = [
@@ -151,9 +152,43 @@ def test_spans_measured_by_two_ranks_are_measured_as_by_one(bases, tmp_path):
     prepare(config, train=SPANS, metrics=lambda data, _: prepared.append(data), quiet=True)
     data = replace(prepared[0], validation=prepared[0].train[:9])
     values, model = [], Guess(1, 1)
-    *_, of_both = (task_metrics(data, 4, Rank(rank, values))(model) for rank in (0, 1))
+    *_, of_both = (task_metrics(replace(data, parallel=Rank(rank, values)), 4)(model) for rank in (0, 1))
     assert [len(exact) for exact, _ in values] == [5, 4]  # and one that is dropped
     assert of_both == pytest.approx(task_metrics(data, 4)(model), rel=1e-6) and 0 < of_both["f1"] < 1
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    pytest.importorskip("peft", reason="needs fastformer[finetune]")
+    return results_of("tuning", tmp_path_factory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["adapters", "frozen", "split", "resumed"])
+def test_two_processes_tune_as_one(tuned, job):
+    """Adapters with ddp, frozen embeddings with fsdp, T5 with tp; and a job of two that one process continued."""
+    (whole,) = tuned["adapters, one" if job == "resumed" else f"{job}, one"]
+    for rank in tuned[job]:
+        assert len(rank["losses"]) == 12 and rank["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+        assert len(rank["metrics"]) == len(whole["metrics"]) >= 2
+        for ours, theirs in zip(rank["metrics"], whole["metrics"]):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+        names = whole["weights"].keys()
+        assert rank["weights"].keys() == names
+        known = [name for name in names if not name.endswith("key.bias")]  # whose gradient is 0, but for rounding
+        assert all(torch.allclose(rank["weights"][n], whole["weights"][n], atol=1e-5, rtol=0) for n in known)
+    assert whole["losses"][-1] < whole["losses"][0]
+
+
+@pytest.mark.slow
+def test_an_error_in_a_tuning_job_is_its_reason(tuned):
+    assert "the lights went out" in tuned["stopped"][0]
+
+
+def test_adapters_are_not_sharded(bases, tmp_path):
+    with pytest.raises(ValueError, match=r"parallel\.strategy: got 'fsdp' beside lora\.rank"):
+        lora = LoraConfig(rank=2)
+        config_for("classification", bases["bert"], tmp_path, lora=lora, parallel=ParallelConfig("fsdp"))
 
 
 def test_seq2seq_and_instructions(bases, tmp_path):

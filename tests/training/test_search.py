@@ -7,7 +7,7 @@ import pytest
 
 from fastformer import cli
 from fastformer.task_metrics import task_metrics
-from fastformer.training.config import load_config
+from fastformer.training.config import ParallelConfig, load_config
 from fastformer.training.finetune import FinetuneConfig
 from fastformer.training.search import STUDY_FILE, SearchConfig, SearchSettings, search
 from tests.training.tuning import config_for, reviews, save_base
@@ -24,6 +24,11 @@ def config(base, out, run=None, **settings):
     fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(FinetuneConfig)}
     ranges = {"learning_rate": (1e-7, 2e-2), "batch_size": (8, 16), "dropout": (0.0, 0.1), "startup": 2}
     return SearchConfig(**fields, search=SearchSettings(**{**ranges, **settings}))
+
+
+def test_a_trial_is_one_process(base, tmp_path):
+    with pytest.raises(ValueError, match=r"parallel\.strategy: got 'ddp'"):
+        dataclasses.replace(config(base, tmp_path), parallel=ParallelConfig("ddp"))
 
 
 def test_a_search_that_was_ended_goes_on(base, tmp_path):
