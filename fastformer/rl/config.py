@@ -95,6 +95,11 @@ class AgentConfig:
                 raise ValueError(f"environment_options: got {option!r}, expected NAME=VALUE")
 
 
+TEXTWORLD: dict[str, Any] = {
+    "policy": {"activation": "relu", "hidden": (128,)},
+    "dqn": {"discount": 0.9, "exploration": 0.5, "learning_starts": 200, "batch_size": 32, "n_steps": 3},
+    "run": {"steps": 5000, "copies": 1, "eval_every": 1000, "eval_episodes": 5, "final_episodes": 20},
+}
 # (algorithm, environment) -> settings in place of the defaults. Those of CartPole are rl-baselines3-zoo's, so that the
 # budgets are the published ones.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
@@ -138,11 +143,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "ppo": {"steps": 128, "minibatch": 256, "epochs": 4, "entropy": 0.01, "learning_rate": 1e-3, "anneal": True},
         "run": {"steps": 200_000, "eval_every": 20_000},
     },
-    ("dqn", "textworld:small"): {
-        "policy": {"activation": "relu", "hidden": (128,)},
-        "dqn": {"discount": 0.9, "exploration": 0.5, "learning_starts": 200, "batch_size": 32, "n_steps": 3},
-        "run": {"steps": 5000, "copies": 1, "eval_every": 1000, "eval_episodes": 5, "final_episodes": 20},
-    },
+    ("dqn", "textworld:small"): TEXTWORLD,
+    ("dqn", "textworld:medium"): TEXTWORLD,
+    ("dqn", "textworld:large"): {**TEXTWORLD, "run": {**TEXTWORLD["run"], "steps": 20_000, "bonus": 0.1}},
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dqn": {"policy": {"activation": "relu"}, "run": {"copies": 1}},
